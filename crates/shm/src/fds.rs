@@ -1,0 +1,95 @@
+//! Passing descriptors over Unix sockets (SCM_RIGHTS), pairs and eventfds.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+/// Most descriptors in one message here.
+pub const MAX_FDS: usize = 8;
+
+const CONTROL_BYTES: usize = 64;
+
+#[repr(C, align(8))]
+struct Control([u8; CONTROL_BYTES]);
+
+/// Sends `data` as one message with `fds` attached. `flags`: MSG_DONTWAIT etc.; MSG_NOSIGNAL is always set.
+pub fn send(socket: RawFd, data: &[u8], fds: &[RawFd], flags: i32) -> io::Result<usize> {
+    assert!(fds.len() <= MAX_FDS);
+    let mut control = Control([0; CONTROL_BYTES]);
+    let mut iov = libc::iovec { iov_base: data.as_ptr() as *mut _, iov_len: data.len() };
+    // SAFETY: an all-zero msghdr is a valid value of that plain C struct.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &mut iov;
+    message.msg_iovlen = 1;
+    if !fds.is_empty() {
+        let bytes = size_of_val(fds) as u32;
+        message.msg_control = control.0.as_mut_ptr().cast();
+        // SAFETY: CMSG_* only compute; the control buffer is aligned and, by MAX_FDS, large enough; fds is valid for reads.
+        unsafe {
+            message.msg_controllen = libc::CMSG_SPACE(bytes) as _;
+            let cmsg = libc::CMSG_FIRSTHDR(&message);
+            (*cmsg).cmsg_level = libc::SOL_SOCKET;
+            (*cmsg).cmsg_type = libc::SCM_RIGHTS;
+            (*cmsg).cmsg_len = libc::CMSG_LEN(bytes) as _;
+            std::ptr::copy_nonoverlapping(fds.as_ptr().cast::<u8>(), libc::CMSG_DATA(cmsg), bytes as usize);
+        }
+    }
+    // SAFETY: message points to live buffers with their true lengths.
+    let sent = unsafe { libc::sendmsg(socket, &message, flags | libc::MSG_NOSIGNAL) };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(sent as usize) }
+}
+
+/// Receives one message: its bytes and descriptors (close-on-exec).
+pub fn receive(socket: RawFd, data: &mut [u8], flags: i32) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut control = Control([0; CONTROL_BYTES]);
+    let mut iov = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
+    // SAFETY: an all-zero msghdr is a valid value of that plain C struct.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &mut iov;
+    message.msg_iovlen = 1;
+    message.msg_control = control.0.as_mut_ptr().cast();
+    message.msg_controllen = CONTROL_BYTES as _;
+    // SAFETY: message points to live buffers with their true lengths.
+    let received = unsafe { libc::recvmsg(socket, &mut message, flags | libc::MSG_CMSG_CLOEXEC) };
+    if received < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut fds = Vec::new();
+    // SAFETY: the kernel filled the control buffer; CMSG_* walk it within msg_controllen; each descriptor in a
+    // SCM_RIGHTS message is new and owned by us alone.
+    unsafe {
+        let mut cmsg = libc::CMSG_FIRSTHDR(&message);
+        while !cmsg.is_null() {
+            if (*cmsg).cmsg_level == libc::SOL_SOCKET && (*cmsg).cmsg_type == libc::SCM_RIGHTS {
+                let count = ((*cmsg).cmsg_len as usize - libc::CMSG_LEN(0) as usize) / size_of::<RawFd>();
+                for i in 0..count {
+                    let fd = libc::CMSG_DATA(cmsg).cast::<RawFd>().add(i).read_unaligned();
+                    fds.push(OwnedFd::from_raw_fd(fd));
+                }
+            }
+            cmsg = libc::CMSG_NXTHDR(&message, cmsg);
+        }
+    }
+    Ok((received as usize, fds))
+}
+
+/// A connected pair of Unix sockets; `kind`: SOCK_STREAM or SOCK_SEQPACKET, with SOCK_NONBLOCK or SOCK_CLOEXEC as wanted.
+pub fn pair(kind: i32) -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut fds = [0; 2];
+    // SAFETY: fds is valid for two descriptors.
+    if unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: both are new and owned by nobody else.
+    Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
+}
+
+/// A non-blocking, close-on-exec eventfd.
+pub fn eventfd() -> io::Result<OwnedFd> {
+    // SAFETY: plain system call; the result is checked.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: new and owned by nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,10 @@
+//! Regions: the memory that one guest shares with the engine, and how descriptors travel.
+//!
+//! The memory's other side is hostile. What is reached by reference here is atomics only (they may change at any time by
+//! their nature); payload is reached by raw pointers that are bounds-checked against the mapping and go to system calls
+//! or to `copy_in`/`copy_out`.
+
+pub mod fds;
+mod region;
+
+pub use region::{HugePages, Region, RegionError};
