@@ -1,0 +1,220 @@
+//! The asking side.
+
+use std::io::{self, Write as _};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use netkernel_shm::fds;
+use serde::de::DeserializeOwned;
+
+use crate::peer::peer_of;
+use crate::proto::{Envelope, MAX_REPLY_BYTES, Reply};
+use crate::{
+    ApiError, Attached, GuestInfo, NsmInfo, PROTOCOL_VERSION, Request, SocketInfo, Status, VersionInfo,
+    token_hex,
+};
+
+/// Longest wait for the engine's answer.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
+
+#[derive(Debug)]
+pub enum ClientError {
+    /// Nothing answers at the path: no file, or a file that no engine listens on.
+    NoEngine(PathBuf),
+    /// The socket file may not be opened by this user.
+    Permission(PathBuf),
+    /// An engine answers, but it belongs to somebody else (uid).
+    Foreign(PathBuf, u32),
+    Io(PathBuf, io::Error),
+    /// What came back is not this protocol.
+    Protocol(String),
+    /// The engine said no.
+    Refused(ApiError),
+}
+
+impl std::fmt::Display for ClientError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            ClientError::NoEngine(path) => {
+                write!(f, "no engine answers at {}: start one with `netkernel up`", path.display())
+            }
+            ClientError::Permission(path) => write!(
+                f,
+                "no permission to use the engine's socket {}: run as the engine's user or root, or ask its operator to \
+                 list you in allow_users",
+                path.display()
+            ),
+            ClientError::Foreign(path, uid) => write!(
+                f,
+                "the engine at {} belongs to uid {uid}, neither you nor root: name it with --socket if you trust it",
+                path.display()
+            ),
+            ClientError::Io(path, e) => write!(f, "the engine at {} does not answer: {e}", path.display()),
+            ClientError::Protocol(text) => f.write_str(text),
+            ClientError::Refused(e) => e.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for ClientError {}
+
+/// A connection to an engine.
+#[derive(Debug)]
+pub struct Client {
+    stream: UnixStream,
+    path: PathBuf,
+}
+
+impl Client {
+    pub fn connect(path: &Path) -> Result<Client, ClientError> {
+        let stream = UnixStream::connect(path).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::NotADirectory => {
+                ClientError::NoEngine(path.into())
+            }
+            io::ErrorKind::PermissionDenied => ClientError::Permission(path.into()),
+            _ => ClientError::Io(path.into(), e),
+        })?;
+        let io = |e| ClientError::Io(path.into(), e);
+        stream.set_read_timeout(Some(REPLY_TIMEOUT)).map_err(io)?;
+        stream.set_write_timeout(Some(REPLY_TIMEOUT)).map_err(io)?;
+        Ok(Client { stream, path: path.into() })
+    }
+
+    /// As [`Client::connect`], and only if the engine runs as root or as this user: for paths that nobody named.
+    pub fn connect_trusted(path: &Path) -> Result<Client, ClientError> {
+        let client = Client::connect(path)?;
+        let uid = peer_of(&client.stream).map_err(|e| ClientError::Io(path.into(), e))?.uid;
+        if uid != 0 && uid != rustix::process::geteuid().as_raw() {
+            return Err(ClientError::Foreign(path.into(), uid));
+        }
+        Ok(client)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn version(&mut self) -> Result<VersionInfo, ClientError> {
+        self.ask(Request::Version).map(|(value, _)| value)
+    }
+
+    pub fn create_guest(
+        &mut self,
+        name: Option<String>,
+        stack: Option<String>,
+    ) -> Result<(Attached, [OwnedFd; 3]), ClientError> {
+        self.ask_descriptors(Request::CreateGuest { name, stack })
+    }
+
+    pub fn attach(&mut self, token: &[u8; 16]) -> Result<(Attached, [OwnedFd; 3]), ClientError> {
+        self.ask_descriptors(Request::Attach { token: token_hex(token) })
+    }
+
+    pub fn status(&mut self) -> Result<Status, ClientError> {
+        self.ask(Request::Status).map(|(value, _)| value)
+    }
+
+    pub fn guests(&mut self) -> Result<Vec<GuestInfo>, ClientError> {
+        self.status().map(|status| status.guests)
+    }
+
+    pub fn stacks(&mut self) -> Result<Vec<NsmInfo>, ClientError> {
+        self.ask(Request::Stacks).map(|(value, _)| value)
+    }
+
+    pub fn sockets(&mut self, guest: Option<u32>) -> Result<Vec<SocketInfo>, ClientError> {
+        self.ask(Request::Sockets { guest }).map(|(value, _)| value)
+    }
+
+    pub fn end_guest(&mut self, guest: u32) -> Result<(), ClientError> {
+        self.ask::<serde_json::Value>(Request::EndGuest { guest }).map(drop)
+    }
+
+    pub fn stop(&mut self) -> Result<(), ClientError> {
+        self.ask::<serde_json::Value>(Request::Stop).map(drop)
+    }
+
+    fn ask_descriptors(&mut self, request: Request) -> Result<(Attached, [OwnedFd; 3]), ClientError> {
+        let (value, fds) = self.ask(request)?;
+        let count = fds.len();
+        let fds = fds.try_into().map_err(|_| {
+            ClientError::Protocol(format!(
+                "the engine at {} sent {count} descriptors instead of 3: raise RLIMIT_NOFILE (`ulimit -n`) if it is low",
+                self.path.display()
+            ))
+        })?;
+        Ok((value, fds))
+    }
+
+    fn ask<T: DeserializeOwned>(&mut self, request: Request) -> Result<(T, Vec<OwnedFd>), ClientError> {
+        let envelope = Envelope { version: PROTOCOL_VERSION, request };
+        let mut line = serde_json::to_vec(&envelope).map_err(|e| ClientError::Protocol(e.to_string()))?;
+        line.push(b'\n');
+        // An engine that refuses at once answers and closes; its answer counts, not our failed write.
+        let written = self.stream.write_all(&line);
+        let (reply, descriptors) = match self.read_reply() {
+            Err(ClientError::Io(..)) if written.is_err() => return Err(self.io(written.unwrap_err())),
+            other => other?,
+        };
+        if reply.version != PROTOCOL_VERSION {
+            return Err(ClientError::Protocol(format!(
+                "the engine at {} speaks version {} of the control protocol, this command version {PROTOCOL_VERSION}: \
+                 use the netkernel command that came with the engine",
+                self.path.display(),
+                reply.version
+            )));
+        }
+        if let Some(error) = reply.error {
+            return Err(ClientError::Refused(error));
+        }
+        let value =
+            serde_json::from_value(reply.ok.unwrap_or_default()).map_err(|e| self.garbled(&e.to_string()))?;
+        Ok((value, descriptors))
+    }
+
+    fn read_reply(&mut self) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
+        let mut line = Vec::new();
+        let mut descriptors = Vec::new();
+        let mut chunk = vec![0; 64 * 1024];
+        while line.last() != Some(&b'\n') {
+            match fds::receive(self.stream.as_raw_fd(), &mut chunk, 0) {
+                Ok((0, _)) if line.is_empty() => {
+                    return Err(
+                        self.io(io::Error::new(io::ErrorKind::ConnectionReset, "it closed the connection"))
+                    );
+                }
+                Ok((0, _)) => return Err(self.garbled("it ends in the middle")),
+                Ok((n, more)) => {
+                    line.extend_from_slice(&chunk[..n]);
+                    descriptors.extend(more);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(self.io(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        format!("nothing came for {} seconds", REPLY_TIMEOUT.as_secs()),
+                    )));
+                }
+                Err(e) => return Err(self.io(e)),
+            }
+            if line.len() > MAX_REPLY_BYTES {
+                return Err(self.garbled("it is too long"));
+            }
+        }
+        let reply = serde_json::from_slice(&line).map_err(|e| self.garbled(&e.to_string()))?;
+        Ok((reply, descriptors))
+    }
+
+    fn io(&self, error: io::Error) -> ClientError {
+        ClientError::Io(self.path.clone(), error)
+    }
+
+    fn garbled(&self, why: &str) -> ClientError {
+        ClientError::Protocol(format!(
+            "what answers at {} is no netkernel engine of this version ({why})",
+            self.path.display()
+        ))
+    }
+}

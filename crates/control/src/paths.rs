@@ -1,0 +1,269 @@
+//! Where engines are found, and how an engine takes its place in the file system.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+/// The directory of this user's engines, and where a private engine puts its socket.
+#[derive(Clone, Debug)]
+pub struct RuntimeDir(PathBuf);
+
+/// `/run/netkernel` for root, else `$XDG_RUNTIME_DIR`, else `/tmp/netkernel-UID`.
+pub fn runtime_dir() -> RuntimeDir {
+    let uid = rustix::process::geteuid().as_raw();
+    if uid == 0 {
+        return RuntimeDir("/run/netkernel".into());
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
+        Some(dir) if dir.is_absolute() && dir.is_dir() => RuntimeDir(dir),
+        _ => RuntimeDir(format!("/tmp/netkernel-{uid}").into()),
+    }
+}
+
+/// Where this user's `netkernel up` listens and `netkernel run` looks.
+pub fn default_socket() -> PathBuf {
+    let dir = runtime_dir().0;
+    let own = dir.starts_with("/run/netkernel") || dir.starts_with("/tmp");
+    dir.join(if own { "engine.sock" } else { "netkernel.sock" })
+}
+
+impl RuntimeDir {
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Makes the directory if it is ours to make, and refuses one that another user prepared for us.
+    pub fn ensure(&self) -> io::Result<()> {
+        ensure_parent(&self.0.join("x"))
+    }
+
+    /// Where the private engine with this unique tag listens.
+    pub fn private_socket(&self, tag: &str) -> PathBuf {
+        self.0.join(format!("netkernel-private-{tag}.sock"))
+    }
+
+    /// Sockets of private engines, alive or dead.
+    pub fn private_sockets(&self) -> Vec<PathBuf> {
+        let Ok(entries) = fs::read_dir(&self.0) else { return Vec::new() };
+        let mut found: Vec<_> = entries
+            .flatten()
+            .filter(|e| {
+                let name = e.file_name();
+                let name = name.to_string_lossy();
+                name.starts_with("netkernel-private-") && name.ends_with(".sock")
+            })
+            .map(|e| e.path())
+            .collect();
+        found.sort();
+        found
+    }
+}
+
+/// Makes the directory of a socket path (0755: the socket's own protocol decides who may do what).
+fn ensure_parent(path: &Path) -> io::Result<()> {
+    let Some(dir) = path.parent().filter(|d| !d.as_os_str().is_empty()) else { return Ok(()) };
+    match fs::DirBuilder::new().mode(0o755).create(dir) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(e) => return Err(e),
+    }
+    if dir.starts_with("/tmp") {
+        // Anybody may make a directory there before us.
+        let meta = fs::symlink_metadata(dir)?;
+        let uid = rustix::process::geteuid().as_raw();
+        if dir != Path::new("/tmp") && (!meta.is_dir() || (meta.uid() != uid && meta.uid() != 0)) {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                format!(
+                    "{} is not a directory of yours: remove it, or name another place with --socket",
+                    dir.display()
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+#[derive(Debug)]
+pub enum BindError {
+    /// An engine is alive there.
+    InUse(PathBuf),
+    /// The path is taken by something that is no socket.
+    NotASocket(PathBuf),
+    TooLong(PathBuf),
+    Io(PathBuf, io::Error),
+}
+
+impl std::fmt::Display for BindError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            BindError::InUse(path) => write!(
+                f,
+                "an engine already runs at {}: use it (`netkernel run` finds it), end it, or give another --socket",
+                path.display()
+            ),
+            BindError::NotASocket(path) => {
+                write!(
+                    f,
+                    "{} exists and is not a socket: remove it, or give another --socket",
+                    path.display()
+                )
+            }
+            BindError::TooLong(path) => {
+                write!(f, "the socket path {} is longer than the 107 bytes that Linux allows", path.display())
+            }
+            BindError::Io(path, e) => write!(f, "cannot listen at {}: {e}", path.display()),
+        }
+    }
+}
+
+impl std::error::Error for BindError {}
+
+/// A listening control socket. Its file (and lock file) go when it is dropped.
+#[derive(Debug)]
+pub struct Endpoint {
+    listener: UnixListener,
+    path: PathBuf,
+    inode: (u64, u64),
+    lock: Option<(File, PathBuf)>,
+}
+
+impl Endpoint {
+    /// Takes `path`: a stale socket file is replaced, a live engine is an error. A lock file beside it makes this
+    /// exclusive; the socket appears by rename, already listening, so that nobody sees it refuse.
+    pub fn bind(path: &Path) -> Result<Endpoint, BindError> {
+        let io = |e| BindError::Io(path.into(), e);
+        let path = &std::path::absolute(path).map_err(io)?;
+        let mut temporary = path.clone().into_os_string();
+        temporary.push(format!(".{}", std::process::id()));
+        if temporary.len() > 107 {
+            return Err(BindError::TooLong(path.into()));
+        }
+        ensure_parent(path).map_err(io)?;
+        let lock = take_lock(path).map_err(io)?.ok_or_else(|| BindError::InUse(path.into()))?;
+        match fs::symlink_metadata(path) {
+            Ok(meta) if rustix::fs::FileType::from_raw_mode(meta.mode()) != rustix::fs::FileType::Socket => {
+                return Err(BindError::NotASocket(path.into()));
+            }
+            // Somebody who does not know of the lock may listen there all the same.
+            Ok(_) if UnixStream::connect(path).is_ok() => return Err(BindError::InUse(path.into())),
+            _ => {}
+        }
+        let temporary = PathBuf::from(temporary);
+        let _ = fs::remove_file(&temporary);
+        let made = || -> io::Result<(UnixListener, (u64, u64))> {
+            let listener = UnixListener::bind(&temporary)?;
+            listener.set_nonblocking(true)?;
+            // Who may do what is decided by peer credentials and tokens, not by the file.
+            fs::set_permissions(&temporary, fs::Permissions::from_mode(0o666))?;
+            let meta = fs::symlink_metadata(&temporary)?;
+            fs::rename(&temporary, path)?;
+            Ok((listener, (meta.dev(), meta.ino())))
+        };
+        let (listener, inode) = made().map_err(|e| {
+            let _ = fs::remove_file(&temporary);
+            io(e)
+        })?;
+        Ok(Endpoint { listener, path: path.into(), inode, lock: Some(lock) })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        // Only our own file: somebody may have removed it and started another engine.
+        if fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.inode) {
+            let _ = fs::remove_file(&self.path);
+        }
+        if let Some((_held, path)) = &self.lock {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Takes the lock of `path`, or says `None` when a live process has it.
+fn take_lock(path: &Path) -> io::Result<Option<(File, PathBuf)>> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    let name = PathBuf::from(name);
+    loop {
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&name)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(e) => return Err(e.into()),
+        }
+        // The last holder removes the file: what we locked must still be what the name means.
+        let ours = file.metadata()?;
+        if fs::metadata(&name).is_ok_and(|m| (m.dev(), m.ino()) == (ours.dev(), ours.ino())) {
+            return Ok(Some((file, name)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scratch(name: &str) -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("netkernel-test-{}-{name}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        dir
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let dir = scratch("stale");
+        let path = dir.join("e.sock");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "std leaves the file: this is the stale one");
+        let endpoint = Endpoint::bind(&path).unwrap();
+        assert!(matches!(Endpoint::bind(&path), Err(BindError::InUse(_))));
+        UnixStream::connect(&path).unwrap();
+        drop(endpoint);
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 0, "socket and lock are gone");
+        fs::remove_dir(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_live_socket_without_a_lock_is_respected() {
+        let dir = scratch("live");
+        let path = dir.join("e.sock");
+        let _other = UnixListener::bind(&path).unwrap();
+        assert!(matches!(Endpoint::bind(&path), Err(BindError::InUse(_))));
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_no_socket_is_not_touched() {
+        let dir = scratch("file");
+        let path = dir.join("notes.txt");
+        fs::write(&path, "mine").unwrap();
+        assert!(matches!(Endpoint::bind(&path), Err(BindError::NotASocket(_))));
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_long_path_is_an_error_of_its_own() {
+        let path = PathBuf::from(format!("/tmp/{}", "x".repeat(120)));
+        assert!(matches!(Endpoint::bind(&path), Err(BindError::TooLong(_))));
+    }
+}

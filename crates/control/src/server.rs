@@ -1,0 +1,375 @@
+//! The answering side: a thread per connection, few of them, none for long.
+
+use std::collections::HashMap;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use netkernel_shm::fds;
+use rustix::event::{PollFd, PollFlags, poll};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::peer::{Peer, peer_of};
+use crate::proto::{Envelope, MAX_REQUEST_BYTES, Reply};
+use crate::{
+    ApiError, Attached, Endpoint, ErrorCode, NsmInfo, PROTOCOL_VERSION, Request, SocketInfo, Status,
+    VersionInfo, parse_token, token_hex,
+};
+
+/// Connections at a time, in all and of one user who is neither the engine's nor root.
+const MAX_CONNECTIONS: usize = 256;
+const MAX_CONNECTIONS_PER_USER: usize = 32;
+/// A request must be complete this long after its connection or the last reply.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a guest gets.
+#[derive(Debug)]
+pub struct Grant {
+    pub id: u32,
+    pub token: [u8; 16],
+    pub region: OwnedFd,
+    pub channel: OwnedFd,
+    pub doorbell: OwnedFd,
+}
+
+/// What the control server needs of an engine. Permissions are checked before these are called.
+pub trait EngineApi: Send + Sync {
+    fn version(&self) -> VersionInfo;
+    fn create_guest(
+        &self,
+        name: Option<String>,
+        stack: Option<String>,
+        peer: Peer,
+    ) -> Result<Grant, ApiError>;
+    fn attach(&self, token: [u8; 16]) -> Result<Grant, ApiError>;
+    fn status(&self) -> Status;
+    fn stacks(&self) -> Vec<NsmInfo>;
+    fn sockets(&self, guest: u32) -> Result<Vec<SocketInfo>, ApiError>;
+    fn end_guest(&self, guest: u32) -> Result<(), ApiError>;
+    /// Asks the engine's process to end; returns at once.
+    fn stop(&self);
+}
+
+/// Who may do what. The engine's own user and root may do everything.
+#[derive(Clone, Debug, Default)]
+pub struct Access {
+    /// The engine's user.
+    pub owner: u32,
+    /// Others who may create guests, and see and end their own.
+    pub users: Vec<u32>,
+    pub everybody: bool,
+}
+
+impl Access {
+    pub fn is_operator(&self, uid: u32) -> bool {
+        uid == self.owner || uid == 0
+    }
+
+    pub fn may_create(&self, uid: u32) -> bool {
+        self.is_operator(uid) || self.everybody || self.users.contains(&uid)
+    }
+}
+
+/// A running control server. Dropping it closes the endpoint; replies under way are finished.
+#[derive(Debug)]
+pub struct Server {
+    stop: OwnedFd,
+    acceptor: Option<thread::JoinHandle<()>>,
+}
+
+impl Server {
+    pub fn start(endpoint: Endpoint, api: Arc<dyn EngineApi>, access: Access) -> io::Result<Server> {
+        let stop = fds::eventfd()?;
+        let stopped = stop.try_clone()?;
+        let acceptor = thread::Builder::new().name("control".into()).spawn(move || {
+            let shared = Arc::new(Shared { api, access, open: Mutex::new(Open::default()) });
+            accept_loop(&endpoint, &stopped, &shared);
+        })?;
+        Ok(Server { stop, acceptor: Some(acceptor) })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        if let Some(acceptor) = self.acceptor.take() {
+            let _ = acceptor.join();
+        }
+    }
+}
+
+struct Shared {
+    api: Arc<dyn EngineApi>,
+    access: Access,
+    open: Mutex<Open>,
+}
+
+#[derive(Default)]
+struct Open {
+    all: usize,
+    by_user: HashMap<u32, usize>,
+}
+
+/// A connection's place in the count.
+struct Place {
+    shared: Arc<Shared>,
+    uid: u32,
+}
+
+impl Shared {
+    fn take_place(self: &Arc<Self>, uid: u32) -> Option<Place> {
+        let mut open = self.open.lock().unwrap_or_else(|e| e.into_inner());
+        let operator = self.access.is_operator(uid);
+        let of_user = open.by_user.get(&uid).copied().unwrap_or(0);
+        // The operator always gets in: nobody else can take the last places.
+        if !operator && (open.all >= MAX_CONNECTIONS || of_user >= MAX_CONNECTIONS_PER_USER) {
+            return None;
+        }
+        if of_user >= MAX_CONNECTIONS {
+            return None;
+        }
+        open.all += 1;
+        *open.by_user.entry(uid).or_default() += 1;
+        Some(Place { shared: self.clone(), uid })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut open = self.shared.open.lock().unwrap_or_else(|e| e.into_inner());
+        open.all -= 1;
+        if let Some(count) = open.by_user.get_mut(&self.uid) {
+            *count -= 1;
+            if *count == 0 {
+                open.by_user.remove(&self.uid);
+            }
+        }
+    }
+}
+
+fn accept_loop(endpoint: &Endpoint, stopped: &OwnedFd, shared: &Arc<Shared>) {
+    loop {
+        let mut waiting =
+            [PollFd::new(endpoint.listener(), PollFlags::IN), PollFd::new(stopped, PollFlags::IN)];
+        match poll(&mut waiting, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => {
+                eprintln!("netkernel: control socket: poll: {e}; no more requests are taken");
+                return;
+            }
+        }
+        if waiting[1].revents().contains(PollFlags::IN) {
+            return;
+        }
+        match endpoint.listener().accept() {
+            Ok((stream, _)) => serve_on_thread(stream, shared),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => {
+                // Out of descriptors or memory: the connection waits in the backlog; do not spin on it.
+                eprintln!("netkernel: control socket: accept: {e}");
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+}
+
+fn serve_on_thread(stream: UnixStream, shared: &Arc<Shared>) {
+    let Ok(peer) = peer_of(&stream) else { return };
+    let _ = stream.set_nonblocking(false);
+    let Some(place) = shared.take_place(peer.uid) else {
+        let _ = stream.set_write_timeout(Some(Duration::from_millis(10)));
+        let error =
+            ApiError::new(ErrorCode::Limit, "the engine serves too many control connections: try again");
+        let _ = send_reply(&stream, &error_reply(error), &[]);
+        return;
+    };
+    let started =
+        thread::Builder::new().name("control-client".into()).stack_size(256 * 1024).spawn(move || {
+            let shared = place.shared.clone();
+            let _ = serve(&stream, peer, &shared);
+            drop(place);
+        });
+    if let Err(e) = started {
+        eprintln!("netkernel: control socket: no thread for a connection: {e}");
+    }
+}
+
+fn serve(stream: &UnixStream, peer: Peer, shared: &Shared) -> io::Result<()> {
+    stream.set_write_timeout(Some(REQUEST_TIMEOUT))?;
+    let mut buffer = Vec::new();
+    while let Some(line) = read_line(stream, &mut buffer)? {
+        let line = match line {
+            Line::Complete(line) => line,
+            Line::TooLong => {
+                let error = ApiError::new(
+                    ErrorCode::BadRequest,
+                    format!("a request is at most {MAX_REQUEST_BYTES} bytes long"),
+                );
+                return send_reply(stream, &error_reply(error), &[]);
+            }
+        };
+        let (reply, grant) = match answer(&line, peer, shared) {
+            Ok((value, grant)) => (Reply { version: PROTOCOL_VERSION, ok: Some(value), error: None }, grant),
+            Err(error) => (error_reply(error), None),
+        };
+        match &grant {
+            Some(g) => {
+                let fds = [g.region.as_raw_fd(), g.channel.as_raw_fd(), g.doorbell.as_raw_fd()];
+                send_reply(stream, &reply, &fds)?;
+            }
+            None => send_reply(stream, &reply, &[])?,
+        }
+    }
+    Ok(())
+}
+
+enum Line {
+    Complete(Vec<u8>),
+    TooLong,
+}
+
+/// The next line, or `None` at the end of the stream. Descriptors that a client sends are dropped by the kernel.
+fn read_line(mut stream: &UnixStream, buffer: &mut Vec<u8>) -> io::Result<Option<Line>> {
+    let deadline = Instant::now() + REQUEST_TIMEOUT;
+    let mut chunk = [0; 4096];
+    loop {
+        if let Some(end) = buffer.iter().position(|&b| b == b'\n') {
+            let rest = buffer.split_off(end + 1);
+            let line = std::mem::replace(buffer, rest);
+            return Ok(Some(Line::Complete(line)));
+        }
+        if buffer.len() >= MAX_REQUEST_BYTES {
+            return Ok(Some(Line::TooLong));
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut chunk) {
+            Ok(0) => return Ok(None),
+            Ok(n) => buffer.extend_from_slice(&chunk[..n]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+fn send_reply(mut stream: &UnixStream, reply: &Reply, descriptors: &[RawFd]) -> io::Result<()> {
+    let mut line = serde_json::to_vec(reply)?;
+    line.push(b'\n');
+    let mut sent = 0;
+    if !descriptors.is_empty() {
+        sent = fds::send(stream.as_raw_fd(), &line, descriptors, 0)?;
+    }
+    stream.write_all(&line[sent..])
+}
+
+fn error_reply(error: ApiError) -> Reply {
+    Reply { version: PROTOCOL_VERSION, ok: None, error: Some(error) }
+}
+
+fn answer(line: &[u8], peer: Peer, shared: &Shared) -> Result<(Value, Option<Grant>), ApiError> {
+    let request = parse(line)?;
+    let Shared { api, access, .. } = shared;
+    let operator = access.is_operator(peer.uid);
+    match request {
+        Request::Version => done(&api.version()),
+        Request::CreateGuest { name, stack } => {
+            if !access.may_create(peer.uid) {
+                return Err(denied(format!(
+                    "uid {} may not create guests on this engine: ask its operator to list you in allow_users, or start \
+                     a private engine with `netkernel run --private`",
+                    peer.uid
+                )));
+            }
+            granted(api.create_guest(name, stack, peer)?)
+        }
+        Request::Attach { token } => {
+            let token = parse_token(&token)
+                .ok_or_else(|| ApiError::new(ErrorCode::BadToken, "a token is 32 hexadecimal digits"))?;
+            granted(api.attach(token)?)
+        }
+        Request::Status => {
+            let mut status = api.status();
+            status.guests.retain(|g| operator || g.uid == peer.uid);
+            done(&status)
+        }
+        Request::Stacks => done(&api.stacks()),
+        Request::Sockets { guest } => {
+            let mut found = Vec::new();
+            let mut known = false;
+            for g in api.status().guests {
+                if (operator || g.uid == peer.uid) && guest.is_none_or(|id| id == g.id) {
+                    known = true;
+                    match api.sockets(g.id) {
+                        Ok(sockets) => found.extend(sockets),
+                        // It ended in between.
+                        Err(e) if e.code == ErrorCode::UnknownGuest => {}
+                        Err(e) => return Err(e),
+                    }
+                }
+            }
+            match guest {
+                Some(id) if !known => Err(unknown_guest(id)),
+                _ => done(&found),
+            }
+        }
+        Request::EndGuest { guest } => {
+            let known = api.status().guests.iter().any(|g| g.id == guest && (operator || g.uid == peer.uid));
+            if !known {
+                return Err(unknown_guest(guest));
+            }
+            api.end_guest(guest)?;
+            done(&())
+        }
+        Request::Stop => {
+            if !operator {
+                return Err(denied("only the engine's user and root may stop it".into()));
+            }
+            api.stop();
+            done(&())
+        }
+    }
+}
+
+fn parse(line: &[u8]) -> Result<Request, ApiError> {
+    let value: Value = serde_json::from_slice(line)
+        .map_err(|e| ApiError::new(ErrorCode::BadRequest, format!("a request is one line of JSON: {e}")))?;
+    let version = value.get("version").and_then(Value::as_u64);
+    if version != Some(u64::from(PROTOCOL_VERSION)) {
+        let got = version.map_or("none".into(), |v| v.to_string());
+        return Err(ApiError::new(
+            ErrorCode::Version,
+            format!(
+                "the engine speaks version {PROTOCOL_VERSION} of the control protocol, the request says {got}"
+            ),
+        ));
+    }
+    let envelope: Envelope = serde_json::from_value(value)
+        .map_err(|e| ApiError::new(ErrorCode::BadRequest, format!("no such request: {e}")))?;
+    Ok(envelope.request)
+}
+
+fn done<T: Serialize>(value: &T) -> Result<(Value, Option<Grant>), ApiError> {
+    let value = serde_json::to_value(value).map_err(|e| ApiError::new(ErrorCode::Engine, e.to_string()))?;
+    Ok((value, None))
+}
+
+fn granted(grant: Grant) -> Result<(Value, Option<Grant>), ApiError> {
+    let (value, _) = done(&Attached { id: grant.id, token: token_hex(&grant.token) })?;
+    Ok((value, Some(grant)))
+}
+
+fn denied(message: String) -> ApiError {
+    ApiError::new(ErrorCode::Permission, message)
+}
+
+/// The same words for a guest that is not there and one of somebody else.
+fn unknown_guest(id: u32) -> ApiError {
+    ApiError::new(ErrorCode::UnknownGuest, format!("no guest {id}: `netkernel ps` lists them"))
+}
