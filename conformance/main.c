@@ -390,18 +390,20 @@ size_t fill_sndbuf(int fd)
 {
     static char b[65536];
     size_t total = 0;
-    for (;;) {
+    for (int full = 0; full < 2;) {
         ssize_t r = send(fd, b, sizeof b, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (r >= 0) {
             total += r;
-            continue;
+            full = 0;
+        } else {
+            if (errno != EAGAIN)
+                OK(r);
+            /* The peer's buffer may still be taking some: settle. */
+            full++;
+            nap(30);
         }
-        if (errno != EAGAIN)
-            OK(r);
-        /* The peer's buffer may still be taking some: settle. */
-        if (!poll_ms(fd, POLLOUT, 50))
-            return total;
     }
+    return total;
 }
 
 void stream_send(int fd, uint64_t n, uint64_t seed, size_t max_chunk)
