@@ -24,6 +24,11 @@ pub fn runtime_dir() -> RuntimeDir {
     }
 }
 
+/// Where private engines go when the runtime directory cannot be written.
+pub fn fallback_dir() -> RuntimeDir {
+    RuntimeDir(format!("/tmp/netkernel-{}", rustix::process::geteuid().as_raw()).into())
+}
+
 /// Where this user's `netkernel up` listens and `netkernel run` looks.
 pub fn default_socket() -> PathBuf {
     let dir = runtime_dir().0;
@@ -39,6 +44,10 @@ impl RuntimeDir {
     /// Makes the directory if it is ours to make, and refuses one that another user prepared for us.
     pub fn ensure(&self) -> io::Result<()> {
         ensure_parent(&self.0.join("x"))
+    }
+
+    pub fn is_writable(&self) -> bool {
+        rustix::fs::access(&self.0, rustix::fs::Access::WRITE_OK).is_ok()
     }
 
     /// Where the private engine with this unique tag listens.
