@@ -390,7 +390,7 @@ size_t fill_sndbuf(int fd)
 {
     static char b[65536];
     size_t total = 0;
-    for (int full = 0; full < 2;) {
+    for (int full = 0; full < 12;) {
         ssize_t r = send(fd, b, sizeof b, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (r >= 0) {
             total += r;
@@ -398,9 +398,10 @@ size_t fill_sndbuf(int fd)
         } else {
             if (errno != EAGAIN)
                 OK(r);
-            /* The peer's buffer may still be taking some: settle. */
+            /* Delayed acknowledgements and window probes (at 40 and 200 ms on
+             * Linux) still move some into the peer's buffer: settle. */
             full++;
-            nap(30);
+            nap(50);
         }
     }
     return total;
