@@ -1,1 +1,158 @@
-fn main() {}
+//! The project's own commands. `cargo xtask ci` is what CI runs and what you run: every step with a time limit, and in the
+//! end one line that counts what passed and what failed.
+#![forbid(unsafe_code)]
+
+mod conformance;
+mod step;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+use step::{Tally, run, run_counted};
+
+const USAGE: &str = "usage: cargo xtask COMMAND
+  ci [--skip-deps]     everything below but bench, in order
+  deps                 install what building and testing need (Debian, as root)
+  lint                 cargo fmt --check, cargo clippy -D warnings
+  build                release build
+  test                 cargo test --workspace (release profile)
+  conformance [CASE..] the socket test program, natively and under NetKernel, compared line by line
+  apps [ARGS..]        unmodified programs
+  bench [ARGS..]       netkernel bench";
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match command(&arguments) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs one command; whether all went well.
+fn command(arguments: &[String]) -> Result<bool> {
+    let Some((name, rest)) = arguments.split_first() else { bail!("{USAGE}") };
+    std::env::set_current_dir(root()).context("cannot enter the repository")?;
+    let tally = match name.as_str() {
+        "ci" => return ci(rest),
+        "deps" => deps()?,
+        "lint" => lint()?,
+        "build" => build()?,
+        "test" => build()?.and(test()?),
+        "conformance" => build()?.and(conformance::compare(rest)?),
+        "apps" => build()?.and(apps(rest)?),
+        "bench" => build()?.and(bench(rest)?),
+        _ => bail!("there is no command '{name}'\n{USAGE}"),
+    };
+    println!("{tally}");
+    Ok(tally.failed == 0)
+}
+
+type Step = (&'static str, Box<dyn FnOnce() -> Result<Tally>>);
+
+fn ci(arguments: &[String]) -> Result<bool> {
+    let mut steps: Vec<Step> = Vec::new();
+    if !arguments.iter().any(|a| a == "--skip-deps") {
+        steps.push(("deps", Box::new(deps)));
+    }
+    steps.push(("lint", Box::new(lint)));
+    steps.push(("build", Box::new(build)));
+    steps.push(("test", Box::new(test)));
+    steps.push(("conformance", Box::new(|| conformance::compare(&[]))));
+    steps.push(("apps", Box::new(|| apps(&[]))));
+
+    let started = Instant::now();
+    let mut summary = Vec::new();
+    let mut total = Tally::default();
+    for (name, step) in steps {
+        println!("\n=== {name}");
+        let began = Instant::now();
+        let tally = step().unwrap_or_else(|error| {
+            println!("{error:#}");
+            Tally::of_one(false)
+        });
+        summary.push(format!("{name:12} {:7.1} s   {tally}", began.elapsed().as_secs_f32()));
+        println!("=== {}", summary[summary.len() - 1]);
+        let built = name != "build" || tally.failed == 0;
+        total = total.and(tally);
+        if !built {
+            println!("the rest needs the build and was left out");
+            break;
+        }
+    }
+    println!("\n=== summary ({:.0} s)", started.elapsed().as_secs_f32());
+    summary.iter().for_each(|line| println!("{line}"));
+    if total.known > 0 {
+        println!(
+            "ATTENTION: {} known differences from the plain kernel, see conformance/expected-differences.txt",
+            total.known
+        );
+    }
+    println!("{} passed, {} failed", total.passed, total.failed);
+    Ok(total.failed == 0)
+}
+
+fn deps() -> Result<Tally> {
+    if !Path::new("/etc/debian_version").exists() {
+        println!("not Debian: install what scripts/deps names by hand");
+        return Ok(Tally::default());
+    }
+    run(Command::new("scripts/deps"), 10 * MINUTE)
+}
+
+fn lint() -> Result<Tally> {
+    let format = run(cargo(&["fmt", "--all", "--check"]), 2 * MINUTE)?;
+    let clippy =
+        cargo(&["clippy", "--workspace", "--all-targets", "--release", "--quiet", "--", "-D", "warnings"]);
+    Ok(format.and(run(clippy, 10 * MINUTE)?))
+}
+
+fn build() -> Result<Tally> {
+    run(cargo(&["build", "--workspace", "--release"]), 15 * MINUTE)
+}
+
+fn test() -> Result<Tally> {
+    run_counted(
+        cargo(&["test", "--workspace", "--release", "--no-fail-fast"]),
+        15 * MINUTE,
+        step::count_tests,
+    )
+}
+
+fn apps(arguments: &[String]) -> Result<Tally> {
+    let mut command = Command::new(artifact("apps"));
+    command.args(arguments);
+    run_counted(command, 15 * MINUTE, step::count_last_line)
+}
+
+fn bench(arguments: &[String]) -> Result<Tally> {
+    let mut command = Command::new(artifact("netkernel"));
+    command.arg("bench").args(arguments);
+    run(command, 60 * MINUTE)
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(arguments);
+    command
+}
+
+/// Something that the release build made.
+fn artifact(name: &str) -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| "target".into(), PathBuf::from)
+        .join("release")
+        .join(name)
+}

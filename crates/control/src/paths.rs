@@ -12,8 +12,14 @@ use rustix::fs::{FlockOperation, flock};
 #[derive(Clone, Debug)]
 pub struct RuntimeDir(PathBuf);
 
-/// `/run/netkernel` for root, else `$XDG_RUNTIME_DIR`, else `/tmp/netkernel-UID`.
+/// Replaces the runtime directory.
+pub const RUNTIME_DIR_ENV: &str = "NETKERNEL_RUNTIME_DIR";
+
+/// `$NETKERNEL_RUNTIME_DIR`, else `/run/netkernel` for root, else `$XDG_RUNTIME_DIR`, else `/tmp/netkernel-UID`.
 pub fn runtime_dir() -> RuntimeDir {
+    if let Some(dir) = std::env::var_os(RUNTIME_DIR_ENV) {
+        return RuntimeDir(dir.into());
+    }
     let uid = rustix::process::geteuid().as_raw();
     if uid == 0 {
         return RuntimeDir("/run/netkernel".into());
@@ -32,8 +38,9 @@ pub fn fallback_dir() -> RuntimeDir {
 /// Where this user's `netkernel up` listens and `netkernel run` looks.
 pub fn default_socket() -> PathBuf {
     let dir = runtime_dir().0;
-    let own = dir.starts_with("/run/netkernel") || dir.starts_with("/tmp");
-    dir.join(if own { "engine.sock" } else { "netkernel.sock" })
+    // Others put their files into $XDG_RUNTIME_DIR too.
+    let shared = std::env::var_os("XDG_RUNTIME_DIR").is_some_and(|xdg| xdg == dir);
+    dir.join(if shared { "netkernel.sock" } else { "engine.sock" })
 }
 
 impl RuntimeDir {

@@ -1,0 +1,133 @@
+//! The socket test program: its native output is the expected output.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::step::{Tally, capture, run};
+use crate::{MINUTE, artifact};
+
+const PROGRAM: &str = "conformance/build/socktest";
+const EXPECTED: &str = "conformance/expected-differences.txt";
+
+/// Builds the program, runs it natively and as a guest, and compares line by line.
+pub fn compare(cases: &[String]) -> Result<Tally> {
+    let mut make = Command::new("make");
+    make.args(["-C", "conformance", "--quiet"]);
+    let built = run(make, 5 * MINUTE)?;
+    if built.failed > 0 {
+        return Ok(built);
+    }
+    let mut native = Command::new(PROGRAM);
+    native.arg("run").args(cases);
+    let (_, native) = capture(native, 10 * MINUTE, false)?;
+    let mut served = Command::new(artifact("netkernel"));
+    served
+        .args(["run", "--private", "--stack", "cubic", "--name", "socktest", "--", PROGRAM, "run"])
+        .args(cases);
+    let (_, served) = capture(served, 10 * MINUTE, false)?;
+    let expected = std::fs::read_to_string(EXPECTED).with_context(|| format!("cannot read {EXPECTED}"))?;
+    let report = judge(&parse(&native), &parse(&served), &parse_expected(&expected)?);
+    report.lines.iter().for_each(|line| println!("{line}"));
+    Ok(built.and(report.tally))
+}
+
+type Cases = BTreeMap<String, String>;
+
+/// `NAME: what was seen`.
+fn parse(lines: &[String]) -> Cases {
+    lines
+        .iter()
+        .filter_map(|line| line.split_once(": "))
+        .filter(|(name, _)| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_'))
+        .map(|(name, seen)| (name.to_owned(), seen.trim_end().to_owned()))
+        .collect()
+}
+
+/// `NAME: reason` on each line; `#` begins a comment line.
+fn parse_expected(text: &str) -> Result<Cases> {
+    let mut cases = Cases::new();
+    for (i, line) in text.lines().enumerate() {
+        if line.trim().is_empty() || line.starts_with('#') {
+            continue;
+        }
+        match line.split_once(": ") {
+            Some((name, reason)) if !reason.trim().is_empty() => {
+                cases.insert(name.trim().to_owned(), reason.trim().to_owned());
+            }
+            _ => bail!("{EXPECTED}, line {}: write `CASE: reason`", i + 1),
+        }
+    }
+    Ok(cases)
+}
+
+struct Report {
+    tally: Tally,
+    lines: Vec<String>,
+}
+
+fn judge(native: &Cases, served: &Cases, expected: &Cases) -> Report {
+    let mut tally = Tally::default();
+    let mut lines = Vec::new();
+    if native.is_empty() {
+        tally.failed += 1;
+        lines.push("the native run printed no case".into());
+    }
+    for (name, want) in native {
+        let got = served.get(name).map_or("(no line)", String::as_str);
+        let native_is_good = !["FAIL", "HANG", "SIGNAL"].iter().any(|bad| want.starts_with(bad));
+        if !native_is_good {
+            tally.failed += 1;
+            lines.push(format!("NATIVE {name}: {want}"));
+        } else if got == want {
+            tally.passed += 1;
+            if let Some(reason) = expected.get(name) {
+                lines.push(format!(
+                    "NOTE   {name}: as on the plain kernel now; was expected to differ: {reason}"
+                ));
+            }
+        } else if let Some(reason) = expected.get(name) {
+            tally.known += 1;
+            lines.push(format!("KNOWN  {name}: {reason}\n         native: {want}\n         served: {got}"));
+        } else {
+            tally.failed += 1;
+            lines.push(format!("DIFFER {name}\n         native: {want}\n         served: {got}"));
+        }
+    }
+    for name in served.keys().filter(|name| !native.contains_key(*name)) {
+        tally.failed += 1;
+        lines.push(format!("DIFFER {name}: only when served"));
+    }
+    lines.push(format!("conformance: {tally}"));
+    Report { tally, lines }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cases(text: &str) -> Cases {
+        parse(&text.lines().map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn lines_are_compared() {
+        let native = cases("a: ok 1\nb: ok\nc: ok IN|OUT\nd: FAIL x.c:3 got 1\ne: ok\n12 cases in 3 s: good");
+        let served = cases("a: ok 1\nb: FAIL y\nc: ok IN\nd: ok\nf: ok");
+        let expected = parse_expected("# why\n\nc: the order of events differs\na: was different\n").unwrap();
+        let report = judge(&native, &served, &expected);
+        assert_eq!(report.tally, Tally { passed: 1, failed: 4, known: 1 }, "{:#?}", report.lines);
+    }
+
+    #[test]
+    fn a_difference_needs_a_reason() {
+        assert!(parse_expected("accept_queue\n").is_err());
+        assert!(parse_expected("accept_queue: \n").is_err());
+    }
+
+    #[test]
+    fn nothing_is_not_a_success() {
+        assert_eq!(judge(&Cases::new(), &Cases::new(), &Cases::new()).tally.failed, 1);
+    }
+}
