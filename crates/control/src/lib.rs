@@ -21,7 +21,9 @@ mod proto;
 mod server;
 
 pub use client::{Client, ClientError};
-pub use paths::{BindError, Endpoint, RUNTIME_DIR_ENV, RuntimeDir, default_socket, fallback_dir, runtime_dir};
+pub use paths::{
+    BindError, Endpoint, RUNTIME_DIR_ENV, RuntimeDir, default_socket, fallback_dir, runtime_dir,
+};
 pub use peer::{Peer, peer_of};
 pub use proto::{
     ApiError, Attached, ErrorCode, GuestInfo, NsmInfo, PROTOCOL_VERSION, Request, SocketInfo, Status,

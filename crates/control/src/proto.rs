@@ -123,6 +123,9 @@ pub struct Status {
     pub private: bool,
     pub uptime_seconds: u64,
     pub guests: Vec<GuestInfo>,
+    /// Everything else that the engine counts.
+    #[serde(flatten)]
+    pub details: serde_json::Map<String, Value>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
