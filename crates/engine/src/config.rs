@@ -1,0 +1,143 @@
+use std::os::fd::OwnedFd;
+
+use netkernel_abi::Limits;
+use netkernel_shm::HugePages;
+
+use crate::StackKinds;
+
+/// A network stack module: a stack and how it is set up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NsmConfig {
+    /// What guests ask for.
+    pub name: String,
+    /// Kind of stack, see [`StackKinds`]: `kernel`.
+    pub stack: String,
+    /// Congestion control of every TCP socket; `None`: the namespace's default.
+    pub congestion_control: Option<String>,
+    /// Network namespace: a name in `/run/netns`, or a path. `None`: the engine's own.
+    pub netns: Option<String>,
+}
+
+impl NsmConfig {
+    /// The host's kernel as it is.
+    pub fn kernel(name: &str, congestion_control: Option<&str>) -> NsmConfig {
+        NsmConfig {
+            name: name.into(),
+            stack: "kernel".into(),
+            congestion_control: congestion_control.map(str::to_owned),
+            netns: None,
+        }
+    }
+}
+
+#[derive(Clone)]
+pub struct EngineConfig {
+    pub nsms: Vec<NsmConfig>,
+    pub switch_threads: usize,
+    /// How long a switch thread polls, at most, before it sleeps; also advised to guests. Microseconds.
+    pub spin_us: u64,
+    /// Sizes of a guest's region unless its [`GuestSpec`] says otherwise.
+    pub limits: Limits,
+    pub huge_pages: HugePages,
+    pub max_guests: usize,
+    /// How stacks are made.
+    pub kinds: StackKinds,
+}
+
+impl EngineConfig {
+    /// NSM `kernel` (the host's default congestion control) and one for each congestion control that the host offers.
+    pub fn default_catalog() -> Vec<NsmConfig> {
+        let mut nsms = vec![NsmConfig::kernel("kernel", None)];
+        for cc in netkernel_stack_kernel::available_congestion_controls() {
+            nsms.push(NsmConfig::kernel(&cc, Some(&cc)));
+        }
+        nsms
+    }
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        EngineConfig {
+            nsms: EngineConfig::default_catalog(),
+            switch_threads: 1,
+            spin_us: 50,
+            limits: Limits::default(),
+            huge_pages: HugePages::Off,
+            max_guests: 1024,
+            kinds: StackKinds::default(),
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct GuestSpec {
+    /// For people; need not be unique.
+    pub name: String,
+    /// Name of an NSM; empty: the first one of the catalog.
+    pub stack: String,
+    /// Who asked.
+    pub pid: i32,
+    pub uid: u32,
+    /// `None`: the engine's.
+    pub limits: Option<Limits>,
+    pub huge_pages: Option<HugePages>,
+}
+
+/// What a guest's first process needs. All descriptors are close-on-exec.
+#[derive(Debug)]
+pub struct GuestFds {
+    pub id: u32,
+    /// The right to attach to this guest ([`crate::Engine::attach`]).
+    pub token: [u8; 16],
+    pub region: OwnedFd,
+    pub channel: OwnedFd,
+    pub doorbell: OwnedFd,
+}
+
+/// Why the engine could not do it. The text says what to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EngineError {
+    /// The configuration cannot work.
+    Config(String),
+    UnknownStack {
+        name: String,
+        known: Vec<String>,
+    },
+    /// The stack is configured but cannot be used on this host.
+    StackUnavailable {
+        name: String,
+        reason: String,
+    },
+    UnknownGuest(u32),
+    /// No guest has this token.
+    BadToken,
+    TooManyGuests(usize),
+    /// The host lacks something.
+    Resource(String),
+    /// The engine is being ended.
+    Stopped,
+}
+
+impl std::fmt::Display for EngineError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            EngineError::Config(text) | EngineError::Resource(text) => f.write_str(text),
+            EngineError::UnknownStack { name, known } => {
+                write!(f, "there is no stack `{name}`; this engine offers: {}", known.join(", "))
+            }
+            EngineError::StackUnavailable { name, reason } => {
+                write!(f, "stack `{name}` cannot be used here: {reason}")
+            }
+            EngineError::UnknownGuest(id) => write!(f, "there is no guest {id}"),
+            EngineError::BadToken => {
+                write!(f, "no guest has this token: it is over, or belongs to another engine")
+            }
+            EngineError::TooManyGuests(max) => {
+                write!(f, "the engine serves {max} guests already: end one, or raise max_guests")
+            }
+            EngineError::Stopped => write!(f, "the engine is being ended"),
+        }
+    }
+}
+
+impl std::error::Error for EngineError {}

@@ -1,0 +1,436 @@
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use netkernel_shm::{Region, fds};
+
+use crate::status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
+use crate::worker::{NewGuest, Worker};
+use crate::{EngineConfig, EngineError, GuestFds, GuestSpec};
+
+/// How long a control call waits for a switch thread, which answers within a turn unless the machine stands still.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// The per-host daemon's core. See the crate's documentation.
+pub struct Engine {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// What control threads and switch threads share; never touched on the data path.
+pub(crate) struct Shared {
+    pub config: EngineConfig,
+    started: Instant,
+    registry: Mutex<Registry>,
+    changed: Condvar,
+    workers: Vec<Link>,
+    stopping: AtomicBool,
+    pub counters: SharedCounters,
+}
+
+#[derive(Default)]
+pub(crate) struct SharedCounters {
+    created: AtomicU64,
+    over: AtomicU64,
+    pub violations: AtomicU64,
+    pub turns: AtomicU64,
+    pub sleeps: AtomicU64,
+    pub doorbells: AtomicU64,
+    pub wakes: AtomicU64,
+}
+
+#[derive(Default)]
+struct Registry {
+    guests: HashMap<u32, Registered>,
+    tokens: HashMap<[u8; 16], u32>,
+    last_id: u32,
+}
+
+struct Registered {
+    token: [u8; 16],
+    name: String,
+    nsm: usize,
+    pid: i32,
+    uid: u32,
+    created: Instant,
+    worker: usize,
+    region: OwnedFd,
+    doorbell: OwnedFd,
+}
+
+/// The way to a switch thread.
+pub(crate) struct Link {
+    commands: Mutex<VecDeque<Command>>,
+    pub wake: OwnedFd,
+}
+
+pub(crate) enum Command {
+    Add(Box<NewGuest>, Sender<Result<(), EngineError>>),
+    /// One more channel of a guest, the engine's end.
+    Channel(u32, OwnedFd, Sender<Result<(), EngineError>>),
+    End(u32),
+    Status(Sender<Vec<GuestStatus>>),
+    Sockets(u32, Sender<Vec<SocketStatus>>),
+    Stop,
+}
+
+impl Link {
+    fn new() -> io::Result<Link> {
+        Ok(Link { commands: Mutex::default(), wake: fds::eventfd()? })
+    }
+
+    fn send(&self, command: Command) {
+        lock(&self.commands).push_back(command);
+        write_eventfd(self.wake.as_raw_fd());
+    }
+
+    pub fn take(&self) -> VecDeque<Command> {
+        std::mem::take(&mut *lock(&self.commands))
+    }
+}
+
+pub(crate) fn write_eventfd(fd: i32) {
+    let one = 1u64;
+    // SAFETY: eight bytes, valid for reads.
+    unsafe { libc::write(fd, (&raw const one).cast(), 8) };
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Engine {
+    /// Starts the switch threads.
+    pub fn start(config: EngineConfig) -> Result<Arc<Engine>, EngineError> {
+        if config.nsms.is_empty() {
+            return Err(EngineError::Config("no stack is configured: add at least one [[nsm]]".into()));
+        }
+        for (i, nsm) in config.nsms.iter().enumerate() {
+            if config.nsms[..i].iter().any(|other| other.name == nsm.name) {
+                return Err(EngineError::Config(format!("two stacks have the name `{}`", nsm.name)));
+            }
+        }
+        if config.switch_threads == 0 || config.switch_threads > 256 {
+            return Err(EngineError::Config("switch_threads must be 1 to 256".into()));
+        }
+        netkernel_abi::Layout::new(config.limits).map_err(|e| EngineError::Config(e.to_string()))?;
+        raise_descriptor_limit();
+        let resource = |e: io::Error| EngineError::Resource(format!("the engine cannot start: {e}"));
+        let workers: Vec<Link> =
+            (0..config.switch_threads).map(|_| Link::new()).collect::<Result<_, _>>().map_err(resource)?;
+        let shared = Arc::new(Shared {
+            config,
+            started: Instant::now(),
+            registry: Mutex::default(),
+            changed: Condvar::new(),
+            workers,
+            stopping: AtomicBool::new(false),
+            counters: SharedCounters::default(),
+        });
+        let mut threads = Vec::new();
+        for index in 0..shared.workers.len() {
+            let worker = Worker::new(Arc::clone(&shared), index).map_err(resource)?;
+            let thread = std::thread::Builder::new()
+                .name(format!("nk-switch-{index}"))
+                .spawn(move || worker.run())
+                .map_err(resource)?;
+            threads.push(thread);
+        }
+        Ok(Arc::new(Engine { shared, threads: Mutex::new(threads) }))
+    }
+
+    /// Makes a guest. It lives as long as a process holds its channel, or one of its sockets is open.
+    pub fn create_guest(&self, spec: GuestSpec) -> Result<GuestFds, EngineError> {
+        let shared = &*self.shared;
+        self.running()?;
+        let config = &shared.config;
+        let nsm = if spec.stack.is_empty() {
+            Some(0)
+        } else {
+            config.nsms.iter().position(|nsm| nsm.name == spec.stack)
+        };
+        let nsm = nsm.ok_or_else(|| EngineError::UnknownStack {
+            name: spec.stack.clone(),
+            known: config.nsms.iter().map(|nsm| nsm.name.clone()).collect(),
+        })?;
+        config.kinds.check(&config.nsms[nsm]).map_err(|reason| EngineError::StackUnavailable {
+            name: config.nsms[nsm].name.clone(),
+            reason,
+        })?;
+        let id = {
+            let mut registry = lock(&shared.registry);
+            if registry.guests.len() >= config.max_guests {
+                return Err(EngineError::TooManyGuests(config.max_guests));
+            }
+            registry.last_id += 1;
+            registry.last_id
+        };
+        let limits = spec.limits.unwrap_or(config.limits);
+        let huge = spec.huge_pages.unwrap_or(config.huge_pages);
+        let spin_ns = u32::try_from(config.spin_us.saturating_mul(1000)).unwrap_or(u32::MAX);
+        let region =
+            Region::create(limits, id, spin_ns, huge).map_err(|e| EngineError::Resource(e.to_string()))?;
+        let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a new guest: {e}"));
+        let (channel_ours, channel_theirs) = channel_pair().map_err(resource)?;
+        let doorbell = fds::eventfd().map_err(resource)?;
+        // SAFETY: the region owns its descriptor and lives during this statement.
+        let region_fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(region.fd()) };
+        let fds = GuestFds {
+            id,
+            token: random_token().map_err(resource)?,
+            region: region_fd.try_clone_to_owned().map_err(resource)?,
+            channel: channel_theirs,
+            doorbell: doorbell.try_clone().map_err(resource)?,
+        };
+        let worker = id as usize % shared.workers.len();
+        let registered = Registered {
+            token: fds.token,
+            name: spec.name,
+            nsm,
+            pid: spec.pid,
+            uid: spec.uid,
+            created: Instant::now(),
+            worker,
+            region: region_fd.try_clone_to_owned().map_err(resource)?,
+            doorbell: doorbell.try_clone().map_err(resource)?,
+        };
+        {
+            let mut registry = lock(&shared.registry);
+            registry.tokens.insert(fds.token, id);
+            registry.guests.insert(id, registered);
+        }
+        let guest = NewGuest { id, region, nsm, channel: channel_ours, doorbell };
+        let result = self.ask(worker, |answer| Command::Add(Box::new(guest), answer));
+        match result.and_then(|r| r) {
+            Ok(()) => {
+                shared.counters.created.fetch_add(1, Ordering::Relaxed);
+                Ok(fds)
+            }
+            Err(error) => {
+                shared.forget(id);
+                Err(error)
+            }
+        }
+    }
+
+    /// The descriptors of a guest again, with a new channel, for a process that lost them.
+    pub fn attach(&self, token: &[u8; 16]) -> Result<GuestFds, EngineError> {
+        self.running()?;
+        let resource = |e: io::Error| EngineError::Resource(format!("no descriptors to attach with: {e}"));
+        let (ours, theirs) = channel_pair().map_err(resource)?;
+        let (worker, fds) = {
+            let registry = lock(&self.shared.registry);
+            let id = *registry.tokens.get(token).ok_or(EngineError::BadToken)?;
+            let guest = registry.guests.get(&id).ok_or(EngineError::BadToken)?;
+            let fds = GuestFds {
+                id,
+                token: *token,
+                region: guest.region.as_fd().try_clone_to_owned().map_err(resource)?,
+                channel: theirs,
+                doorbell: guest.doorbell.as_fd().try_clone_to_owned().map_err(resource)?,
+            };
+            (guest.worker, fds)
+        };
+        let id = fds.id;
+        self.ask(worker, |answer| Command::Channel(id, ours, answer))??;
+        Ok(fds)
+    }
+
+    /// Everything about the engine. Costs the switch threads a turn.
+    pub fn status(&self) -> Status {
+        let shared = &*self.shared;
+        let answers: Vec<Receiver<Vec<GuestStatus>>> = shared
+            .workers
+            .iter()
+            .map(|worker| {
+                let (answer, receiver) = channel();
+                worker.send(Command::Status(answer));
+                receiver
+            })
+            .collect();
+        let deadline = Instant::now() + ANSWER;
+        let mut guests: Vec<GuestStatus> = Vec::new();
+        for receiver in answers {
+            let left = deadline.saturating_duration_since(Instant::now());
+            guests.extend(receiver.recv_timeout(left).unwrap_or_default());
+        }
+        let registry = lock(&shared.registry);
+        for status in &mut guests {
+            if let Some(guest) = registry.guests.get(&status.id) {
+                status.name.clone_from(&guest.name);
+                status.stack.clone_from(&shared.config.nsms[guest.nsm].name);
+                status.pid = guest.pid;
+                status.uid = guest.uid;
+                status.age_seconds = guest.created.elapsed().as_secs();
+                status.switch_thread = guest.worker;
+            }
+        }
+        drop(registry);
+        guests.sort_by_key(|guest| guest.id);
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &shared.counters;
+        Status {
+            uptime_seconds: shared.started.elapsed().as_secs(),
+            switch_threads: shared.workers.len(),
+            guests,
+            stacks: self.stacks(),
+            counters: Counters {
+                guests_created: count(&counters.created),
+                guests_over: count(&counters.over),
+                violations: count(&counters.violations),
+                turns: count(&counters.turns),
+                sleeps: count(&counters.sleeps),
+                doorbells: count(&counters.doorbells),
+                wakes: count(&counters.wakes),
+            },
+        }
+    }
+
+    /// The sockets of a guest; empty when there is no such guest.
+    pub fn sockets(&self, guest: u32) -> Vec<SocketStatus> {
+        let worker = lock(&self.shared.registry).guests.get(&guest).map(|guest| guest.worker);
+        let Some(worker) = worker else { return Vec::new() };
+        self.ask(worker, |answer| Command::Sockets(guest, answer)).unwrap_or_default()
+    }
+
+    /// The catalog, each entry checked now.
+    pub fn stacks(&self) -> Vec<StackStatus> {
+        let shared = &*self.shared;
+        let mut guests = vec![0; shared.config.nsms.len()];
+        for guest in lock(&shared.registry).guests.values() {
+            guests[guest.nsm] += 1;
+        }
+        let one = |(nsm, guests): (&crate::NsmConfig, usize)| {
+            let check = shared.config.kinds.check(nsm);
+            StackStatus {
+                name: nsm.name.clone(),
+                stack: nsm.stack.clone(),
+                congestion_control: nsm.congestion_control.clone(),
+                netns: nsm.netns.clone(),
+                available: check.is_ok(),
+                reason: check.err(),
+                guests,
+            }
+        };
+        shared.config.nsms.iter().zip(guests).map(one).collect()
+    }
+
+    /// Who made the guest: its uid.
+    pub fn guest_uid(&self, guest: u32) -> Option<u32> {
+        lock(&self.shared.registry).guests.get(&guest).map(|guest| guest.uid)
+    }
+
+    /// Ends a guest: its sockets are closed, its processes see a dead network.
+    pub fn end_guest(&self, guest: u32) -> Result<(), EngineError> {
+        let worker = lock(&self.shared.registry).guests.get(&guest).map(|guest| guest.worker);
+        self.shared.workers[worker.ok_or(EngineError::UnknownGuest(guest))?].send(Command::End(guest));
+        Ok(())
+    }
+
+    pub fn guest_count(&self) -> usize {
+        lock(&self.shared.registry).guests.len()
+    }
+
+    /// Waits until there was at least one guest and all guests are over, or the engine was shut down.
+    pub fn wait_idle(&self) {
+        let mut registry = lock(&self.shared.registry);
+        while !self.shared.stopping.load(Ordering::Relaxed)
+            && (registry.last_id == 0 || !registry.guests.is_empty())
+        {
+            registry = self.shared.changed.wait(registry).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// As [`Engine::wait_idle`], at most `timeout`. True: all guests are over.
+    pub fn wait_idle_timeout(&self, timeout: Duration) -> bool {
+        let registry = lock(&self.shared.registry);
+        let busy = |r: &mut Registry| {
+            !self.shared.stopping.load(Ordering::Relaxed) && (r.last_id == 0 || !r.guests.is_empty())
+        };
+        let wait = self.shared.changed.wait_timeout_while(registry, timeout, busy);
+        !wait.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
+    /// Ends the engine in order: guests are told, sockets closed, threads joined. May be called more than once.
+    pub fn shutdown(&self) {
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        for worker in &self.shared.workers {
+            worker.send(Command::Stop);
+        }
+        for thread in lock(&self.threads).drain(..) {
+            let _ = thread.join();
+        }
+        drop(lock(&self.shared.registry));
+        self.shared.changed.notify_all();
+    }
+
+    fn running(&self) -> Result<(), EngineError> {
+        if self.shared.stopping.load(Ordering::Relaxed) { Err(EngineError::Stopped) } else { Ok(()) }
+    }
+
+    fn ask<T>(&self, worker: usize, command: impl FnOnce(Sender<T>) -> Command) -> Result<T, EngineError> {
+        let (answer, receiver) = channel();
+        self.shared.workers[worker].send(command(answer));
+        receiver.recv_timeout(ANSWER).map_err(|_| EngineError::Stopped)
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+impl Shared {
+    pub fn link(&self, worker: usize) -> &Link {
+        &self.workers[worker]
+    }
+
+    /// The guest is over and nothing of it is left.
+    pub fn guest_over(&self, id: u32) {
+        self.counters.over.fetch_add(1, Ordering::Relaxed);
+        self.forget(id);
+    }
+
+    fn forget(&self, id: u32) {
+        let mut registry = lock(&self.registry);
+        if let Some(guest) = registry.guests.remove(&id) {
+            registry.tokens.remove(&guest.token);
+        }
+        drop(registry);
+        self.changed.notify_all();
+    }
+
+    /// Name of a guest, for the log.
+    pub fn name(&self, id: u32) -> String {
+        lock(&self.registry).guests.get(&id).map(|guest| guest.name.clone()).unwrap_or_default()
+    }
+}
+
+fn channel_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    fds::pair(libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC)
+}
+
+fn random_token() -> io::Result<[u8; 16]> {
+    let mut token = [0u8; 16];
+    // SAFETY: token is valid for writes of its length.
+    let n = unsafe { libc::getrandom(token.as_mut_ptr().cast(), token.len(), 0) };
+    if n == 16 { Ok(token) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Each socket of a guest takes descriptors of the engine: as many as the hard limit allows.
+fn raise_descriptor_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: limit is valid for writes, then for reads.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 && limit.rlim_cur < limit.rlim_max {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Placeholder ends beyond the main descriptor table.

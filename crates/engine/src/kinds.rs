@@ -1,0 +1,71 @@
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use netkernel_service::Stack;
+
+use crate::NsmConfig;
+
+type Make = dyn Fn(&NsmConfig) -> Result<Box<dyn Stack>, String> + Send + Sync;
+type Check = dyn Fn(&NsmConfig) -> Result<(), String> + Send + Sync;
+
+struct Kind {
+    check: Box<Check>,
+    make: Box<Make>,
+}
+
+/// How a stack of each kind is checked and made: the place where concrete stacks are registered. The error texts are one
+/// sentence that says what to do.
+#[derive(Clone)]
+pub struct StackKinds {
+    kinds: BTreeMap<String, Arc<Kind>>,
+}
+
+impl StackKinds {
+    /// No kinds at all.
+    pub fn none() -> StackKinds {
+        StackKinds { kinds: BTreeMap::new() }
+    }
+
+    /// Adds a kind. `check` is called from control threads when a guest asks for such an NSM; `make` once per switch
+    /// thread and NSM, on that thread, when its first guest comes.
+    pub fn register(
+        &mut self,
+        kind: &str,
+        check: impl Fn(&NsmConfig) -> Result<(), String> + Send + Sync + 'static,
+        make: impl Fn(&NsmConfig) -> Result<Box<dyn Stack>, String> + Send + Sync + 'static,
+    ) {
+        self.kinds.insert(kind.into(), Arc::new(Kind { check: Box::new(check), make: Box::new(make) }));
+    }
+
+    pub(crate) fn check(&self, nsm: &NsmConfig) -> Result<(), String> {
+        (self.kind(nsm)?.check)(nsm)
+    }
+
+    pub(crate) fn make(&self, nsm: &NsmConfig) -> Result<Box<dyn Stack>, String> {
+        (self.kind(nsm)?.make)(nsm)
+    }
+
+    fn kind(&self, nsm: &NsmConfig) -> Result<&Kind, String> {
+        self.kinds.get(&nsm.stack).map(|kind| &**kind).ok_or_else(|| {
+            let known: Vec<_> = self.kinds.keys().cloned().collect();
+            format!("there is no kind of stack `{}`; there is: {}", nsm.stack, known.join(", "))
+        })
+    }
+}
+
+impl Default for StackKinds {
+    /// The kernel stack.
+    fn default() -> Self {
+        use netkernel_stack_kernel::{KernelConfig, KernelStack, check};
+        fn kernel(nsm: &NsmConfig) -> KernelConfig {
+            KernelConfig { congestion_control: nsm.congestion_control.clone(), netns: nsm.netns.clone() }
+        }
+        let mut kinds = StackKinds::none();
+        kinds.register(
+            "kernel",
+            |nsm| check(&kernel(nsm)),
+            |nsm| Ok(Box::new(KernelStack::new(kernel(nsm))?) as Box<dyn Stack>),
+        );
+        kinds
+    }
+}

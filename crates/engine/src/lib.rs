@@ -1,0 +1,22 @@
+//! CoreEngine: registers guests and network stack modules (NSMs) and switches queue elements between them.
+//!
+//! An [`Engine`] runs `switch_threads` threads; each guest belongs to one of them, and each thread has its own instance
+//! of the stacks that its guests use, so that the data path takes no lock. The control calls ([`Engine::create_guest`],
+//! [`Engine::status`], ...) may be made from any thread.
+//!
+//! The engine knows no concrete stack: [`StackKinds`] says how a stack of each kind is made.
+
+mod config;
+mod engine;
+mod keeper;
+mod kinds;
+mod poller;
+mod status;
+mod worker;
+
+pub use config::{EngineConfig, EngineError, GuestFds, GuestSpec, NsmConfig};
+pub use engine::Engine;
+pub use kinds::StackKinds;
+pub use netkernel_abi::Limits;
+pub use netkernel_shm::HugePages;
+pub use status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};

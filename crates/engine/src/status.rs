@@ -1,0 +1,76 @@
+use serde::Serialize;
+
+/// The engine and its guests, for `ps` and for programs.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Status {
+    pub uptime_seconds: u64,
+    pub switch_threads: usize,
+    pub guests: Vec<GuestStatus>,
+    pub stacks: Vec<StackStatus>,
+    pub counters: Counters,
+}
+
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct GuestStatus {
+    pub id: u32,
+    pub name: String,
+    pub stack: String,
+    pub pid: i32,
+    pub uid: u32,
+    pub age_seconds: u64,
+    pub processes: usize,
+    pub sockets: usize,
+    /// Queue sets that were used so far and not given back.
+    pub queue_sets: usize,
+    /// Payload bytes that the guest received and sent.
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    /// Queue elements taken from the guest.
+    pub operations: u64,
+    pub events: u64,
+    pub region_bytes: u64,
+    /// Payload memory in the rings of its sockets.
+    pub ring_bytes: u64,
+    pub switch_thread: usize,
+}
+
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct StackStatus {
+    pub name: String,
+    pub stack: String,
+    pub congestion_control: Option<String>,
+    pub netns: Option<String>,
+    pub available: bool,
+    /// Why it is not available.
+    pub reason: Option<String>,
+    pub guests: usize,
+}
+
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Counters {
+    pub guests_created: u64,
+    pub guests_over: u64,
+    /// Guests that were ended because they broke the protocol.
+    pub violations: u64,
+    /// Turns of the switch loops, and how often a switch thread slept.
+    pub turns: u64,
+    pub sleeps: u64,
+    pub doorbells: u64,
+    pub wakes: u64,
+}
+
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct SocketStatus {
+    pub guest: u32,
+    pub id: u32,
+    /// `stream`, `datagram` or `listener`.
+    pub kind: &'static str,
+    pub state: &'static str,
+    pub local: Option<String>,
+    pub peer: Option<String>,
+    pub receive_ring_bytes: u32,
+    pub send_ring_bytes: u32,
+    /// Bytes that the program has not read, and that the stack has not taken.
+    pub unread_bytes: u32,
+    pub unsent_bytes: u32,
+}

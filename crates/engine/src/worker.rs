@@ -1,0 +1,866 @@
+//! A switch thread: its guests, its stacks, and the loop between them.
+//!
+//! **Who polls, who sleeps.** A wake-up costs the sleeper 20-50 us and the waker about 10 us, so both are avoided while
+//! there is traffic. A guest is *hot* while the thread polls its queues; it need not ring its doorbell then. A guest that
+//! was silent for [`COOL_NS`] becomes cold: from then on it rings. When a turn found nothing to do, the thread goes on
+//! polling for the time that [`Spin`] advises (short when waits were short, none when they were long), giving the
+//! processor away after every look, because the guest or its peer may need this very core to produce what the thread waits
+//! for. Then all guests are made cold and the thread sleeps in `epoll_wait`, without a timeout unless there is something
+//! to sweep or to try again.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::fence;
+
+use netkernel_abi::control::{Message, kind};
+use netkernel_ring::spin::Spin;
+use netkernel_service::{Host, Ready, Service, Stack, Table, Violation};
+use netkernel_shm::{Region, fds};
+
+use crate::EngineError;
+use crate::engine::{Command, Shared, write_eventfd};
+use crate::poller::{Poller, Source};
+use crate::status::{GuestStatus, SocketStatus};
+
+/// Elements of one guest in one turn.
+const GUEST_BATCH: usize = 256;
+/// Sockets of one guest that go on in one turn.
+const RUN_BATCH: usize = 64;
+/// Reports of one stack in one turn.
+const READY_BATCH: usize = 256;
+/// Channel messages of one guest between two looks at the others.
+const CHANNEL_BATCH: usize = 64;
+/// Turns with work between two looks at the main epoll instance.
+const EPOLL_EVERY: u32 = 16;
+/// Silence after which a guest is no longer polled while others are.
+const COOL_NS: u64 = 500_000;
+const SWEEP_NS: u64 = 1_000_000_000;
+const RETRY_NS: u64 = 20_000_000;
+/// How long the sockets of a guest that is over may go on sending what they hold.
+const LINGER_NS: u64 = 60_000_000_000;
+/// Processes of one guest.
+const MAX_PROCESSES: usize = 8192;
+const MAX_CHANNELS: usize = 1024;
+
+pub(crate) struct NewGuest {
+    pub id: u32,
+    pub region: Region,
+    pub nsm: usize,
+    pub channel: OwnedFd,
+    pub doorbell: OwnedFd,
+}
+
+struct Guest {
+    id: u32,
+    nsm: usize,
+    service: Service,
+    ends: Ends,
+    channels: Vec<Option<OwnedFd>>,
+    _doorbell: OwnedFd,
+    processes: Vec<Option<Process>>,
+    /// Sockets whose last descriptor was closed, not processed yet.
+    hangups: Vec<u32>,
+    hot: bool,
+    last_active_ns: u64,
+    /// All processes are gone; since when.
+    over_since: Option<u64>,
+}
+
+struct Process {
+    tag: u32,
+    /// Its end of life is the hang-up of this pair.
+    _pair: OwnedFd,
+}
+
+/// What a guest is woken by.
+struct Ends {
+    placeholders: Table<Option<OwnedFd>>,
+    placeholder_count: usize,
+    doorbells: Vec<Option<OwnedFd>>,
+    rings: u64,
+    wakes: u64,
+}
+
+impl Host for Ends {
+    fn wake(&mut self, socket: u32, count: u32) {
+        if let Some(Some(fd)) = self.placeholders.get(socket) {
+            self.wakes += 1;
+            let bytes = [0u8; 64];
+            let n = (count as usize).min(bytes.len());
+            // SAFETY: n bytes, valid for reads. A full pair means that there are wake-ups enough.
+            unsafe {
+                libc::send(fd.as_raw_fd(), bytes.as_ptr().cast(), n, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+            };
+        }
+    }
+
+    fn ring(&mut self, queue_set: u32) {
+        if let Some(Some(fd)) = self.doorbells.get(queue_set as usize) {
+            self.rings += 1;
+            write_eventfd(fd.as_raw_fd());
+        }
+    }
+}
+
+/// A stack of this thread, made when its first guest comes.
+struct Module {
+    stack: Box<dyn Stack>,
+    guests: usize,
+}
+
+pub(crate) struct Worker {
+    shared: Arc<Shared>,
+    index: usize,
+    poller: Poller,
+    modules: Vec<Option<Module>>,
+    guests: Vec<Option<Box<Guest>>>,
+    /// Slots of the hot guests.
+    hot: Vec<u32>,
+    sources: Vec<Source>,
+    ready: Vec<Ready>,
+    /// Guest slots with hang-ups to process.
+    hung: Vec<u32>,
+    spin: Spin,
+    now_ns: u64,
+    next_sweep_ns: u64,
+    next_retry_ns: u64,
+    turns: u64,
+    sleeps: u64,
+    stop: bool,
+}
+
+impl Worker {
+    pub fn new(shared: Arc<Shared>, index: usize) -> io::Result<Worker> {
+        let poller = Poller::new()?;
+        poller.add_readable(shared.link(index).wake.as_raw_fd(), Source::Control)?;
+        let modules = shared.config.nsms.iter().map(|_| None).collect();
+        let spin = Spin::new(shared.config.spin_us.saturating_mul(1000));
+        Ok(Worker {
+            shared,
+            index,
+            poller,
+            modules,
+            guests: Vec::new(),
+            hot: Vec::new(),
+            sources: Vec::new(),
+            ready: Vec::new(),
+            hung: Vec::new(),
+            spin,
+            now_ns: now_ns(),
+            next_sweep_ns: 0,
+            next_retry_ns: 0,
+            turns: 0,
+            sleeps: 0,
+            stop: false,
+        })
+    }
+
+    pub fn run(mut self) {
+        let mut since_epoll = 0;
+        while !self.stop {
+            if self.turn() {
+                since_epoll += 1;
+                if since_epoll >= EPOLL_EVERY {
+                    since_epoll = 0;
+                    self.look(0);
+                    self.now_ns = now_ns();
+                    self.cool_silent();
+                    self.housekeeping();
+                }
+                continue;
+            }
+            since_epoll = 0;
+            if !self.look(0) {
+                self.idle();
+            }
+        }
+        for slot in 0..self.guests.len() as u32 {
+            if let Some(guest) = &mut self.guests[slot as usize]
+                && let Some(module) = &mut self.modules[guest.nsm]
+            {
+                guest.service.flush_all(&mut *module.stack);
+            }
+            self.remove(slot);
+        }
+    }
+
+    /// One round over the hot guests and the stacks in use. True: something was done.
+    fn turn(&mut self) -> bool {
+        self.turns += 1;
+        let mut worked = false;
+        let mut i = 0;
+        while i < self.hot.len() {
+            let slot = self.hot[i];
+            worked |= self.serve(slot);
+            i += 1;
+        }
+        worked |= self.poll_stacks();
+        let mut i = 0;
+        while i < self.hot.len() {
+            if let Some(Some(guest)) = self.guests.get_mut(self.hot[i] as usize) {
+                guest.service.flush(&mut guest.ends);
+            }
+            i += 1;
+        }
+        worked
+    }
+
+    /// Takes what the guest pushed, and goes on with its sockets.
+    fn serve(&mut self, slot: u32) -> bool {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return false };
+        let Some(module) = &mut self.modules[guest.nsm] else { return false };
+        let elements = guest.service.has_elements();
+        if !elements && !guest.service.has_work() {
+            return false;
+        }
+        guest.last_active_ns = self.now_ns;
+        let result = (|| {
+            if guest.service.has_work() {
+                guest.service.run(&mut *module.stack, RUN_BATCH)?;
+            }
+            if elements {
+                guest.service.drain(&mut *module.stack, GUEST_BATCH).map(|d| d.again)
+            } else {
+                Ok(false)
+            }
+        })();
+        match result {
+            Ok(again) => {
+                if guest.service.has_released() {
+                    for q in guest.service.take_released() {
+                        guest.ends.doorbells[q as usize] = None;
+                    }
+                }
+                if again {
+                    self.catch_up(slot);
+                }
+            }
+            Err(violation) => self.violation(slot, violation),
+        }
+        true
+    }
+
+    /// An element waits for what stands in channels and hang-ups: all of that first, then the element again.
+    fn catch_up(&mut self, slot: u32) {
+        let mut sources = std::mem::take(&mut self.sources);
+        // Bounded: hang-ups are reported once, and a flood of messages must not keep this thread.
+        for _ in 0..64 {
+            sources.clear();
+            let more = self.poller.wait(0, &mut sources);
+            for &source in &sources {
+                self.source(source);
+            }
+            let channels = sources.iter().any(|s| matches!(s, Source::Channel(..)));
+            if !more && !channels {
+                break;
+            }
+        }
+        self.sources = sources;
+        self.close_hung(false);
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        let Some(module) = &mut self.modules[guest.nsm] else { return };
+        if let Err(violation) = guest.service.drain(&mut *module.stack, 0) {
+            self.violation(slot, violation);
+        }
+    }
+
+    fn poll_stacks(&mut self) -> bool {
+        let mut worked = false;
+        for nsm in 0..self.modules.len() {
+            worked |= self.poll_stack(nsm);
+        }
+        worked
+    }
+
+    fn poll_stack(&mut self, nsm: usize) -> bool {
+        let Some(Some(module)) = self.modules.get_mut(nsm) else { return false };
+        if module.guests == 0 {
+            return false;
+        }
+        self.ready.clear();
+        module.stack.poll(&mut self.ready, READY_BATCH);
+        if self.ready.is_empty() {
+            return false;
+        }
+        let ready = std::mem::take(&mut self.ready);
+        for report in &ready {
+            let (slot, id) = ((report.key >> 32) as u32, report.key as u32);
+            let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { continue };
+            let Some(module) = &mut self.modules[nsm] else { break };
+            let result = guest.service.ready(&mut *module.stack, id, report.readiness);
+            guest.last_active_ns = self.now_ns;
+            if !guest.hot {
+                self.warm(slot);
+            }
+            if let Err(violation) = result {
+                self.violation(slot, violation);
+            }
+        }
+        self.ready = ready;
+        true
+    }
+
+    /// Looks at the main epoll instance. True: something was done.
+    fn look(&mut self, timeout_ms: i32) -> bool {
+        let mut sources = std::mem::take(&mut self.sources);
+        sources.clear();
+        self.poller.wait(timeout_ms, &mut sources);
+        for &source in &sources {
+            self.source(source);
+        }
+        let worked = !sources.is_empty();
+        self.sources = sources;
+        self.close_hung(true);
+        worked
+    }
+
+    fn source(&mut self, source: Source) {
+        match source {
+            Source::Control => {
+                read_eventfd(self.shared.link(self.index).wake.as_raw_fd());
+                for command in self.shared.link(self.index).take() {
+                    self.command(command);
+                }
+            }
+            Source::Stack(nsm) => {
+                self.poll_stack(nsm as usize);
+            }
+            Source::Doorbell(slot) => {
+                // Never read: the guest could make that block. Each write is reported all the same (edge-triggered).
+                self.warm(slot);
+            }
+            Source::Channel(slot, number) => self.channel(slot, number),
+            Source::Process(slot, number) => self.process_over(slot, number),
+            Source::Placeholder(slot, id) => {
+                if let Some(Some(guest)) = self.guests.get_mut(slot as usize) {
+                    guest.hangups.push(id);
+                    self.hung.push(slot);
+                }
+            }
+            Source::Keeper => {}
+        }
+    }
+
+    /// Closes sockets whose placeholders hung up. `drain_first`: what their processes had pushed before comes first.
+    fn close_hung(&mut self, drain_first: bool) {
+        while let Some(slot) = self.hung.pop() {
+            let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { continue };
+            if guest.hangups.is_empty() {
+                continue;
+            }
+            if drain_first && guest.service.has_elements() {
+                self.serve(slot);
+            }
+            let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { continue };
+            let Some(module) = &mut self.modules[guest.nsm] else { continue };
+            let mut result = Ok(());
+            for id in std::mem::take(&mut guest.hangups) {
+                if let Some(end) = guest.ends.placeholders.get_mut(id)
+                    && end.take().is_some()
+                {
+                    guest.ends.placeholder_count -= 1;
+                    result = result.and(guest.service.close(&mut *module.stack, id));
+                }
+            }
+            match result {
+                Ok(()) => {
+                    self.warm(slot);
+                    self.maybe_over(slot);
+                }
+                Err(violation) => self.violation(slot, violation),
+            }
+        }
+    }
+
+    // ---- idle
+
+    /// Nothing to do: poll for a while, then sleep until something happens.
+    fn idle(&mut self) {
+        let begin = now_ns();
+        self.now_ns = begin;
+        self.housekeeping();
+        let budget = self.spin.budget_ns();
+        while budget > 0 {
+            // The thread that we wait for may need this core.
+            std::thread::yield_now();
+            if self.turn() || self.look(0) {
+                self.now_ns = now_ns();
+                self.spin.waited(self.now_ns - begin);
+                return;
+            }
+            self.now_ns = now_ns();
+            if self.now_ns - begin >= budget {
+                break;
+            }
+        }
+        if !self.cool_all() || self.stop {
+            return;
+        }
+        self.sleeps += 1;
+        let timeout = self.timeout_ms();
+        self.look(timeout);
+        self.now_ns = now_ns();
+        self.spin.waited(self.now_ns - begin);
+        self.housekeeping();
+    }
+
+    /// From now on this guest is polled and need not ring.
+    fn warm(&mut self, slot: u32) {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        guest.last_active_ns = self.now_ns;
+        if !guest.hot {
+            guest.hot = true;
+            guest.service.region().header().engine_waiting.store(0, SeqCst);
+            self.hot.push(slot);
+        }
+    }
+
+    /// Makes all guests ring their doorbells. False: one of them pushed something meanwhile, or there is other work.
+    fn cool_all(&mut self) -> bool {
+        let mut quiet = true;
+        self.hot.retain(|&slot| {
+            let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return false };
+            let hot = !cool(guest);
+            quiet &= !hot;
+            hot
+        });
+        quiet
+    }
+
+    /// Stops polling guests that were silent for a while.
+    fn cool_silent(&mut self) {
+        let now = self.now_ns;
+        self.hot.retain(|&slot| {
+            let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return false };
+            now.saturating_sub(guest.last_active_ns) < COOL_NS || !cool(guest)
+        });
+    }
+
+    /// Milliseconds that the thread may sleep; -1: until something happens.
+    fn timeout_ms(&self) -> i32 {
+        let mut until = u64::MAX;
+        for guest in self.guests.iter().flatten() {
+            if guest.service.wants_sweep() || guest.over_since.is_some() {
+                until = until.min(self.next_sweep_ns);
+            }
+            if guest.service.is_starved() {
+                until = until.min(self.next_retry_ns);
+            }
+        }
+        for module in self.modules.iter().flatten() {
+            if let Some(deadline) = module.stack.deadline_ns() {
+                until = until.min(deadline);
+            }
+        }
+        match until {
+            u64::MAX => -1,
+            until => until.saturating_sub(self.now_ns).div_ceil(1_000_000).min(60_000) as i32,
+        }
+    }
+
+    /// Sweeps and retries, when it is time.
+    fn housekeeping(&mut self) {
+        let (sweep, retry) = (self.now_ns >= self.next_sweep_ns, self.now_ns >= self.next_retry_ns);
+        if !sweep && !retry {
+            return;
+        }
+        if sweep {
+            self.next_sweep_ns = self.now_ns + SWEEP_NS;
+            let counters = &self.shared.counters;
+            counters.turns.fetch_add(std::mem::take(&mut self.turns), Relaxed);
+            counters.sleeps.fetch_add(std::mem::take(&mut self.sleeps), Relaxed);
+        }
+        if retry {
+            self.next_retry_ns = self.now_ns + RETRY_NS;
+        }
+        for slot in 0..self.guests.len() as u32 {
+            let Some(guest) = &mut self.guests[slot as usize] else { continue };
+            let Some(module) = &mut self.modules[guest.nsm] else { continue };
+            let mut result = Ok(());
+            if sweep && guest.service.wants_sweep() {
+                result = guest.service.sweep(&mut *module.stack);
+            }
+            if guest.service.is_starved() {
+                guest.service.retry();
+            }
+            let work = guest.service.has_work();
+            let over = guest.over_since.is_some();
+            if let Err(violation) = result {
+                self.violation(slot, violation);
+                continue;
+            }
+            if work {
+                self.warm(slot);
+            }
+            if over {
+                self.maybe_over(slot);
+            }
+        }
+    }
+
+    // ---- control
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Add(guest, answer) => {
+                let result = self.add(*guest);
+                let _ = answer.send(result);
+            }
+            Command::Channel(id, channel, answer) => {
+                let result = self.add_channel(id, channel);
+                let _ = answer.send(result);
+            }
+            Command::End(id) => {
+                if let Some(slot) = self.slot(id) {
+                    self.remove(slot);
+                }
+            }
+            Command::Status(answer) => {
+                let _ = answer.send(self.status());
+            }
+            Command::Sockets(id, answer) => {
+                let _ = answer.send(self.sockets(id));
+            }
+            Command::Stop => self.stop = true,
+        }
+    }
+
+    fn slot(&self, id: u32) -> Option<u32> {
+        let index =
+            self.guests.iter().position(|guest| guest.as_ref().is_some_and(|guest| guest.id == id))?;
+        Some(index as u32)
+    }
+
+    fn add(&mut self, new: NewGuest) -> Result<(), EngineError> {
+        let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a new guest: {e}"));
+        if self.modules[new.nsm].is_none() {
+            let nsm = &self.shared.config.nsms[new.nsm];
+            let unavailable = |reason| EngineError::StackUnavailable { name: nsm.name.clone(), reason };
+            let stack = self.shared.config.kinds.make(nsm).map_err(unavailable)?;
+            if let Some(fd) = stack.wake_fd() {
+                self.poller.add_readable(fd, Source::Stack(new.nsm as u32)).map_err(resource)?;
+            }
+            self.modules[new.nsm] = Some(Module { stack, guests: 0 });
+        }
+        let slot = match self.guests.iter().position(Option::is_none) {
+            Some(slot) => slot,
+            None => {
+                self.guests.push(None);
+                self.guests.len() - 1
+            }
+        };
+        let limits = new.region.layout().limits;
+        self.poller
+            .add_doorbell(new.doorbell.as_raw_fd(), Source::Doorbell(slot as u32))
+            .map_err(resource)?;
+        self.poller
+            .add_readable(new.channel.as_raw_fd(), Source::Channel(slot as u32, 0))
+            .map_err(resource)?;
+        let mut doorbells = Vec::new();
+        doorbells.resize_with(limits.queue_sets as usize, || None);
+        self.guests[slot] = Some(Box::new(Guest {
+            id: new.id,
+            nsm: new.nsm,
+            service: Service::new(new.region, slot as u32),
+            ends: Ends {
+                placeholders: Table::new(limits.sockets),
+                placeholder_count: 0,
+                doorbells,
+                rings: 0,
+                wakes: 0,
+            },
+            channels: vec![Some(new.channel)],
+            _doorbell: new.doorbell,
+            processes: Vec::new(),
+            hangups: Vec::new(),
+            hot: false,
+            last_active_ns: self.now_ns,
+            over_since: None,
+        }));
+        if let Some(module) = &mut self.modules[new.nsm] {
+            module.guests += 1;
+        }
+        Ok(())
+    }
+
+    fn add_channel(&mut self, id: u32, channel: OwnedFd) -> Result<(), EngineError> {
+        let slot = self.slot(id).ok_or(EngineError::BadToken)?;
+        let Some(guest) = &mut self.guests[slot as usize] else { return Err(EngineError::BadToken) };
+        if guest.over_since.is_some() {
+            return Err(EngineError::BadToken);
+        }
+        if guest.channels.iter().flatten().count() >= MAX_CHANNELS {
+            return Err(EngineError::Resource("this guest has too many channels".into()));
+        }
+        let number = vacancy(&mut guest.channels);
+        self.poller
+            .add_readable(channel.as_raw_fd(), Source::Channel(slot, number as u32))
+            .map_err(|e| EngineError::Resource(format!("no descriptors to attach with: {e}")))?;
+        guest.channels[number] = Some(channel);
+        Ok(())
+    }
+
+    fn status(&self) -> Vec<GuestStatus> {
+        let status = |guest: &Guest| {
+            let stats = guest.service.stats();
+            GuestStatus {
+                id: guest.id,
+                processes: guest.processes.iter().flatten().count(),
+                sockets: stats.sockets as usize,
+                queue_sets: guest.service.queue_sets(),
+                bytes_in: stats.bytes_in,
+                bytes_out: stats.bytes_out,
+                operations: stats.operations,
+                events: stats.events,
+                region_bytes: guest.service.region().bytes(),
+                ring_bytes: stats.ring_bytes,
+                ..GuestStatus::default()
+            }
+        };
+        self.guests.iter().flatten().map(|guest| status(guest)).collect()
+    }
+
+    fn sockets(&mut self, id: u32) -> Vec<SocketStatus> {
+        let Some(slot) = self.slot(id) else { return Vec::new() };
+        let Some(guest) = &self.guests[slot as usize] else { return Vec::new() };
+        let Some(module) = &mut self.modules[guest.nsm] else { return Vec::new() };
+        let text = |name: Option<netkernel_service::SocketAddress>| name.map(|name| name.to_string());
+        let sockets = guest.service.list(&mut *module.stack);
+        sockets
+            .into_iter()
+            .map(|s| SocketStatus {
+                guest: id,
+                id: s.id,
+                kind: s.kind,
+                state: s.state,
+                local: text(s.local),
+                peer: text(s.peer),
+                receive_ring_bytes: s.receive_ring_bytes,
+                send_ring_bytes: s.send_ring_bytes,
+                unread_bytes: s.unread_bytes,
+                unsent_bytes: s.unsent_bytes,
+            })
+            .collect()
+    }
+
+    // ---- channels
+
+    fn channel(&mut self, slot: u32, number: u32) {
+        for _ in 0..CHANNEL_BATCH {
+            let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+            let Some(Some(channel)) = guest.channels.get(number as usize) else { return };
+            let mut bytes = [0u8; 32];
+            match fds::receive(channel.as_raw_fd(), &mut bytes, libc::MSG_DONTWAIT) {
+                // All processes that had this channel closed it.
+                Ok((0, _)) => {
+                    guest.channels[number as usize] = None;
+                    self.maybe_over(slot);
+                    return;
+                }
+                Ok((32, mut received)) => {
+                    let message = Message::from_bytes(&bytes);
+                    let Some(fd) = received.pop() else {
+                        // Sent without one, or this process had no room for it: the other end sees that it is closed.
+                        continue;
+                    };
+                    if !received.is_empty() {
+                        return self
+                            .violation(slot, Violation("channel message with more than one descriptor"));
+                    }
+                    if let Err(violation) = self.message(slot, message, fd) {
+                        return self.violation(slot, violation);
+                    }
+                }
+                Ok(_) => return self.violation(slot, Violation("channel message of a wrong length")),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn message(&mut self, slot: u32, message: Message, fd: OwnedFd) -> Result<(), Violation> {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
+        if message.kind == kind::DOORBELL {
+            if !is_eventfd(&fd) {
+                return Err(Violation("doorbell that is not an eventfd"));
+            }
+            guest.service.doorbell(message.a)?;
+            if let Some(bell) = guest.ends.doorbells.get_mut(message.a as usize) {
+                *bell = Some(fd);
+            }
+            return Ok(());
+        }
+        // Nothing but a real Unix stream socket: other descriptors could block this thread.
+        if !is_unix_stream(&fd) {
+            return Err(Violation("channel message with a descriptor that is not a Unix stream socket"));
+        }
+        let Some(module) = &mut self.modules[guest.nsm] else { return Ok(()) };
+        match message.kind {
+            kind::PROCESS => {
+                if guest.processes.iter().flatten().count() >= MAX_PROCESSES {
+                    return Err(Violation("more processes than a guest may have"));
+                }
+                if message.a == 0 {
+                    return Err(Violation("process without a tag"));
+                }
+                let number = vacancy(&mut guest.processes);
+                if self.poller.add_hangup(fd.as_raw_fd(), Source::Process(slot, number as u32)).is_ok() {
+                    guest.processes[number] = Some(Process { tag: message.a, _pair: fd });
+                }
+            }
+            kind::SOCKET => {
+                let id = message.a;
+                guest.service.open(&mut *module.stack, id, message.b, message.c, message.d)?;
+                self.keep_placeholder(slot, id, fd)?;
+            }
+            kind::ACCEPTED => {
+                if guest.service.adopted(message.a, message.b) {
+                    self.keep_placeholder(slot, message.a, fd)?;
+                }
+            }
+            _ => return Err(Violation("unknown channel message")),
+        }
+        Ok(())
+    }
+
+    /// Holds the engine's end of a placeholder until the guest's last descriptor for it is closed.
+    fn keep_placeholder(&mut self, slot: u32, id: u32, fd: OwnedFd) -> Result<(), Violation> {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
+        if self.poller.add_hangup(fd.as_raw_fd(), Source::Placeholder(slot, id)).is_err() {
+            // No memory for one more: the socket is closed, the guest sees its placeholder's end.
+            let Some(module) = &mut self.modules[guest.nsm] else { return Ok(()) };
+            return guest.service.close(&mut *module.stack, id);
+        }
+        if let Some(end) = guest.ends.placeholders.make(id)
+            && end.replace(fd).is_none()
+        {
+            guest.ends.placeholder_count += 1;
+        }
+        Ok(())
+    }
+
+    fn process_over(&mut self, slot: u32, number: u32) {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        let Some(process) = guest.processes.get_mut(number as usize).and_then(Option::take) else { return };
+        let Some(module) = &mut self.modules[guest.nsm] else { return };
+        if let Err(violation) = guest.service.end_process(&mut *module.stack, process.tag) {
+            return self.violation(slot, violation);
+        }
+        for q in guest.service.take_released() {
+            guest.ends.doorbells[q as usize] = None;
+        }
+        self.warm(slot);
+        self.maybe_over(slot);
+    }
+
+    // ---- the end of guests
+
+    /// Takes the guest away when nobody can use it any more and its sockets have sent what they held.
+    fn maybe_over(&mut self, slot: u32) {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        let held = guest.channels.iter().any(Option::is_some)
+            || guest.processes.iter().any(Option::is_some)
+            || guest.ends.placeholder_count > 0
+            || !guest.hangups.is_empty();
+        if held {
+            return;
+        }
+        let Some(module) = &mut self.modules[guest.nsm] else { return };
+        if guest.over_since.is_none() {
+            guest.over_since = Some(self.now_ns);
+            // Accepted connections that nobody took.
+            if let Err(violation) = guest.service.close_all(&mut *module.stack) {
+                return self.violation(slot, violation);
+            }
+        }
+        let since = guest.over_since.unwrap_or(self.now_ns);
+        if guest.service.sockets() == 0 || self.now_ns.saturating_sub(since) > LINGER_NS {
+            self.remove(slot);
+        } else {
+            self.warm(slot);
+        }
+    }
+
+    fn violation(&mut self, slot: u32, violation: Violation) {
+        let Some(Some(guest)) = self.guests.get(slot as usize) else { return };
+        let id = guest.id;
+        log::warn!("guest {id} ({}) broke the protocol and was ended: {}", self.shared.name(id), violation.0);
+        self.shared.counters.violations.fetch_add(1, Relaxed);
+        self.remove(slot);
+    }
+
+    /// Ends a guest now. Its processes, if there are any, see a dead network.
+    fn remove(&mut self, slot: u32) {
+        let Some(mut guest) = self.guests.get_mut(slot as usize).and_then(Option::take) else { return };
+        self.hot.retain(|&hot| hot != slot);
+        if let Some(module) = &mut self.modules[guest.nsm] {
+            guest.service.end(&mut *module.stack);
+            module.guests -= 1;
+        }
+        guest.service.say_gone(&mut guest.ends);
+        self.shared.counters.doorbells.fetch_add(guest.ends.rings, Relaxed);
+        self.shared.counters.wakes.fetch_add(guest.ends.wakes, Relaxed);
+        let id = guest.id;
+        // Unmaps the region and closes every end.
+        drop(guest);
+        self.shared.guest_over(id);
+    }
+}
+
+/// Makes the guest ring its doorbell. False: it pushed something before it could know, or has work.
+fn cool(guest: &mut Guest) -> bool {
+    let waiting = &guest.service.region().header().engine_waiting;
+    // SYNC: engine-waiting - a guest that pushed before it could see this 1 is seen by the look that follows.
+    waiting.store(1, SeqCst);
+    fence(SeqCst);
+    if guest.service.has_elements() || guest.service.has_work() {
+        waiting.store(0, SeqCst);
+        return false;
+    }
+    guest.hot = false;
+    true
+}
+
+/// Index of a free place in `list`, made when there is none.
+fn vacancy<T>(list: &mut Vec<Option<T>>) -> usize {
+    match list.iter().position(Option::is_none) {
+        Some(index) => index,
+        None => {
+            list.push(None);
+            list.len() - 1
+        }
+    }
+}
+
+pub(crate) fn now_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: time is valid for writes.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+fn read_eventfd(fd: i32) {
+    let mut value = 0u64;
+    // SAFETY: eight bytes, valid for writes; the descriptor is non-blocking.
+    unsafe { libc::read(fd, (&raw mut value).cast(), 8) };
+}
+
+fn is_unix_stream(fd: &OwnedFd) -> bool {
+    let value = |name: i32| {
+        let mut value = 0i32;
+        let mut len = size_of::<i32>() as libc::socklen_t;
+        // SAFETY: value and len are valid for writes, len is value's size.
+        let r = unsafe {
+            libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw mut value).cast(), &mut len)
+        };
+        if r == 0 { value } else { -1 }
+    };
+    value(libc::SO_DOMAIN) == libc::AF_UNIX && value(libc::SO_TYPE) == libc::SOCK_STREAM
+}
+
+fn is_eventfd(fd: &OwnedFd) -> bool {
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
+}

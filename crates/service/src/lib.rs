@@ -1,0 +1,28 @@
+//! ServiceLib: the side of a network stack module that faces the guests.
+//!
+//! [`Service`] holds the sockets of one guest: it takes the guest's queue elements, drives a [`Stack`], and answers with
+//! completions and events. A stack author implements [`Stack`] and nothing else; the queues, the byte rings, memory,
+//! wake-ups and the validation of everything that a guest can write stand here.
+//!
+//! The guest is hostile. What decides anything is kept in private memory; a value that the guest can write is read once,
+//! checked, and not read again. Payload is never looked at: a stack gets raw runs of guest memory ([`Segments`]) to hand
+//! to system calls or to copy.
+#![deny(unsafe_code)]
+
+mod address;
+mod blocks;
+mod events;
+#[allow(unsafe_code)]
+mod memory;
+mod service;
+mod stack;
+mod table;
+
+pub use address::SocketAddress;
+pub use memory::{GuestBytes, Segments};
+pub use service::{Drained, Host, Service, SocketInfo, Stats, Violation};
+pub use stack::{
+    Accepted, Close, Connect, Datagram, Errno, Handle, Readiness, Ready, Received, ReceivedDatagram,
+    SendFlags, Shutdown, Stack, key,
+};
+pub use table::Table;

@@ -1,0 +1,2048 @@
+use std::collections::VecDeque;
+use std::sync::atomic::{
+    Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst},
+    fence,
+};
+
+use netkernel_abi::layout::{ACTIVE_WORDS, ARGUMENT_BYTES};
+use netkernel_abi::nqe::flag;
+use netkernel_abi::socket::{ACCEPT_RECORD, DatagramHeader, ENGINE_LOCK, datagram_record, state};
+use netkernel_abi::{Nqe, Op, SocketEntry};
+use netkernel_ring::bytes;
+use netkernel_shm::Region;
+
+use crate::blocks::{Block, Blocks, CLASSES};
+use crate::events::Events;
+use crate::memory::ring_segments;
+use crate::stack::{Close, Connect, Datagram, Errno, Handle, Readiness, SendFlags, Shutdown, Stack, key};
+use crate::{SocketAddress, Table};
+
+/// The guest did what no correct guest does; it loses its sockets. The text says what, for the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Violation(pub &'static str);
+
+/// What a [`Service`] needs of its engine: to wake sleepers by descriptors that the engine holds.
+pub trait Host {
+    /// Puts `count` bytes into the placeholder pair of a socket.
+    fn wake(&mut self, socket: u32, count: u32);
+    /// Writes the eventfd of a queue set.
+    fn ring(&mut self, queue_set: u32);
+}
+
+/// How far [`Service::drain`] came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drained {
+    /// Elements taken.
+    pub elements: usize,
+    /// There are more.
+    pub more: bool,
+    /// An element waits for what stands in the guest's channels, or for hang-ups of placeholders: process these and
+    /// drain again.
+    pub again: bool,
+}
+
+/// Totals of one guest.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats {
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub operations: u64,
+    pub events: u64,
+    pub sockets: u32,
+    pub ring_bytes: u64,
+}
+
+/// One socket, for people.
+#[derive(Clone, Debug)]
+pub struct SocketInfo {
+    pub id: u32,
+    pub kind: &'static str,
+    pub state: &'static str,
+    pub local: Option<SocketAddress>,
+    pub peer: Option<SocketAddress>,
+    pub receive_ring_bytes: u32,
+    pub send_ring_bytes: u32,
+    pub unread_bytes: u32,
+    pub unsent_bytes: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Kind {
+    #[default]
+    Free,
+    Stream,
+    Datagram,
+    Listener,
+}
+
+/// Bits of [`Sock::bits`].
+mod bit {
+    /// The stack may have something to receive (or to accept).
+    pub const RX_READY: u32 = 1 << 0;
+    /// The receive ring is full; a Credit is awaited.
+    pub const RX_STALLED: u32 = 1 << 1;
+    /// The receive ring was filled completely: a larger one would help.
+    pub const RX_FILLED: u32 = 1 << 2;
+    pub const TX_FILLED: u32 = 1 << 3;
+    /// The stack takes nothing until it reports WRITE.
+    pub const TX_BLOCKED: u32 = 1 << 4;
+    /// Shut down the sending direction when the send ring is empty.
+    pub const SHUT_WR: u32 = 1 << 5;
+    /// All descriptors are closed; the send ring is being flushed.
+    pub const CLOSING: u32 = 1 << 6;
+    /// In the run queue.
+    pub const QUEUED: u32 = 1 << 7;
+    /// Accepted, without a placeholder so far.
+    pub const UNTAKEN: u32 = 1 << 8;
+    /// As UNTAKEN, and the process that took it may be dead.
+    pub const SUSPECT: u32 = 1 << 9;
+    /// SO_LINGER with time 0: close means RST.
+    pub const LINGER_0: u32 = 1 << 10;
+    /// An urgent byte is to be fetched; its mark is to be found.
+    pub const URGENT: u32 = 1 << 11;
+    pub const MARK: u32 = 1 << 12;
+    /// `tx_mark` is the end of urgent data to send.
+    pub const TX_URGENT: u32 = 1 << 13;
+    /// In the list of the starved.
+    pub const STARVED: u32 = 1 << 14;
+}
+use bit::*;
+
+/// What the engine knows of a socket; nothing of it stands in guest memory.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sock {
+    handle: Handle,
+    /// As published.
+    state: u32,
+    bits: u32,
+    kind: Kind,
+    domain: u16,
+    /// Error of `open`, told by the first job; or of the stream, told when its bytes were received.
+    error: i32,
+    generation: u32,
+    rx: Block,
+    tx: Block,
+    rx_base: u32,
+    rx_tail: u32,
+    tx_head: u32,
+    tx_mark: u32,
+    /// Listener: its backlog. Untaken: its listener.
+    link: u32,
+    /// Untaken: the position behind its record in the listener's ring.
+    record: u32,
+    /// Sweep in which it was last used.
+    used_at: u32,
+}
+
+/// First sizes of rings: class of 16 KiB for streams, of 4 KiB for listeners, of 256 KiB for datagrams.
+const STREAM_CLASS: u8 = 1;
+const LISTENER_CLASS: u8 = 0;
+const DATAGRAM_CLASS: u8 = 3;
+const MAX_DATAGRAM: u32 = 65536;
+/// Stream bytes that one socket may move before the others get their turn.
+const VISIT_BYTES: u32 = 1 << 20;
+const VISIT_ROUNDS: u32 = 4;
+const VISIT_DATAGRAMS: u32 = 64;
+const VISIT_ACCEPTS: u32 = 64;
+/// Elements of one queue set in one turn.
+const QUEUE_BATCH: u32 = 64;
+const DATAGRAM_BATCH: usize = 16;
+
+const IN: u32 = libc::EPOLLIN as u32;
+const OUT: u32 = libc::EPOLLOUT as u32;
+const ERR: u32 = libc::EPOLLERR as u32;
+const HUP: u32 = libc::EPOLLHUP as u32;
+const RDHUP: u32 = libc::EPOLLRDHUP as u32;
+const PRI: u32 = libc::EPOLLPRI as u32;
+
+/// The sockets of one guest.
+pub struct Service {
+    region: Region,
+    core: Core,
+}
+
+struct Core {
+    /// Guest part of the keys.
+    guest: u32,
+    guest_sockets: u32,
+    /// End of the socket table.
+    limit: u32,
+    socks: Table<Sock>,
+    sockets: u32,
+    events: Events,
+    blocks: Blocks,
+    run: VecDeque<u32>,
+    /// Sockets that wait for memory or descriptors; tried again when something is given back, and every tick.
+    starved: Vec<u32>,
+    /// Queue sets with elements that were not looked at.
+    pending: [u64; ACTIVE_WORDS],
+    /// An element that waits for the channels or hang-ups.
+    held: Option<(u32, Nqe)>,
+    free_ids: Vec<u32>,
+    next_id: u32,
+    /// Guest ids that could not be put on the free list because the guest kept changing it.
+    unreturned: Vec<u32>,
+    released: Vec<u32>,
+    highest_queue: u32,
+    sweeps: u32,
+    sweep_wanted: bool,
+    suspects: bool,
+    bytes_in: u64,
+    bytes_out: u64,
+    operations: u64,
+}
+
+struct Cx<'a> {
+    region: &'a Region,
+    stack: &'a mut dyn Stack,
+}
+
+impl Service {
+    /// Serves `region`; `guest` is the upper half of the keys that the stack is told.
+    pub fn new(region: Region, guest: u32) -> Service {
+        let layout = *region.layout();
+        Service {
+            region,
+            core: Core {
+                guest,
+                guest_sockets: layout.guest_sockets,
+                limit: layout.limits.sockets,
+                socks: Table::new(layout.limits.sockets),
+                sockets: 0,
+                events: Events::new(layout.limits.queue_sets),
+                blocks: Blocks::new(layout.payload_offset, layout.payload_bytes),
+                run: VecDeque::new(),
+                starved: Vec::new(),
+                pending: [0; ACTIVE_WORDS],
+                held: None,
+                free_ids: Vec::new(),
+                next_id: layout.guest_sockets,
+                unreturned: Vec::new(),
+                released: Vec::new(),
+                highest_queue: 0,
+                sweeps: 1,
+                sweep_wanted: false,
+                suspects: false,
+                bytes_in: 0,
+                bytes_out: 0,
+                operations: 0,
+            },
+        }
+    }
+
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// Message SOCKET: the guest made a socket.
+    pub fn open(
+        &mut self,
+        stack: &mut dyn Stack,
+        id: u32,
+        domain: u32,
+        kind: u32,
+        protocol: u32,
+    ) -> Result<(), Violation> {
+        self.core.open(&mut Cx { region: &self.region, stack }, id, domain, kind, protocol)
+    }
+
+    /// Message ACCEPTED: an accepted socket got its placeholder. `false`: there is no such socket (any more).
+    pub fn adopted(&mut self, id: u32, generation: u32) -> bool {
+        match self.core.socks.get_mut(id) {
+            Some(sock) if sock.bits & UNTAKEN != 0 && sock.generation == generation => {
+                sock.bits &= !(UNTAKEN | SUSPECT);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The last descriptor for the socket was closed.
+    pub fn close(&mut self, stack: &mut dyn Stack, id: u32) -> Result<(), Violation> {
+        self.core.close(&mut Cx { region: &self.region, stack }, id)
+    }
+
+    /// Takes elements from the guest's rings, at most about `budget`.
+    pub fn drain(&mut self, stack: &mut dyn Stack, budget: usize) -> Result<Drained, Violation> {
+        self.core.drain(&mut Cx { region: &self.region, stack }, budget)
+    }
+
+    /// True when the guest pushed something that was not looked at; a few loads.
+    #[inline]
+    pub fn has_elements(&self) -> bool {
+        let header = self.region.header();
+        self.core.held.is_some()
+            || header
+                .active
+                .iter()
+                .zip(&self.core.pending)
+                .any(|(word, p)| word.load(Relaxed) != 0 || *p != 0)
+    }
+
+    /// True when [`Service::run`] has something to do.
+    pub fn has_work(&self) -> bool {
+        !self.core.run.is_empty()
+    }
+
+    /// Goes on with sockets that used up their turn.
+    pub fn run(&mut self, stack: &mut dyn Stack, budget: usize) -> Result<usize, Violation> {
+        self.core.run(&mut Cx { region: &self.region, stack }, budget)
+    }
+
+    /// A report of the stack.
+    pub fn ready(&mut self, stack: &mut dyn Stack, id: u32, readiness: Readiness) -> Result<(), Violation> {
+        self.core.ready(&mut Cx { region: &self.region, stack }, id, readiness)
+    }
+
+    /// The end of a batch: wakes who must be woken.
+    #[inline]
+    pub fn flush(&mut self, host: &mut dyn Host) {
+        self.core.events.flush(&self.region, host);
+    }
+
+    /// Message DOORBELL: queue set `q` has an eventfd.
+    pub fn doorbell(&mut self, q: u32) -> Result<(), Violation> {
+        self.core.highest_queue = self.core.highest_queue.max(q);
+        match self.core.events.queues.get_mut(q as usize) {
+            Some(state) => state.doorbell = true,
+            None => return Err(Violation("doorbell of a queue set out of range")),
+        }
+        Ok(())
+    }
+
+    /// A process of the guest is over: its queue sets are drained and taken back.
+    pub fn end_process(&mut self, stack: &mut dyn Stack, tag: u32) -> Result<(), Violation> {
+        self.core.end_process(&mut Cx { region: &self.region, stack }, tag)
+    }
+
+    /// Queue sets that were given back since the last call.
+    pub fn take_released(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.core.released)
+    }
+
+    pub fn has_released(&self) -> bool {
+        !self.core.released.is_empty()
+    }
+
+    /// True when [`Service::sweep`] should be called about a second later.
+    pub fn wants_sweep(&self) -> bool {
+        self.core.sweep_wanted || self.core.suspects
+    }
+
+    /// Gives memory back that was not used for a second. Call about every second while [`Service::wants_sweep`].
+    pub fn sweep(&mut self, stack: &mut dyn Stack) -> Result<(), Violation> {
+        self.core.sweep(&mut Cx { region: &self.region, stack })
+    }
+
+    /// True when sockets wait for memory or descriptors: call [`Service::retry`] some milliseconds later.
+    pub fn is_starved(&self) -> bool {
+        !self.core.starved.is_empty() || !self.core.unreturned.is_empty()
+    }
+
+    pub fn retry(&mut self) {
+        self.core.retry_starved();
+        for id in std::mem::take(&mut self.core.unreturned) {
+            self.core.return_id(&self.region, id);
+        }
+    }
+
+    /// All processes of the guest are gone: closes every socket as the kernel would. Those with unsent bytes go on until
+    /// these are sent; the guest is over when [`Service::sockets`] is 0.
+    pub fn close_all(&mut self, stack: &mut dyn Stack) -> Result<(), Violation> {
+        let mut at = Some(0);
+        while let Some(id) = at {
+            self.close(stack, id)?;
+            at = self.core.socks.next_id(id);
+        }
+        Ok(())
+    }
+
+    /// The engine ends in order: hands what the send rings hold to the stack, as far as that takes it at once.
+    pub fn flush_all(&mut self, stack: &mut dyn Stack) {
+        let mut cx = Cx { region: &self.region, stack };
+        let mut at = Some(0);
+        while let Some(id) = at {
+            let _ = self.core.send(&mut cx, id, false);
+            at = self.core.socks.next_id(id);
+        }
+    }
+
+    /// Tells the guest that nothing will be served any more, and wakes everybody who waits for completions or events.
+    /// (Those who sleep on placeholders wake when the engine closes these.)
+    pub fn say_gone(&mut self, host: &mut dyn Host) {
+        self.region.header().engine_gone.store(1, SeqCst);
+        for q in 0..(self.core.highest_queue + 1).min(self.core.events.queues.len() as u32) {
+            if let Some(set) = self.region.queue_set(q) {
+                crate::memory::futex_wake(&set.complete_tail);
+                host.ring(q);
+            }
+        }
+    }
+
+    /// Ends everything at once: the guest is over. Nothing is flushed.
+    pub fn end(&mut self, stack: &mut dyn Stack) {
+        let mut at = Some(0);
+        while let Some(id) = at {
+            if let Some(sock) = self.core.socks.get_mut(id)
+                && sock.handle != Handle::NONE
+            {
+                let unread = sock.kind == Kind::Stream
+                    && sock.rx_tail != self.region.socket(id).map_or(0, |entry| entry.rx_head.load(Relaxed));
+                let abort = unread || sock.bits & (LINGER_0 | UNTAKEN) != 0;
+                stack.close(sock.handle, if abort { Close::Abort } else { Close::Graceful });
+                sock.handle = Handle::NONE;
+            }
+            at = self.core.socks.next_id(id);
+        }
+    }
+
+    /// Sockets that are not over, those that only flush included.
+    pub fn sockets(&self) -> u32 {
+        self.core.sockets
+    }
+
+    /// Queue sets that the guest used so far and did not give back.
+    pub fn queue_sets(&self) -> usize {
+        self.core.events.queues.iter().filter(|q| q.used()).count()
+    }
+
+    pub fn stats(&self) -> Stats {
+        Stats {
+            bytes_in: self.core.bytes_in,
+            bytes_out: self.core.bytes_out,
+            operations: self.core.operations,
+            events: self.core.events.raised,
+            sockets: self.core.sockets,
+            ring_bytes: self.core.blocks.used_bytes(),
+        }
+    }
+
+    pub fn list(&self, stack: &mut dyn Stack) -> Vec<SocketInfo> {
+        let mut out = Vec::new();
+        for (id, sock) in self.core.socks.iter() {
+            let Some(entry) = self.region.socket(id) else { continue };
+            if sock.kind == Kind::Free {
+                continue;
+            }
+            let name = |name: Result<SocketAddress, Errno>| name.ok();
+            let has = |bits| sock.state & bits != 0;
+            out.push(SocketInfo {
+                id,
+                kind: match sock.kind {
+                    Kind::Datagram => "datagram",
+                    Kind::Listener => "listener",
+                    _ => "stream",
+                },
+                state: match () {
+                    () if sock.bits & CLOSING != 0 => "closing",
+                    () if sock.bits & UNTAKEN != 0 => "accepting",
+                    () if has(state::LISTENING) => "listening",
+                    () if has(state::DEAD) => "dead",
+                    () if has(state::CONNECTING) => "connecting",
+                    () if has(state::RX_END) && has(state::TX_END) => "shut",
+                    () if has(state::RX_END) => "peer-closed",
+                    () if has(state::TX_END) => "half-closed",
+                    () if has(state::CONNECTED) => "connected",
+                    () if has(state::BOUND) => "bound",
+                    () => "open",
+                },
+                local: name(stack.local_name(sock.handle)),
+                peer: name(stack.peer_name(sock.handle)),
+                receive_ring_bytes: sock.rx.size(),
+                send_ring_bytes: sock.tx.size(),
+                unread_bytes: sock.rx_tail.wrapping_sub(entry.rx_head.load(Relaxed)).min(sock.rx.size()),
+                unsent_bytes: entry.tx_tail.load(Relaxed).wrapping_sub(sock.tx_head).min(sock.tx.size()),
+            });
+        }
+        out
+    }
+}
+
+/// What became of a job.
+enum Done {
+    /// Status, bytes in the argument area, value.
+    Answer(i32, u32, u64),
+    /// Try once more when hang-ups were processed; the errno if that does not help.
+    Again(i32),
+}
+
+impl Done {
+    fn of(result: Result<(), Errno>) -> Done {
+        Done::Answer(result.err().map_or(0, |e| -e.0), 0, 0)
+    }
+}
+
+impl Core {
+    fn open(&mut self, cx: &mut Cx, id: u32, domain: u32, kind: u32, protocol: u32) -> Result<(), Violation> {
+        if id == 0 || id >= self.guest_sockets {
+            return Err(Violation("new socket with an id that is not the guest's to take"));
+        }
+        let (Some(sock), Some(entry)) = (self.socks.make(id), cx.region.socket(id)) else {
+            return Err(Violation("socket id out of range"));
+        };
+        if sock.kind != Kind::Free {
+            return Err(Violation("new socket with an id in use"));
+        }
+        let generation = sock.generation;
+        let kind = kind as i32 & 0xf;
+        *sock = Sock { generation, domain: domain as u16, used_at: self.sweeps, ..Sock::default() };
+        sock.kind = if kind == libc::SOCK_DGRAM { Kind::Datagram } else { Kind::Stream };
+        match cx.stack.open(key(self.guest, id), domain as i32, kind, protocol as i32) {
+            Ok(handle) => sock.handle = handle,
+            Err(errno) => sock.error = errno.0,
+        }
+        sock.state = state::OPEN | if sock.kind == Kind::Datagram { state::DATAGRAM } else { 0 };
+        entry.kind.store((domain & 0xffff) << 16 | (protocol & 0xffff), Relaxed);
+        entry.generation.store(generation, Relaxed);
+        // SYNC: socket-state
+        entry.state.store(sock.state, Release);
+        self.sockets += 1;
+        Ok(())
+    }
+
+    fn ready(&mut self, cx: &mut Cx, id: u32, readiness: Readiness) -> Result<(), Violation> {
+        let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
+        sock.used_at = self.sweeps;
+        match sock.kind {
+            Kind::Free => Ok(()),
+            Kind::Listener => {
+                sock.bits |= RX_READY;
+                self.accept(cx, id)
+            }
+            Kind::Datagram => {
+                if readiness.has(Readiness::READ | Readiness::ERROR) && sock.bits & CLOSING == 0 {
+                    if readiness.has(Readiness::ERROR)
+                        && let Err(errno) = cx.stack.take_error(sock.handle)
+                    {
+                        self.soft_error(cx, id, errno)?;
+                    }
+                    if let Some(sock) = self.socks.get_mut(id) {
+                        sock.bits |= RX_READY;
+                    }
+                    self.receive_datagrams(cx, id)?;
+                }
+                if readiness.has(Readiness::WRITE | Readiness::ERROR) {
+                    self.unblock(cx, id)?;
+                }
+                Ok(())
+            }
+            Kind::Stream => {
+                if sock.state & state::CONNECTING != 0 {
+                    if !readiness.has(Readiness::WRITE | Readiness::ERROR) {
+                        return Ok(());
+                    }
+                    self.finish_connect(cx, id)?;
+                }
+                let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
+                if sock.state & state::CONNECTED == 0 {
+                    return Ok(());
+                }
+                if readiness.has(Readiness::URGENT) {
+                    sock.bits |= URGENT | MARK;
+                }
+                if readiness.has(Readiness::READ | Readiness::END | Readiness::ERROR | Readiness::URGENT) {
+                    sock.bits |= RX_READY;
+                    self.receive(cx, id)?;
+                }
+                if readiness.has(Readiness::WRITE | Readiness::ERROR) {
+                    self.unblock(cx, id)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// The stack has room again.
+    fn unblock(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        match self.socks.get_mut(id) {
+            Some(sock) if sock.bits & TX_BLOCKED != 0 => {
+                sock.bits &= !TX_BLOCKED;
+                self.send(cx, id, false)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn enqueue(&mut self, id: u32) {
+        if let Some(sock) = self.socks.get_mut(id)
+            && sock.bits & QUEUED == 0
+        {
+            sock.bits |= QUEUED;
+            self.run.push_back(id);
+        }
+    }
+
+    fn run(&mut self, cx: &mut Cx, budget: usize) -> Result<usize, Violation> {
+        let turns = self.run.len().min(budget);
+        for _ in 0..turns {
+            let Some(id) = self.run.pop_front() else { break };
+            let Some(sock) = self.socks.get_mut(id) else { continue };
+            sock.bits &= !QUEUED;
+            match sock.kind {
+                Kind::Free => {}
+                Kind::Listener => self.accept(cx, id)?,
+                Kind::Datagram => {
+                    self.receive_datagrams(cx, id)?;
+                    self.send(cx, id, false)?;
+                }
+                Kind::Stream => {
+                    self.receive(cx, id)?;
+                    self.send(cx, id, false)?;
+                }
+            }
+        }
+        Ok(turns)
+    }
+
+    fn starve(&mut self, id: u32) {
+        if let Some(sock) = self.socks.get_mut(id)
+            && sock.bits & STARVED == 0
+        {
+            sock.bits |= STARVED;
+            self.starved.push(id);
+        }
+    }
+
+    fn retry_starved(&mut self) {
+        for id in std::mem::take(&mut self.starved) {
+            if let Some(sock) = self.socks.get_mut(id) {
+                sock.bits &= !STARVED;
+                self.enqueue(id);
+            }
+        }
+    }
+
+    fn give_block(&mut self, block: Block) {
+        if !block.is_none() {
+            self.blocks.give(block);
+            self.sweep_wanted = true;
+        }
+    }
+
+    // ---- streams: receiving
+
+    fn receive(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        let region = cx.region;
+        let Some(entry) = region.socket(id) else { return Ok(()) };
+        let (mut rounds, mut got) = (0, 0);
+        loop {
+            let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
+            if sock.bits & (RX_READY | RX_STALLED | CLOSING) != RX_READY
+                || sock.state & (state::CONNECTED | state::RX_END) != state::CONNECTED
+            {
+                return Ok(());
+            }
+            if rounds >= VISIT_ROUNDS || got >= VISIT_BYTES {
+                self.enqueue(id);
+                return Ok(());
+            }
+            rounds += 1;
+            // SYNC: rx-head - the guest has copied the bytes before it published this head.
+            let head = entry.rx_head.load(Acquire);
+            let used = bytes::used(head, sock.rx_tail, sock.rx.size())
+                .map_err(|_| Violation("read position of a socket"))?;
+            if used == 0 && (sock.rx.is_none() || sock.bits & RX_FILLED != 0) {
+                let class = if sock.rx.is_none() {
+                    Some(Block::class_for(entry.rcv_low_water.load(Relaxed)).max(STREAM_CLASS))
+                } else if (sock.rx.class() as usize) < CLASSES - 1 && self.blocks.plenty() {
+                    Some(sock.rx.class() + 1)
+                } else {
+                    None
+                };
+                sock.bits &= !RX_FILLED;
+                if let Some(block) = class.and_then(|class| self.blocks.take(class)) {
+                    let old = std::mem::replace(&mut sock.rx, block);
+                    entry.rx_offset.store((block.offset() / 64) as u32, Relaxed);
+                    entry.rx_size.store(block.size(), Relaxed);
+                    self.blocks.give(old);
+                    self.sweep_wanted = true;
+                } else if sock.rx.is_none() {
+                    self.starve(id);
+                    return Ok(());
+                }
+            }
+            let size = sock.rx.size();
+            if used == 0 && sock.rx_base != sock.rx_tail {
+                sock.rx_base = sock.rx_tail;
+                entry.rx_base.store(sock.rx_base, Relaxed);
+            }
+            if used == size {
+                sock.bits |= RX_FILLED;
+                if stall(entry, sock, size)? {
+                    return Ok(());
+                }
+                continue;
+            }
+            if sock.bits & (URGENT | MARK) != 0 {
+                urgent(cx.stack, entry, sock);
+                let (generation, pending) = (sock.generation, sock.bits & MARK == 0);
+                if pending {
+                    self.events.raise(region, entry, id, generation, PRI | IN, u32::MAX)?;
+                }
+                let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
+                sock.bits |= RX_READY;
+            }
+            let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
+            let want = size - used;
+            let into = ring_segments(region, sock.rx.offset(), size, sock.rx_base, sock.rx_tail, want);
+            match cx.stack.recv(sock.handle, &into) {
+                Ok(received) if received.bytes > 0 => {
+                    let n = (received.bytes as u32).min(want);
+                    sock.rx_tail = sock.rx_tail.wrapping_add(n);
+                    sock.used_at = self.sweeps;
+                    got += n;
+                    self.bytes_in += n as u64;
+                    if n == want {
+                        sock.bits |= RX_FILLED;
+                    }
+                    if !received.more && sock.bits & MARK == 0 {
+                        sock.bits &= !RX_READY;
+                    }
+                    // SYNC: rx-tail - the bytes, and base, offset and size, are visible with it.
+                    entry.rx_tail.store(sock.rx_tail, Release);
+                    let generation = sock.generation;
+                    self.events.raise(region, entry, id, generation, IN, u32::MAX)?;
+                }
+                Ok(_) => {
+                    sock.bits &= !RX_READY;
+                    if sock.error != 0 {
+                        let errno = sock.error;
+                        return self.fail(cx, id, errno);
+                    }
+                    sock.state |= state::RX_END;
+                    entry.state.store(sock.state, Release);
+                    let generation = sock.generation;
+                    return self.events.raise(region, entry, id, generation, IN | RDHUP, u32::MAX);
+                }
+                Err(errno) if errno.would_block() => {
+                    sock.bits &= !(RX_READY | URGENT);
+                    return Ok(());
+                }
+                Err(Errno(libc::EINTR)) => {}
+                Err(errno) if errno.is_shortage() => {
+                    self.starve(id);
+                    return Ok(());
+                }
+                Err(errno) => return self.fail(cx, id, errno.0),
+            }
+        }
+    }
+
+    /// The connection is over with an error.
+    fn fail(&mut self, cx: &mut Cx, id: u32, errno: i32) -> Result<(), Violation> {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return Ok(()) };
+        if sock.bits & CLOSING != 0 {
+            self.finish_close(cx, id, Close::Graceful);
+            return Ok(());
+        }
+        if sock.state & state::DEAD != 0 {
+            return Ok(());
+        }
+        sock.error = 0;
+        entry.error.store(errno as u32, Relaxed);
+        sock.state = (sock.state & !state::CONNECTING) | state::DEAD | state::RX_END | state::TX_END;
+        entry.state.store(sock.state, Release);
+        let generation = sock.generation;
+        self.events.raise(cx.region, entry, id, generation, IN | OUT | ERR | HUP | RDHUP, u32::MAX)
+    }
+
+    /// An error that does not end the socket (datagrams).
+    fn soft_error(&mut self, cx: &mut Cx, id: u32, errno: Errno) -> Result<(), Violation> {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return Ok(()) };
+        entry.error.store(errno.0 as u32, Release);
+        let generation = sock.generation;
+        self.events.raise(cx.region, entry, id, generation, IN | OUT | ERR, u32::MAX)
+    }
+
+    // ---- sending
+
+    /// Hands what stands in the send ring to the stack.
+    fn send(&mut self, cx: &mut Cx, id: u32, more: bool) -> Result<(), Violation> {
+        match self.socks.get_mut(id) {
+            Some(sock) if sock.kind == Kind::Stream => self.send_stream(cx, id, more)?,
+            Some(sock) if sock.kind == Kind::Datagram => self.send_datagrams(cx, id)?,
+            _ => return Ok(()),
+        }
+        self.after_send(cx, id)
+    }
+
+    fn send_stream(&mut self, cx: &mut Cx, id: u32, more: bool) -> Result<(), Violation> {
+        let region = cx.region;
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), region.socket(id)) else { return Ok(()) };
+        if sock.tx.is_none()
+            || sock.state & state::CONNECTED == 0
+            || sock.state & (state::DEAD | state::TX_END) != 0
+        {
+            return Ok(());
+        }
+        let size = sock.tx.size();
+        // At most two pieces: what ends with an urgent byte, and the rest.
+        for _ in 0..2 {
+            // SYNC: tx-tail - the bytes before it, and the base, are visible.
+            let tail = entry.tx_tail.load(Acquire);
+            let mut len =
+                bytes::used(sock.tx_head, tail, size).map_err(|_| Violation("write position of a socket"))?;
+            if len == 0 {
+                break;
+            }
+            sock.used_at = self.sweeps;
+            if len == size {
+                sock.bits |= TX_FILLED;
+            }
+            if sock.bits & TX_BLOCKED != 0 {
+                break;
+            }
+            let mut urgent = false;
+            if sock.bits & TX_URGENT != 0 {
+                let until = sock.tx_mark.wrapping_sub(sock.tx_head);
+                if until == 0 || until > len {
+                    sock.bits &= !TX_URGENT;
+                } else {
+                    len = until;
+                    urgent = true;
+                }
+            }
+            let base = entry.tx_base.load(Relaxed);
+            let data = ring_segments(region, sock.tx.offset(), size, base, sock.tx_head, len);
+            match cx.stack.send(sock.handle, &data, SendFlags { more, urgent }) {
+                Ok(n) => {
+                    let n = (n as u32).min(len);
+                    sock.tx_head = sock.tx_head.wrapping_add(n);
+                    self.bytes_out += n as u64;
+                    // SYNC: tx-head - the stack has taken the bytes.
+                    entry.tx_head.store(sock.tx_head, Release);
+                    if n < len {
+                        sock.bits |= TX_BLOCKED;
+                        break;
+                    }
+                    if !urgent {
+                        break;
+                    }
+                    sock.bits &= !TX_URGENT;
+                }
+                Err(errno) if errno.would_block() => {
+                    sock.bits |= TX_BLOCKED;
+                    break;
+                }
+                Err(errno) if errno.is_shortage() || errno.0 == libc::EINTR => {
+                    self.starve(id);
+                    break;
+                }
+                Err(errno) => return self.send_failed(cx, id, errno),
+            }
+        }
+        Ok(())
+    }
+
+    /// The stack refuses to send: the connection is over. Bytes that came before are still received.
+    fn send_failed(&mut self, cx: &mut Cx, id: u32, errno: Errno) -> Result<(), Violation> {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return Ok(()) };
+        if sock.bits & CLOSING != 0 {
+            return self.fail(cx, id, errno.0);
+        }
+        let errno = match cx.stack.take_error(sock.handle) {
+            Err(pending) if errno.0 == libc::EPIPE => pending,
+            _ => errno,
+        };
+        sock.tx_head = entry.tx_tail.load(Relaxed);
+        entry.tx_head.store(sock.tx_head, Release);
+        sock.bits &= !(SHUT_WR | TX_BLOCKED);
+        if errno.0 != libc::EPIPE {
+            sock.error = errno.0;
+        }
+        sock.state |= state::TX_END;
+        if sock.state & state::RX_END != 0 {
+            return if sock.error != 0 {
+                let errno = sock.error;
+                self.fail(cx, id, errno)
+            } else {
+                let generation = sock.generation;
+                entry.state.store(sock.state, Release);
+                self.events.raise(cx.region, entry, id, generation, OUT | HUP, u32::MAX)
+            };
+        }
+        entry.state.store(sock.state, Release);
+        sock.bits |= RX_READY;
+        let generation = sock.generation;
+        self.events.raise(cx.region, entry, id, generation, OUT, u32::MAX)?;
+        self.receive(cx, id)
+    }
+
+    fn send_datagrams(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        let region = cx.region;
+        let Some(entry) = region.socket(id) else { return Ok(()) };
+        let mut sent = 0;
+        loop {
+            let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
+            if sock.tx.is_none() || sock.handle == Handle::NONE {
+                return Ok(());
+            }
+            let size = sock.tx.size();
+            // SYNC: tx-tail
+            let tail = entry.tx_tail.load(Acquire);
+            let used =
+                bytes::used(sock.tx_head, tail, size).map_err(|_| Violation("write position of a socket"))?;
+            if used == 0 || sock.bits & TX_BLOCKED != 0 {
+                return Ok(());
+            }
+            if sent >= VISIT_DATAGRAMS {
+                self.enqueue(id);
+                return Ok(());
+            }
+            sock.used_at = self.sweeps;
+            let base = entry.tx_base.load(Relaxed);
+            let mut batch =
+                [Datagram { data: crate::Segments::EMPTY, to: SocketAddress::default() }; DATAGRAM_BATCH];
+            let mut ends = [0u32; DATAGRAM_BATCH];
+            let (mut n, mut position, mut payload) = (0, sock.tx_head, 0u64);
+            while n < DATAGRAM_BATCH && position != tail {
+                let left = tail.wrapping_sub(position);
+                let mut raw = [0u8; 32];
+                if left < 32 {
+                    return Err(Violation("datagram without a header"));
+                }
+                ring_segments(region, sock.tx.offset(), size, base, position, 32).copy_to(&mut raw);
+                let header = header_from(&raw);
+                if header.len > MAX_DATAGRAM || datagram_record(header.len) > left {
+                    return Err(Violation("datagram longer than its ring"));
+                }
+                let to = match header.address_len & 0xff {
+                    0 => SocketAddress::default(),
+                    len => SocketAddress::from_datagram(&header.address, len)
+                        .unwrap_or(SocketAddress::from_bytes(&[0; 16])),
+                };
+                let data = ring_segments(
+                    region,
+                    sock.tx.offset(),
+                    size,
+                    base,
+                    position.wrapping_add(32),
+                    header.len,
+                );
+                position = position.wrapping_add(datagram_record(header.len));
+                batch[n] = Datagram { data, to };
+                ends[n] = position;
+                payload += header.len as u64;
+                n += 1;
+            }
+            match cx.stack.send_datagrams(sock.handle, &batch[..n]) {
+                Ok(k) if k > 0 => {
+                    let k = k.min(n);
+                    sock.tx_head = ends[k - 1];
+                    self.bytes_out +=
+                        if k == n { payload } else { batch[..k].iter().map(|d| d.data.len() as u64).sum() };
+                    sent += k as u32;
+                }
+                Ok(_) => sock.bits |= TX_BLOCKED,
+                Err(errno) if errno.would_block() => sock.bits |= TX_BLOCKED,
+                Err(errno) if errno.is_shortage() || errno.0 == libc::EINTR => {
+                    self.starve(id);
+                    return Ok(());
+                }
+                Err(errno) => {
+                    // That datagram is lost, as after a failed sendto.
+                    sock.tx_head = ends[0];
+                    sent += 1;
+                    entry.tx_head.store(sock.tx_head, Release);
+                    if sock.bits & CLOSING == 0 {
+                        self.soft_error(cx, id, errno)?;
+                    }
+                    continue;
+                }
+            }
+            // SYNC: tx-head
+            entry.tx_head.store(sock.tx_head, Release);
+        }
+    }
+
+    /// Room, growth, and what waited for the send ring to become empty.
+    fn after_send(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        let region = cx.region;
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), region.socket(id)) else { return Ok(()) };
+        if sock.kind == Kind::Free {
+            return Ok(());
+        }
+        let size = sock.tx.size();
+        let used = bytes::used(sock.tx_head, entry.tx_tail.load(Acquire), size)
+            .map_err(|_| Violation("write position of a socket"))?;
+        if used == 0 {
+            if sock.bits & CLOSING != 0 {
+                self.finish_close(cx, id, Close::Graceful);
+                return Ok(());
+            }
+            if sock.bits & SHUT_WR != 0 {
+                sock.bits &= !SHUT_WR;
+                let _ = cx.stack.shutdown(sock.handle, Shutdown::Write);
+                sock.state |= state::TX_END;
+                entry.state.store(sock.state, Release);
+                let generation = sock.generation;
+                self.events.raise(region, entry, id, generation, OUT, u32::MAX)?;
+            } else if sock.bits & TX_FILLED != 0 {
+                sock.bits &= !TX_FILLED;
+                if (sock.tx.class() as usize) < CLASSES - 1
+                    && self.blocks.plenty()
+                    && let Some(block) = self.blocks.take(sock.tx.class() + 1)
+                {
+                    let unused = replace_tx(entry, sock, block);
+                    self.blocks.give(unused);
+                    self.sweep_wanted = true;
+                }
+            }
+        }
+        let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
+        let room = sock.tx.size() - used.min(sock.tx.size());
+        // SYNC: tx-wanted - the head stored above is visible to a writer that set tx_wanted before we look at it.
+        fence(SeqCst);
+        if entry.tx_wanted.load(Relaxed) != 0
+            && room >= low_water(sock.tx)
+            && entry.tx_wanted.swap(0, SeqCst) != 0
+        {
+            let generation = sock.generation;
+            self.events.raise(region, entry, id, generation, OUT, u32::MAX)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the socket a send ring if it has none.
+    fn ensure_tx(&mut self, cx: &mut Cx, id: u32, class: u8) -> bool {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return false };
+        if !sock.tx.is_none() {
+            return true;
+        }
+        let Some(block) = self.blocks.take(class) else { return false };
+        self.sweep_wanted = true;
+        sock.tx = block;
+        sock.used_at = self.sweeps;
+        publish_tx(entry, block);
+        true
+    }
+
+    // ---- datagrams: receiving
+
+    fn receive_datagrams(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        let region = cx.region;
+        let Some(entry) = region.socket(id) else { return Ok(()) };
+        let (mut rounds, mut got) = (0, 0);
+        while let Some(sock) = self.socks.get_mut(id) {
+            if sock.bits & (RX_READY | RX_STALLED | CLOSING) != RX_READY || sock.handle == Handle::NONE {
+                break;
+            }
+            if rounds >= VISIT_DATAGRAMS {
+                self.enqueue(id);
+                break;
+            }
+            rounds += 1;
+            // SYNC: rx-head
+            let head = entry.rx_head.load(Acquire);
+            let used = bytes::used(head, sock.rx_tail, sock.rx.size())
+                .map_err(|_| Violation("read position of a socket"))?;
+            if sock.rx.is_none() {
+                let Some(block) = self.blocks.take(DATAGRAM_CLASS) else {
+                    self.starve(id);
+                    break;
+                };
+                self.sweep_wanted = true;
+                sock.rx = block;
+                entry.rx_offset.store((block.offset() / 64) as u32, Relaxed);
+                entry.rx_size.store(block.size(), Relaxed);
+            }
+            let size = sock.rx.size();
+            if used == 0 && sock.rx_base != sock.rx_tail {
+                sock.rx_base = sock.rx_tail;
+                entry.rx_base.store(sock.rx_base, Relaxed);
+            }
+            let free = size - used;
+            let needed = match free {
+                free if free >= datagram_record(MAX_DATAGRAM) => 0,
+                _ => datagram_record(
+                    cx.stack.next_datagram(sock.handle).unwrap_or(0).min(MAX_DATAGRAM as usize) as u32,
+                ),
+            };
+            if needed.max(32) > free {
+                if stall(entry, sock, size)? {
+                    break;
+                }
+                continue;
+            }
+            let room = (free - 32).min(MAX_DATAGRAM);
+            let into = ring_segments(
+                region,
+                sock.rx.offset(),
+                size,
+                sock.rx_base,
+                sock.rx_tail.wrapping_add(32),
+                room,
+            );
+            match cx.stack.recv_datagram(sock.handle, &into) {
+                Ok(received) => {
+                    let len = (received.bytes as u32).min(room);
+                    let (address, address_len) = received.from.to_datagram();
+                    let header = header_bytes(&DatagramHeader { len, address_len, address });
+                    ring_segments(region, sock.rx.offset(), size, sock.rx_base, sock.rx_tail, 32)
+                        .copy_from(&header);
+                    sock.rx_tail = sock.rx_tail.wrapping_add(datagram_record(len));
+                    sock.used_at = self.sweeps;
+                    self.bytes_in += len as u64;
+                    got += 1;
+                    // SYNC: rx-tail
+                    entry.rx_tail.store(sock.rx_tail, Release);
+                }
+                Err(errno) if errno.would_block() => sock.bits &= !RX_READY,
+                Err(Errno(libc::EINTR)) => {}
+                Err(errno) if errno.is_shortage() => {
+                    self.starve(id);
+                    break;
+                }
+                Err(errno) => self.soft_error(cx, id, errno)?,
+            }
+        }
+        if got > 0
+            && let Some(sock) = self.socks.get_mut(id)
+        {
+            let generation = sock.generation;
+            self.events.raise(region, entry, id, generation, IN, got)?;
+        }
+        Ok(())
+    }
+
+    // ---- listeners
+
+    fn take_id(&mut self) -> Option<u32> {
+        if let Some(id) = self.free_ids.pop() {
+            return Some(id);
+        }
+        if self.next_id >= self.limit {
+            return None;
+        }
+        self.socks.make(self.next_id)?;
+        self.next_id += 1;
+        Some(self.next_id - 1)
+    }
+
+    fn accept(&mut self, cx: &mut Cx, listener: u32) -> Result<(), Violation> {
+        let region = cx.region;
+        let Some(entry) = region.socket(listener) else { return Ok(()) };
+        let mut new = 0;
+        let mut rounds = 0;
+        while let Some(sock) = self.socks.get_mut(listener) {
+            if sock.bits & (RX_READY | RX_STALLED) != RX_READY || sock.state & state::LISTENING == 0 {
+                break;
+            }
+            if rounds >= VISIT_ACCEPTS {
+                self.enqueue(listener);
+                break;
+            }
+            rounds += 1;
+            let size = sock.rx.size();
+            // SYNC: rx-head
+            let head = entry.rx_head.load(Acquire);
+            let used = bytes::used(head, sock.rx_tail, size).map_err(|_| Violation("accept position"))?;
+            let most = (sock.link / 2).clamp(1, size / ACCEPT_RECORD - 1);
+            if used.div_ceil(ACCEPT_RECORD) >= most {
+                entry.rx_stalled.store(1, SeqCst);
+                fence(SeqCst);
+                if entry.rx_head.load(SeqCst) == head {
+                    sock.bits |= RX_STALLED;
+                    break;
+                }
+                entry.rx_stalled.store(0, SeqCst);
+                continue;
+            }
+            if used == 0 && sock.rx_base != sock.rx_tail {
+                sock.rx_base = sock.rx_tail;
+                entry.rx_base.store(sock.rx_base, Relaxed);
+            }
+            let (handle, domain) = (sock.handle, sock.domain);
+            let Some(id) = self.take_id() else {
+                // No ids: connections wait in the stack's own queue.
+                self.starve(listener);
+                break;
+            };
+            let accepted = match cx.stack.accept(handle, key(self.guest, id)) {
+                Ok(accepted) => accepted,
+                Err(errno) => {
+                    self.free_ids.push(id);
+                    if errno.would_block() {
+                        if let Some(sock) = self.socks.get_mut(listener) {
+                            sock.bits &= !RX_READY;
+                        }
+                        break;
+                    }
+                    if errno.is_shortage() || matches!(errno.0, libc::EINVAL | libc::EBADF) {
+                        self.starve(listener);
+                        break;
+                    }
+                    // The connection was over before it was accepted: the next one.
+                    continue;
+                }
+            };
+            self.begin_accepted(cx, id, domain, accepted);
+            self.receive(cx, id)?;
+            let (generation, record) = {
+                let generation = self.socks.get_mut(id).map_or(0, |s| s.generation);
+                let Some(sock) = self.socks.get_mut(listener) else { break };
+                let at = sock.rx_tail;
+                sock.rx_tail = at.wrapping_add(ACCEPT_RECORD);
+                let mut record = [0u8; ACCEPT_RECORD as usize];
+                record[..4].copy_from_slice(&id.to_le_bytes());
+                record[4..].copy_from_slice(&generation.to_le_bytes());
+                ring_segments(region, sock.rx.offset(), size, sock.rx_base, at, ACCEPT_RECORD)
+                    .copy_from(&record);
+                // SYNC: rx-tail - the record and the new socket's entry.
+                entry.rx_tail.store(sock.rx_tail, Release);
+                (sock.generation, sock.rx_tail)
+            };
+            if let Some(sock) = self.socks.get_mut(id) {
+                sock.link = listener;
+                sock.record = record;
+            }
+            new += 1;
+            if new == 1 {
+                self.events.raise(region, entry, listener, generation, IN, 0)?;
+            }
+        }
+        if new > 0
+            && let Some(sock) = self.socks.get_mut(listener)
+        {
+            let generation = sock.generation;
+            self.events.raise(region, entry, listener, generation, IN, new)?;
+        }
+        Ok(())
+    }
+
+    fn begin_accepted(&mut self, cx: &mut Cx, id: u32, domain: u16, accepted: crate::Accepted) {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return };
+        let generation = sock.generation;
+        *sock = Sock {
+            handle: accepted.handle,
+            state: state::OPEN | state::CONNECTED | state::BOUND,
+            bits: UNTAKEN | RX_READY,
+            kind: Kind::Stream,
+            domain,
+            generation,
+            used_at: self.sweeps,
+            ..Sock::default()
+        };
+        clear_guest_lines(entry);
+        entry.kind.store((domain as u32) << 16, Relaxed);
+        entry.generation.store(generation, Relaxed);
+        for (word, value) in entry.peer.iter().zip(accepted.peer.to_words()) {
+            word.store(value, Relaxed);
+        }
+        entry.peer_len.store(accepted.peer.as_bytes().len() as u32, Relaxed);
+        entry.state.store(sock.state, Release);
+        self.sockets += 1;
+        if self.blocks.plenty() {
+            self.ensure_tx(cx, id, STREAM_CLASS);
+        }
+    }
+
+    // ---- connecting
+
+    fn finish_connect(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return Ok(()) };
+        let generation = sock.generation;
+        match cx.stack.take_error(sock.handle) {
+            Ok(()) if cx.stack.peer_name(sock.handle).is_ok() => {
+                sock.state = (sock.state & !state::CONNECTING) | state::CONNECTED | state::BOUND;
+                sock.bits &= !TX_BLOCKED;
+                sock.bits |= RX_READY;
+                self.ensure_tx(cx, id, STREAM_CLASS);
+                self.publish_state(cx, id);
+                self.events.raise(cx.region, entry, id, generation, OUT, u32::MAX)?;
+            }
+            // Not over yet: a report that came too early.
+            Ok(()) => {}
+            Err(errno) => {
+                sock.state = (sock.state & !state::CONNECTING) | state::CONNECT_FAILED;
+                entry.error.store(errno.0 as u32, Relaxed);
+                self.publish_state(cx, id);
+                self.events.raise(cx.region, entry, id, generation, IN | OUT | ERR | HUP, u32::MAX)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn publish_state(&mut self, cx: &Cx, id: u32) {
+        if let (Some(sock), Some(entry)) = (self.socks.get(id), cx.region.socket(id)) {
+            // SYNC: socket-state - everything that the state implies (rings, error) is visible with it.
+            entry.state.store(sock.state, Release);
+        }
+    }
+
+    // ---- closing
+
+    fn close(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return Ok(()) };
+        match sock.kind {
+            Kind::Free => return Ok(()),
+            Kind::Listener => {
+                self.drop_untaken(cx, id);
+                self.finish_close(cx, id, Close::Graceful);
+                return Ok(());
+            }
+            Kind::Stream | Kind::Datagram => {}
+        }
+        if sock.bits & CLOSING != 0 {
+            return Ok(());
+        }
+        if sock.kind == Kind::Stream && sock.state & state::CONNECTED != 0 {
+            let unread = sock.rx_tail != entry.rx_head.load(Acquire);
+            if unread || sock.bits & LINGER_0 != 0 {
+                self.finish_close(cx, id, Close::Abort);
+                return Ok(());
+            }
+        }
+        let unsent = entry.tx_tail.load(Acquire) != sock.tx_head;
+        let open = sock.kind == Kind::Datagram || sock.state & (state::DEAD | state::TX_END) == 0;
+        if !unsent || !open || sock.tx.is_none() {
+            self.finish_close(cx, id, Close::Graceful);
+            return Ok(());
+        }
+        sock.bits |= CLOSING;
+        sock.bits &= !SHUT_WR;
+        // Nothing is received any more.
+        let rx = std::mem::take(&mut sock.rx);
+        self.give_block(rx);
+        self.send(cx, id, false)
+    }
+
+    /// Closes (RST) the connections of a listener that nobody took.
+    fn drop_untaken(&mut self, cx: &mut Cx, listener: u32) {
+        let (Some(sock), Some(entry)) = (self.socks.get(listener), cx.region.socket(listener)) else {
+            return;
+        };
+        let waiting = sock.rx_tail.wrapping_sub(entry.rx_head.load(Acquire));
+        let tail = sock.rx_tail;
+        let mut at = Some(self.guest_sockets);
+        while let Some(id) = at {
+            if let Some(child) = self.socks.get_mut(id)
+                && child.bits & UNTAKEN != 0
+                && child.link == listener
+            {
+                // Its record ends at `record`; those within `waiting` bytes of the tail are still in the ring.
+                if tail.wrapping_sub(child.record) < waiting {
+                    self.finish_close(cx, id, Close::Abort);
+                } else {
+                    child.link = 0;
+                }
+            }
+            at = self.socks.next_id(id);
+            if id >= self.next_id {
+                break;
+            }
+        }
+    }
+
+    fn finish_close(&mut self, cx: &mut Cx, id: u32, how: Close) {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return };
+        if sock.kind == Kind::Free {
+            return;
+        }
+        if sock.handle != Handle::NONE {
+            cx.stack.close(sock.handle, how);
+        }
+        let (rx, tx) = (sock.rx, sock.tx);
+        let generation = sock.generation.wrapping_add(1);
+        let queued = sock.bits & (QUEUED | STARVED);
+        *sock = Sock { generation, bits: queued, ..Sock::default() };
+        self.sockets -= 1;
+        clear_engine_lines(entry);
+        entry.inode.store(0, Relaxed);
+        // SYNC: socket-state - the cleared lines are visible to who takes the id again.
+        entry.generation.store(generation, Release);
+        self.give_block(rx);
+        self.give_block(tx);
+        if id < self.guest_sockets {
+            self.return_id(cx.region, id);
+        } else {
+            self.free_ids.push(id);
+        }
+        if !self.starved.is_empty() {
+            self.retry_starved();
+        }
+    }
+
+    /// Puts a guest id on the guest's free list.
+    fn return_id(&mut self, region: &Region, id: u32) {
+        let (header, Some(entry)) = (region.header(), region.socket(id)) else { return };
+        // A correct guest disturbs this once in a while; a hostile one could for ever.
+        for _ in 0..256 {
+            let head = header.free_head.load(Acquire);
+            entry.next_free.store(head as u32, Relaxed);
+            let new = ((head >> 32).wrapping_add(1) << 32) | id as u64;
+            // SYNC: free-list - the link, and the cleared entry.
+            if header.free_head.compare_exchange_weak(head, new, AcqRel, Relaxed).is_ok() {
+                return;
+            }
+        }
+        self.unreturned.push(id);
+    }
+
+    // ---- queue elements
+
+    fn drain(&mut self, cx: &mut Cx, budget: usize) -> Result<Drained, Violation> {
+        let region = cx.region;
+        let mut drained = Drained { elements: 0, more: false, again: false };
+        if let Some((q, nqe)) = self.held.take() {
+            self.element(cx, q, nqe, true)?;
+        }
+        let header = region.header();
+        for word in 0..ACTIVE_WORDS {
+            if header.active[word].load(Relaxed) != 0 {
+                // SYNC: active - the elements pushed before the bit was set are visible.
+                self.pending[word] |= header.active[word].swap(0, SeqCst);
+            }
+            let mut bits = self.pending[word];
+            while bits != 0 {
+                let q = word as u32 * 64 + bits.trailing_zeros();
+                bits &= bits - 1;
+                if drained.elements >= budget {
+                    drained.more = true;
+                    break;
+                }
+                let mut taken = 0;
+                let empty = self.drain_queue(cx, q, &mut taken)?;
+                drained.elements += taken;
+                if self.held.is_some() {
+                    drained.again = true;
+                    return Ok(drained);
+                }
+                if empty {
+                    self.pending[word] &= !(1 << (q % 64));
+                } else {
+                    drained.more = true;
+                }
+            }
+        }
+        Ok(drained)
+    }
+
+    /// True: the rings of `q` are empty.
+    fn drain_queue(&mut self, cx: &mut Cx, q: u32, taken: &mut usize) -> Result<bool, Violation> {
+        let region = cx.region;
+        let (Some(jobs), Some(sends)) = (region.job(q), region.send(q)) else {
+            return Err(Violation("active queue set out of range"));
+        };
+        self.highest_queue = self.highest_queue.max(q);
+        for (ring, is_job) in [(jobs, true), (sends, false)] {
+            for _ in 0..QUEUE_BATCH {
+                let state = &mut self.events.queues[q as usize];
+                let head = if is_job { &mut state.job_head } else { &mut state.send_head };
+                let element = match ring.pop(head) {
+                    Ok(Some(element)) => Nqe::from_words(element),
+                    Ok(None) => break,
+                    Err(_) => {
+                        return Err(Violation(if is_job {
+                            "job ring positions"
+                        } else {
+                            "send ring positions"
+                        }));
+                    }
+                };
+                *taken += 1;
+                self.operations += 1;
+                self.element(cx, q, element, false)?;
+                if self.held.is_some() {
+                    return Ok(false);
+                }
+            }
+        }
+        let state = self.events.queues[q as usize];
+        let empty = jobs.tail() == state.job_head && sends.tail() == state.send_head;
+        if empty && state.releasing {
+            self.release(region, q);
+        }
+        Ok(empty)
+    }
+
+    fn release(&mut self, region: &Region, q: u32) {
+        self.events.reset(region, q);
+        self.pending[q as usize / 64] &= !(1 << (q % 64));
+        self.released.push(q);
+    }
+
+    /// One element. `last`: it was held already; there is no second chance.
+    fn element(&mut self, cx: &mut Cx, q: u32, nqe: Nqe, last: bool) -> Result<(), Violation> {
+        let Some(op) = Op::from_u8(nqe.op) else { return Err(Violation("unknown operation")) };
+        let id = nqe.socket;
+        let done = match op {
+            Op::Release => {
+                self.events.queues[q as usize].releasing = true;
+                return Ok(());
+            }
+            Op::Fence => Done::Answer(0, 0, 0),
+            Op::Complete | Op::Event | Op::Reserved => return Err(Violation("not an operation of guests")),
+            _ => {
+                if cx.region.socket(id).is_none() {
+                    return Err(Violation("element for a socket out of range"));
+                }
+                let sock = self.socks.make(id).ok_or(Violation("element for a socket out of range"))?;
+                if sock.kind == Kind::Free && !last {
+                    self.held = Some((q, nqe));
+                    return Ok(());
+                }
+                sock.used_at = self.sweeps;
+                match op {
+                    _ if sock.kind == Kind::Free || sock.bits & CLOSING != 0 => {
+                        Done::Answer(-libc::EBADF, 0, 0)
+                    }
+                    Op::Send => return self.element_send(cx, id, nqe),
+                    Op::Credit => {
+                        let Some(entry) = cx.region.socket(id) else { return Ok(()) };
+                        if sock.bits & RX_STALLED != 0 {
+                            sock.bits &= !RX_STALLED;
+                            entry.rx_stalled.store(0, Relaxed);
+                        }
+                        return match sock.kind {
+                            Kind::Listener => self.accept(cx, id),
+                            Kind::Datagram => self.receive_datagrams(cx, id),
+                            _ => self.receive(cx, id),
+                        };
+                    }
+                    _ if sock.error != 0 && sock.handle == Handle::NONE => Done::Answer(-sock.error, 0, 0),
+                    _ => self.job(cx, q, op, nqe)?,
+                }
+            }
+        };
+        match done {
+            Done::Again(_) if !last => self.held = Some((q, nqe)),
+            _ if nqe.flags & flag::SYNC == 0 => {}
+            done => {
+                let (status, size, op_data) = match done {
+                    Done::Answer(status, size, value) => (status, size, value),
+                    Done::Again(errno) => (-errno, 0, 0),
+                };
+                let answer = Nqe {
+                    op: Op::Complete as u8,
+                    queue_set: q as u16,
+                    op_data: if op == Op::Ioctl && status == 0 { op_data } else { nqe.op_data },
+                    size,
+                    status,
+                    ..nqe
+                };
+                self.events.complete(cx.region, q, answer)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn element_send(&mut self, cx: &mut Cx, id: u32, nqe: Nqe) -> Result<(), Violation> {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return Ok(()) };
+        // SYNC: tx-pending - cleared before the tail is read: a writer that finds it set knows that its bytes are seen.
+        entry.tx_pending.swap(0, SeqCst);
+        if nqe.flags & flag::OOB != 0 {
+            let tail = entry.tx_tail.load(Acquire);
+            let (mark, used) = (nqe.position.wrapping_sub(sock.tx_head), tail.wrapping_sub(sock.tx_head));
+            sock.tx_mark = if mark > 0 && mark <= used { nqe.position } else { tail };
+            sock.bits |= TX_URGENT;
+        }
+        self.send(cx, id, nqe.flags & flag::MORE != 0)
+    }
+
+    fn job(&mut self, cx: &mut Cx, q: u32, op: Op, nqe: Nqe) -> Result<Done, Violation> {
+        let id = nqe.socket;
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else {
+            return Ok(Done::Answer(-libc::EBADF, 0, 0));
+        };
+        let handle = sock.handle;
+        let mut argument = [0u8; ARGUMENT_BYTES];
+        let size = nqe.size as usize;
+        if size > ARGUMENT_BYTES {
+            return Ok(Done::Answer(-libc::EINVAL, 0, 0));
+        }
+        Ok(match op {
+            Op::Bind => {
+                cx.region.read_argument(q, &mut argument[..size]);
+                match cx.stack.bind(handle, &SocketAddress::from_bytes(&argument[..size])) {
+                    Ok(()) => {
+                        sock.state |= state::BOUND;
+                        self.publish_state(cx, id);
+                        Done::Answer(0, 0, 0)
+                    }
+                    Err(Errno(libc::EADDRINUSE)) => Done::Again(libc::EADDRINUSE),
+                    Err(errno) => Done::of(Err(errno)),
+                }
+            }
+            Op::Listen => self.job_listen(cx, id, nqe.op_data as u32 as i32)?,
+            Op::Connect => {
+                if sock.state & state::CONNECTING != 0 {
+                    return Ok(Done::Answer(-libc::EALREADY, 0, 0));
+                }
+                if sock.kind != Kind::Datagram && sock.state & state::CONNECTED != 0 {
+                    return Ok(Done::Answer(-libc::EISCONN, 0, 0));
+                }
+                cx.region.read_argument(q, &mut argument[..size]);
+                match cx.stack.connect(handle, &SocketAddress::from_bytes(&argument[..size])) {
+                    Ok(Connect::Done) => {
+                        sock.state |= state::CONNECTED | state::BOUND;
+                        sock.state &= !state::CONNECT_FAILED;
+                        sock.bits |= RX_READY;
+                        let class = if sock.kind == Kind::Datagram { DATAGRAM_CLASS } else { STREAM_CLASS };
+                        self.ensure_tx(cx, id, class);
+                        self.publish_state(cx, id);
+                        Done::Answer(0, 0, 0)
+                    }
+                    Ok(Connect::Begun) => {
+                        sock.state |= state::CONNECTING | state::BOUND;
+                        sock.state &= !state::CONNECT_FAILED;
+                        self.publish_state(cx, id);
+                        Done::Answer(-libc::EINPROGRESS, 0, 0)
+                    }
+                    Err(Errno(errno @ (libc::EADDRINUSE | libc::EADDRNOTAVAIL))) => Done::Again(errno),
+                    Err(errno) => Done::of(Err(errno)),
+                }
+            }
+            Op::Disconnect => {
+                if sock.kind != Kind::Datagram {
+                    return Ok(Done::Answer(-libc::EOPNOTSUPP, 0, 0));
+                }
+                let result = cx.stack.disconnect(handle);
+                if result.is_ok() {
+                    sock.state &= !state::CONNECTED;
+                    self.publish_state(cx, id);
+                }
+                Done::of(result)
+            }
+            Op::Shutdown => self.job_shutdown(cx, id, nqe.op_data)?,
+            Op::SetOption => {
+                let (level, name, value) = Nqe::split_option(nqe.op_data);
+                let bytes = if size == 0 {
+                    argument[..4].copy_from_slice(&value.to_ne_bytes());
+                    &argument[..4]
+                } else {
+                    cx.region.read_argument(q, &mut argument[..size]);
+                    &argument[..size]
+                };
+                let result = cx.stack.set_option(handle, level, name, bytes);
+                if result.is_ok() && (level, name) == (libc::SOL_SOCKET, libc::SO_LINGER) && bytes.len() >= 8
+                {
+                    let word =
+                        |i: usize| i32::from_ne_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
+                    let zero = word(0) != 0 && word(4) == 0;
+                    sock.bits = if zero { sock.bits | LINGER_0 } else { sock.bits & !LINGER_0 };
+                }
+                Done::of(result)
+            }
+            Op::GetOption => {
+                let (level, name, _) = Nqe::split_option(nqe.op_data);
+                match cx.stack.option(handle, level, name, &mut argument[..size]) {
+                    Ok(n) => {
+                        let n = n.min(size);
+                        cx.region.write_argument(q, &argument[..n]);
+                        Done::Answer(0, n as u32, 0)
+                    }
+                    Err(errno) => Done::of(Err(errno)),
+                }
+            }
+            Op::LocalName | Op::PeerName => {
+                let local = op == Op::LocalName;
+                let name = if local { cx.stack.local_name(handle) } else { cx.stack.peer_name(handle) };
+                match name {
+                    Ok(name) => {
+                        cx.region.write_argument(q, name.as_bytes());
+                        let len = name.as_bytes().len() as u32;
+                        // A stream's names do not change any more.
+                        if sock.kind == Kind::Stream && sock.state & state::CONNECTED != 0 {
+                            let (words, valid) = if local {
+                                (&entry.local, &entry.local_len)
+                            } else {
+                                (&entry.peer, &entry.peer_len)
+                            };
+                            for (word, value) in words.iter().zip(name.to_words()) {
+                                word.store(value, Relaxed);
+                            }
+                            valid.store(len, Release);
+                        }
+                        Done::Answer(0, len, 0)
+                    }
+                    Err(errno) => Done::of(Err(errno)),
+                }
+            }
+            Op::SendRing => {
+                let class = match sock.kind {
+                    Kind::Datagram => DATAGRAM_CLASS,
+                    Kind::Stream if sock.state & state::CONNECTED != 0 => STREAM_CLASS,
+                    _ => return Ok(Done::Answer(-libc::ENOTCONN, 0, 0)),
+                };
+                let status = if self.ensure_tx(cx, id, class) { 0 } else { -libc::ENOBUFS };
+                Done::Answer(status, 0, 0)
+            }
+            Op::Ioctl => {
+                let unsent = entry.tx_tail.load(Relaxed).wrapping_sub(sock.tx_head).min(sock.tx.size());
+                match cx.stack.ioctl(handle, nqe.op_data) {
+                    Ok(value) if nqe.op_data == libc::TIOCOUTQ => Done::Answer(0, 0, value + unsent as u64),
+                    Ok(value) => Done::Answer(0, 0, value),
+                    Err(errno) => Done::of(Err(errno)),
+                }
+            }
+            Op::Release | Op::Fence | Op::Reserved | Op::Send | Op::Credit | Op::Complete | Op::Event => {
+                Done::Answer(-libc::EINVAL, 0, 0)
+            }
+        })
+    }
+
+    fn job_listen(&mut self, cx: &mut Cx, id: u32, backlog: i32) -> Result<Done, Violation> {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else {
+            return Ok(Done::Answer(-libc::EBADF, 0, 0));
+        };
+        if sock.kind == Kind::Datagram {
+            return Ok(Done::Answer(-libc::EOPNOTSUPP, 0, 0));
+        }
+        if sock.state & (state::CONNECTED | state::CONNECTING) != 0 {
+            return Ok(Done::Answer(-libc::EINVAL, 0, 0));
+        }
+        match cx.stack.listen(sock.handle, backlog) {
+            Ok(()) => {}
+            Err(Errno(libc::EADDRINUSE)) => return Ok(Done::Again(libc::EADDRINUSE)),
+            Err(errno) => return Ok(Done::of(Err(errno))),
+        }
+        if sock.rx.is_none() {
+            let Some(block) = self.blocks.take(LISTENER_CLASS) else {
+                return Ok(Done::Answer(-libc::ENOBUFS, 0, 0));
+            };
+            sock.rx = block;
+            entry.rx_offset.store((block.offset() / 64) as u32, Relaxed);
+            entry.rx_size.store(block.size(), Relaxed);
+        }
+        sock.kind = Kind::Listener;
+        sock.link = if backlog < 0 { 4096 } else { backlog.min(4096) as u32 };
+        sock.state = (sock.state & !state::RX_END) | state::LISTENING | state::BOUND;
+        sock.bits |= RX_READY;
+        self.publish_state(cx, id);
+        self.accept(cx, id)?;
+        Ok(Done::Answer(0, 0, 0))
+    }
+
+    fn job_shutdown(&mut self, cx: &mut Cx, id: u32, how: u64) -> Result<Done, Violation> {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else {
+            return Ok(Done::Answer(-libc::EBADF, 0, 0));
+        };
+        let (read, write) = match how {
+            0 => (true, false),
+            1 => (false, true),
+            2 => (true, true),
+            _ => return Ok(Done::Answer(-libc::EINVAL, 0, 0)),
+        };
+        match sock.kind {
+            Kind::Stream if sock.state & state::CONNECTED != 0 => {
+                if read {
+                    let _ = cx.stack.shutdown(sock.handle, Shutdown::Read);
+                    sock.bits |= RX_READY;
+                }
+                if write && sock.state & state::TX_END == 0 {
+                    sock.bits |= SHUT_WR;
+                }
+                if read {
+                    self.receive(cx, id)?;
+                }
+                if write {
+                    self.send(cx, id, false)?;
+                }
+                Ok(Done::Answer(0, 0, 0))
+            }
+            Kind::Listener if read => {
+                let result = cx.stack.shutdown(sock.handle, Shutdown::Both);
+                sock.state = (sock.state & !state::LISTENING) | state::RX_END;
+                let generation = sock.generation;
+                entry.state.store(sock.state, Release);
+                self.drop_untaken(cx, id);
+                self.events.raise(cx.region, entry, id, generation, IN | OUT | HUP | RDHUP, u32::MAX)?;
+                Ok(Done::of(result))
+            }
+            _ => {
+                let how = match (read, write) {
+                    (true, true) => Shutdown::Both,
+                    (true, false) => Shutdown::Read,
+                    _ => Shutdown::Write,
+                };
+                if sock.kind == Kind::Datagram && write {
+                    self.send(cx, id, false)?;
+                }
+                let Some(sock) = self.socks.get_mut(id) else { return Ok(Done::Answer(-libc::EBADF, 0, 0)) };
+                let result = cx.stack.shutdown(sock.handle, how);
+                if result.is_ok() && sock.kind == Kind::Datagram {
+                    sock.state |=
+                        if read { state::RX_END } else { 0 } | if write { state::TX_END } else { 0 };
+                    let generation = sock.generation;
+                    entry.state.store(sock.state, Release);
+                    self.events.raise(cx.region, entry, id, generation, IN | OUT, u32::MAX)?;
+                }
+                Ok(Done::of(result))
+            }
+        }
+    }
+
+    // ---- the guest's processes, and idle memory
+
+    fn end_process(&mut self, cx: &mut Cx, tag: u32) -> Result<(), Violation> {
+        let region = cx.region;
+        let mut gone = Vec::new();
+        // Queue sets that were never heard of are not touched: that would give them memory.
+        for q in 0..(self.highest_queue + 8).min(self.events.queues.len() as u32) {
+            let Some(set) = region.queue_set(q) else { break };
+            if set.owner.load(Acquire) == 0 {
+                continue;
+            }
+            let process = set.process.load(Relaxed);
+            if process == tag {
+                // At most one ring's worth: who would push is dead.
+                for _ in 0..16 {
+                    if self.drain_queue(cx, q, &mut 0)? {
+                        break;
+                    }
+                    if let Some((q, nqe)) = self.held.take() {
+                        self.element(cx, q, nqe, true)?;
+                    }
+                }
+                if set.owner.load(Relaxed) != 0 {
+                    self.release(region, q);
+                }
+                gone.push(q);
+            }
+        }
+        self.sweep_wanted = true;
+        let mut at = Some(0);
+        while let Some(id) = at {
+            if let (Some(sock), Some(entry)) = (self.socks.get_mut(id), region.socket(id))
+                && sock.kind != Kind::Free
+            {
+                for (i, watcher) in entry.watchers.iter().enumerate() {
+                    let value = watcher.load(Relaxed) as u32;
+                    if value != 0
+                        && gone.contains(&(value - 1))
+                        && watcher.compare_exchange(value as u16, 0, AcqRel, Relaxed).is_ok()
+                    {
+                        entry.event_pending.fetch_and(!(1 << i), SeqCst);
+                    }
+                }
+                if sock.bits & UNTAKEN != 0 {
+                    let listener = sock.link;
+                    let record = sock.record;
+                    let taken = match (self.socks.get(listener), region.socket(listener)) {
+                        (Some(l), Some(e)) if l.kind == Kind::Listener => {
+                            let waiting = l.rx_tail.wrapping_sub(e.rx_head.load(Acquire));
+                            l.rx_tail.wrapping_sub(record) >= waiting
+                        }
+                        _ => true,
+                    };
+                    if taken && let Some(sock) = self.socks.get_mut(id) {
+                        sock.bits |= SUSPECT;
+                        sock.used_at = self.sweeps;
+                        self.suspects = true;
+                    }
+                }
+            }
+            at = self.socks.next_id(id);
+        }
+        Ok(())
+    }
+
+    fn sweep(&mut self, cx: &mut Cx) -> Result<(), Violation> {
+        let region = cx.region;
+        self.sweeps = self.sweeps.wrapping_add(1);
+        self.suspects = false;
+        let mut wanted = false;
+        let mut at = Some(0);
+        while let Some(id) = at {
+            at = self.socks.next_id(id);
+            let Some(sock) = self.socks.get_mut(id) else { continue };
+            if sock.kind == Kind::Free {
+                continue;
+            }
+            let idle = self.sweeps.wrapping_sub(sock.used_at) > 1;
+            if sock.bits & SUSPECT != 0 {
+                if idle {
+                    self.finish_close(cx, id, Close::Abort);
+                } else {
+                    self.suspects = true;
+                }
+                continue;
+            }
+            if sock.kind == Kind::Listener || sock.rx.is_none() && sock.tx.is_none() {
+                continue;
+            }
+            let Some(entry) = region.socket(id) else { continue };
+            wanted = true;
+            if !idle || sock.bits & CLOSING != 0 {
+                continue;
+            }
+            if !sock.rx.is_none()
+                && entry.rx_head.load(Acquire) == sock.rx_tail
+                && sock.bits & RX_STALLED == 0
+            {
+                entry.rx_size.store(0, Relaxed);
+                let block = std::mem::take(&mut sock.rx);
+                self.blocks.give(block);
+            }
+            if !sock.tx.is_none() {
+                let old = replace_tx(entry, sock, Block::NONE);
+                self.blocks.give(old);
+            }
+        }
+        // A thread that died between claiming a queue set and naming its process.
+        for q in 0..(self.highest_queue + 1).min(self.events.queues.len() as u32) {
+            let Some(set) = region.queue_set(q) else { break };
+            let state = &mut self.events.queues[q as usize];
+            if set.owner.load(Relaxed) != 0 && set.process.load(Relaxed) == 0 {
+                state.nameless += 1;
+                wanted = true;
+                if state.nameless > 3 {
+                    self.release(region, q);
+                }
+            } else {
+                state.nameless = 0;
+            }
+        }
+        wanted |= self.blocks.sweep(region, 1024);
+        self.sweep_wanted = wanted;
+        if !self.starved.is_empty() {
+            self.retry_starved();
+        }
+        Ok(())
+    }
+}
+
+fn low_water(block: Block) -> u32 {
+    block.size() / 2
+}
+
+fn publish_tx(entry: &SocketEntry, block: Block) {
+    entry.tx_offset.store((block.offset() / 64) as u32, Relaxed);
+    entry.tx_low_water.store(low_water(block), Relaxed);
+    // SYNC: tx-ring - offset and low water are visible with the size.
+    entry.tx_size.store(block.size(), Release);
+}
+
+/// Exchanges the send ring if it is empty and nobody writes; returns the block that is free now.
+fn replace_tx(entry: &SocketEntry, sock: &mut Sock, block: Block) -> Block {
+    if entry.tx_lock.compare_exchange(0, ENGINE_LOCK, AcqRel, Relaxed).is_err() {
+        return block;
+    }
+    let mut free = block;
+    if entry.tx_tail.load(Acquire) == sock.tx_head {
+        free = std::mem::replace(&mut sock.tx, block);
+        publish_tx(entry, block);
+    }
+    let _ = entry.tx_lock.compare_exchange(ENGINE_LOCK, 0, AcqRel, Relaxed);
+    free
+}
+
+/// The receive ring has too little room. True: the guest will send a Credit.
+fn stall(entry: &SocketEntry, sock: &mut Sock, size: u32) -> Result<bool, Violation> {
+    entry.rx_stalled.store(1, SeqCst);
+    // SYNC: rx-stalled - a reader that moved the head before it could see the mark is seen here.
+    fence(SeqCst);
+    let used = bytes::used(entry.rx_head.load(SeqCst), sock.rx_tail, size)
+        .map_err(|_| Violation("read position of a socket"))?;
+    if used > size / 2 {
+        sock.bits |= RX_STALLED;
+        return Ok(true);
+    }
+    entry.rx_stalled.store(0, SeqCst);
+    Ok(false)
+}
+
+/// Fetches an urgent byte and looks for its mark.
+fn urgent(stack: &mut dyn Stack, entry: &SocketEntry, sock: &mut Sock) {
+    if sock.bits & URGENT != 0 {
+        match stack.recv_urgent(sock.handle) {
+            Ok(byte) => {
+                entry.oob.store(256 | byte as u32, Relaxed);
+                sock.state = (sock.state | state::OOB) & !state::OOB_MARK;
+                sock.bits &= !URGENT;
+            }
+            Err(errno) if errno.would_block() => {}
+            Err(_) => sock.bits &= !URGENT,
+        }
+    }
+    if sock.bits & MARK != 0 {
+        match stack.at_mark(sock.handle) {
+            Ok(true) => {
+                entry.oob_position.store(sock.rx_tail, Relaxed);
+                sock.state |= state::OOB_MARK;
+                sock.bits &= !MARK;
+            }
+            Ok(false) => {}
+            Err(_) => sock.bits &= !MARK,
+        }
+    }
+    entry.state.store(sock.state, Release);
+}
+
+fn header_from(raw: &[u8; 32]) -> DatagramHeader {
+    let word = |i: usize| u32::from_le_bytes([raw[4 * i], raw[4 * i + 1], raw[4 * i + 2], raw[4 * i + 3]]);
+    DatagramHeader {
+        len: word(0),
+        address_len: word(1),
+        address: [word(2), word(3), word(4), word(5), word(6), word(7)],
+    }
+}
+
+fn header_bytes(header: &DatagramHeader) -> [u8; 32] {
+    let mut out = [0; 32];
+    out[..4].copy_from_slice(&header.len.to_le_bytes());
+    out[4..8].copy_from_slice(&header.address_len.to_le_bytes());
+    for (chunk, word) in out[8..].chunks_exact_mut(4).zip(header.address) {
+        chunk.copy_from_slice(&word.to_le_bytes());
+    }
+    out
+}
+
+/// Zeroes lines 0 and 1, all but the generation.
+fn clear_engine_lines(entry: &SocketEntry) {
+    for word in [
+        &entry.state,
+        &entry.error,
+        &entry.rx_tail,
+        &entry.rx_offset,
+        &entry.rx_size,
+        &entry.rx_base,
+        &entry.rx_stalled,
+        &entry.tx_head,
+        &entry.tx_offset,
+        &entry.tx_size,
+        &entry.oob,
+        &entry.oob_position,
+        &entry.kind,
+        &entry.tx_low_water,
+        &entry.peer_len,
+        &entry.local_len,
+    ] {
+        word.store(0, Relaxed);
+    }
+    for word in entry.peer.iter().chain(&entry.local) {
+        word.store(0, Relaxed);
+    }
+}
+
+/// Zeroes lines 2 and 3, for a socket that the engine makes.
+fn clear_guest_lines(entry: &SocketEntry) {
+    for word in [
+        &entry.rx_head,
+        &entry.tx_tail,
+        &entry.tx_base,
+        &entry.flags,
+        &entry.rx_lock,
+        &entry.tx_lock,
+        &entry.tx_pending,
+        &entry.waiters,
+        &entry.tx_wanted,
+        &entry.rcv_low_water,
+        &entry.broadcast,
+        &entry.event_pending,
+        &entry.next_free,
+        &entry.target_len,
+    ] {
+        word.store(0, Relaxed);
+    }
+    for word in [&entry.inode, &entry.rcv_timeout_us, &entry.snd_timeout_us] {
+        word.store(0, Relaxed);
+    }
+    for watcher in &entry.watchers {
+        watcher.store(0, Relaxed);
+    }
+    for word in &entry.target {
+        word.store(0, Relaxed);
+    }
+}

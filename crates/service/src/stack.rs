@@ -1,0 +1,225 @@
+//! What a network stack must do to serve guests.
+
+use std::os::fd::RawFd;
+
+use crate::{Segments, SocketAddress};
+
+/// A positive Linux errno. Guests see it unchanged, so that it must be the one that Linux would give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Errno(pub i32);
+
+impl Errno {
+    pub const AGAIN: Errno = Errno(libc::EAGAIN);
+
+    /// True when the operation would have to wait.
+    pub fn would_block(self) -> bool {
+        self.0 == libc::EAGAIN || self.0 == libc::EWOULDBLOCK
+    }
+
+    /// The host lacks something that may come back: descriptors or memory.
+    pub fn is_shortage(self) -> bool {
+        matches!(self.0, libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)
+    }
+}
+
+/// The stack's own name for a socket: an index that it chose, so that no operation needs a look-up by key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Handle(pub u32);
+
+impl Handle {
+    /// No socket.
+    pub const NONE: Handle = Handle(u32::MAX);
+}
+
+impl Default for Handle {
+    fn default() -> Self {
+        Handle::NONE
+    }
+}
+
+/// The key of a guest's socket: what a stack reports readiness with.
+pub const fn key(guest: u32, socket: u32) -> u64 {
+    (guest as u64) << 32 | socket as u64
+}
+
+/// What changed. All of it is a hint: the operation that follows tells the truth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Readiness(pub u8);
+
+impl Readiness {
+    /// Bytes, a datagram or a connection can be had, or the end of the stream.
+    pub const READ: Readiness = Readiness(1);
+    /// Room to send again; or a connect that was begun has ended.
+    pub const WRITE: Readiness = Readiness(2);
+    /// The peer ended its direction (READ comes with it).
+    pub const END: Readiness = Readiness(4);
+    /// The connection is over, or a connect failed.
+    pub const ERROR: Readiness = Readiness(8);
+    /// Urgent data.
+    pub const URGENT: Readiness = Readiness(16);
+
+    pub fn has(self, other: Readiness) -> bool {
+        self.0 & other.0 != 0
+    }
+}
+
+impl std::ops::BitOr for Readiness {
+    type Output = Readiness;
+    fn bitor(self, other: Readiness) -> Readiness {
+        Readiness(self.0 | other.0)
+    }
+}
+
+/// One report of [`Stack::poll`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ready {
+    pub key: u64,
+    pub readiness: Readiness,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connect {
+    /// Connected at once (datagram sockets are).
+    Done,
+    /// Begun; a report of WRITE or ERROR says that it ended, [`Stack::take_error`] how.
+    Begun,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Accepted {
+    pub handle: Handle,
+    pub peer: SocketAddress,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// 0: the end of the stream.
+    pub bytes: usize,
+    /// There may be more: ask again without waiting for a report.
+    pub more: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct ReceivedDatagram {
+    /// Bytes that were written; what did not fit is lost.
+    pub bytes: usize,
+    /// Sender, empty when not known.
+    pub from: SocketAddress,
+}
+
+/// One datagram to send.
+#[derive(Clone, Copy, Debug)]
+pub struct Datagram {
+    pub data: Segments,
+    /// Empty: to the connected peer.
+    pub to: SocketAddress,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct SendFlags {
+    /// More will follow soon (MSG_MORE).
+    pub more: bool,
+    /// The last byte is urgent (MSG_OOB).
+    pub urgent: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shutdown {
+    Read,
+    Write,
+    Both,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Close {
+    /// As `close` with nothing unread: what was sent is delivered in the background, then FIN.
+    Graceful,
+    /// RST; what was not delivered is dropped.
+    Abort,
+}
+
+/// A network stack, as a module sees it: sockets that never block.
+///
+/// One value belongs to one switch thread and is only called by it. It serves the sockets of many guests.
+///
+/// **Readiness is edge-triggered.** A stack reports a socket once when it becomes ready, by the key that it was told in
+/// [`open`](Stack::open) or [`accept`](Stack::accept), and again only after an operation said that it would block, or
+/// fell short ([`Received::more`] false, [`send`](Stack::send) with less than it was given). Reports are hints: more of
+/// them than needed do no harm, also reports of sockets that were closed meanwhile.
+///
+/// **Payload is guest memory.** [`Segments`] are runs of memory that the guest can write at any time. Hand them to the
+/// system or copy them; decide nothing by what stands in them. They are valid during the call only.
+///
+/// **Errors are Linux's.** What an operation returns reaches the program as errno.
+///
+/// Operations on a handle that the stack did not give out, or that was closed, do not happen.
+pub trait Stack: Send {
+    /// A new socket. `domain`: AF_INET or AF_INET6; `kind`: SOCK_STREAM or SOCK_DGRAM; `protocol`: 0 or the kind's own.
+    fn open(&mut self, key: u64, domain: i32, kind: i32, protocol: i32) -> Result<Handle, Errno>;
+
+    /// Ends a socket in any state; the handle is free afterwards.
+    fn close(&mut self, handle: Handle, how: Close);
+
+    fn bind(&mut self, handle: Handle, address: &SocketAddress) -> Result<(), Errno>;
+
+    /// Also changes the backlog of a socket that listens.
+    fn listen(&mut self, handle: Handle, backlog: i32) -> Result<(), Errno>;
+
+    fn connect(&mut self, handle: Handle, address: &SocketAddress) -> Result<Connect, Errno>;
+
+    /// Dissolves the association of a datagram socket (connect to AF_UNSPEC).
+    fn disconnect(&mut self, handle: Handle) -> Result<(), Errno>;
+
+    /// Takes the oldest complete connection of a listener; `key` is the new socket's. EAGAIN: there is none.
+    fn accept(&mut self, listener: Handle, key: u64) -> Result<Accepted, Errno>;
+
+    /// Sends stream bytes; says how many were taken. A stack that keeps bytes must copy them.
+    fn send(&mut self, handle: Handle, data: &Segments, flags: SendFlags) -> Result<usize, Errno>;
+
+    /// Receives stream bytes, at most `into.len()`, which is not 0.
+    fn recv(&mut self, handle: Handle, into: &Segments) -> Result<Received, Errno>;
+
+    /// True when the next byte that [`recv`](Stack::recv) would give is the one after the urgent byte.
+    fn at_mark(&mut self, handle: Handle) -> Result<bool, Errno>;
+
+    /// Takes the urgent byte. EAGAIN: it has not arrived yet; EINVAL: there is none.
+    fn recv_urgent(&mut self, handle: Handle) -> Result<u8, Errno>;
+
+    /// Sends datagrams in order; says how many. An error is the first datagram's (nothing was sent then).
+    fn send_datagrams(&mut self, handle: Handle, datagrams: &[Datagram]) -> Result<usize, Errno>;
+
+    /// Receives one datagram.
+    fn recv_datagram(&mut self, handle: Handle, into: &Segments) -> Result<ReceivedDatagram, Errno>;
+
+    /// Bytes of the next datagram that waits, 0 when none does.
+    fn next_datagram(&mut self, handle: Handle) -> Result<usize, Errno>;
+
+    fn shutdown(&mut self, handle: Handle, how: Shutdown) -> Result<(), Errno>;
+
+    fn set_option(&mut self, handle: Handle, level: i32, name: i32, value: &[u8]) -> Result<(), Errno>;
+
+    /// Writes the option's value to `out`; says how many bytes.
+    fn option(&mut self, handle: Handle, level: i32, name: i32, out: &mut [u8]) -> Result<usize, Errno>;
+
+    /// The value of an ioctl request that has one (SIOCOUTQ, ...).
+    fn ioctl(&mut self, handle: Handle, request: u64) -> Result<u64, Errno>;
+
+    fn local_name(&mut self, handle: Handle) -> Result<SocketAddress, Errno>;
+
+    fn peer_name(&mut self, handle: Handle) -> Result<SocketAddress, Errno>;
+
+    /// Takes the pending error of a socket (SO_ERROR); `Ok` when there is none.
+    fn take_error(&mut self, handle: Handle) -> Result<(), Errno>;
+
+    /// Appends what became ready since the last call, at most `budget` reports. Must be cheap: it is called every turn.
+    fn poll(&mut self, ready: &mut Vec<Ready>, budget: usize);
+
+    /// A descriptor that is readable while [`poll`](Stack::poll) has something to report; the engine sleeps on it.
+    /// `None`: only polling tells (see [`deadline_ns`](Stack::deadline_ns)).
+    fn wake_fd(&self) -> Option<RawFd>;
+
+    /// When `poll` must be called at the latest, in nanoseconds of CLOCK_MONOTONIC; for stacks with timers of their own.
+    fn deadline_ns(&self) -> Option<u64> {
+        None
+    }
+}
