@@ -404,6 +404,7 @@ CASE(socket_kind_options)
 CASE(socket_limit_emfile)
 {
     int fds[64], n = 0, r;
+    fill_fd_holes();
     int top = OK(dup(0));
     OK(close(top));
     limit_fds(top + 5);
@@ -420,6 +421,7 @@ CASE(socket_accept_emfile)
 {
     int l = listener(AF_INET, 4), c = connected(l);
     wait_ev(l, POLLIN);
+    fill_fd_holes();
     int top = OK(dup(0));
     OK(close(top));
     limit_fds(top);

@@ -11,6 +11,7 @@ static int lowest(void)
 
 CASE(fd_socket_takes_lowest)
 {
+    fill_fd_holes();
     int n = lowest(), s = OK(socket(AF_INET, SOCK_STREAM, 0));
     EQ(s == n, 1);
     int t = OK(socket(AF_INET, SOCK_STREAM, 0)), u = OK(socket(AF_INET, SOCK_DGRAM, 0));
@@ -31,6 +32,7 @@ CASE(fd_accept_takes_lowest)
 
 CASE(fd_connect_takes_no_number)
 {
+    fill_fd_holes();
     int l = listener(AF_INET, 4), c = OK(socket(AF_INET, SOCK_STREAM, 0)), n = lowest();
     OK(try_connect(c, l));
     EQ(lowest() == n, 1);
@@ -44,6 +46,7 @@ CASE(fd_connect_takes_no_number)
 
 CASE(fd_failed_socket_takes_no_number)
 {
+    fill_fd_holes();
     int n = lowest();
     ERR(socket(AF_INET, SOCK_STREAM, IPPROTO_UDP), EPROTONOSUPPORT);
     int l = listener(AF_INET, 4);
@@ -55,6 +58,7 @@ CASE(fd_failed_socket_takes_no_number)
 
 CASE(fd_epoll_takes_lowest)
 {
+    fill_fd_holes();
     int n = lowest(), e = ep_new(), s[2];
     EQ(e == n, 1);
     tcp_pair(s);
@@ -185,6 +189,7 @@ CASE(fd_dup_errors)
 
 CASE(fd_f_dupfd)
 {
+    fill_fd_holes();
     int s[2];
     tcp_pair(s);
     int d = OK(fcntl(s[0], F_DUPFD, 60));

@@ -195,6 +195,7 @@ void stream_recv(int fd, uint64_t n, uint64_t seed, size_t max_chunk);
 /* ---- processes and threads ---- */
 pid_t fork_child(void);                     /* 0 in the child, which must _exit */
 void reap(pid_t pid, int want_status);      /* exit status, or 128+signal */
+void fill_fd_holes(void);                   /* what the starter left open has no gaps now */
 void limit_fds(int n);                      /* RLIMIT_NOFILE, soft */
 void note_daemon(pid_t pid);                /* a process outside the group to clean up */
 /* argv for /proc/self/exe running HELPER(name); ends with NULL */

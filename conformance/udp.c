@@ -210,7 +210,7 @@ CASE(udp_bad_destinations)
     a.sa.sa_family = AF_UNIX;
     ERR(sendto(s, "x", 1, 0, &a.sa, n), EAFNOSUPPORT);
     a.sa.sa_family = AF_INET;
-    a.in.sin_addr.s_addr = 0xffffffff;
+    a.in.sin_addr.s_addr = htonl(0x7fffffff);
     ERR(sendto(s, "x", 1, 0, &a.sa, n), EACCES);
     ERR(connect(s, &a.sa, n), EACCES);
 }
