@@ -1,0 +1,155 @@
+//! The command line, from which help, man page and completions are made.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+const EXIT_CODES: &str = "Exit codes: the program's own with `run`; 125 netkernel itself failed, 126 the program cannot be \
+executed, 127 the program was not found, 2 wrong usage.";
+
+/// Network stack as a service: runs unmodified programs on a network stack of your choice.
+#[derive(Debug, Parser)]
+#[command(name = "netkernel", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run an engine until SIGTERM or SIGINT
+    Up(UpArgs),
+    /// Run a program on a network stack
+    #[command(after_help = EXIT_CODES)]
+    Run(RunArgs),
+    /// List the stacks that the engine offers
+    Stacks(ShowArgs),
+    /// List the guests of the engine
+    Ps(ShowArgs),
+    /// List the sockets of guests
+    Sockets(SocketsArgs),
+    /// End the engine; its guests' connections are reset
+    Stop(StopArgs),
+    /// Say what this host offers, and whether a program can be served
+    Doctor(DoctorArgs),
+    /// Measure programs under NetKernel against the plain kernel
+    Bench(BenchArgs),
+    /// Print a completion script
+    Completions {
+        /// For which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page (troff)
+    Man,
+    #[command(hide = true)]
+    PrivateEngine(PrivateEngineArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    /// Configuration (TOML); docs/netkernel.example.toml explains each key. Without it: built-in defaults
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Where to listen
+    ///
+    /// Default: /run/netkernel/engine.sock for root, else $XDG_RUNTIME_DIR/netkernel.sock, else
+    /// /tmp/netkernel-UID/engine.sock.
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    /// Stay in the foreground (there is no other mode yet)
+    #[arg(long)]
+    pub foreground: bool,
+    /// Write the socket's path and a newline to this descriptor when ready, then close it
+    #[arg(long, value_name = "N")]
+    pub ready_fd: Option<i32>,
+    /// Only check the configuration
+    #[arg(long)]
+    pub check: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Network stack, by the name that `netkernel stacks` lists [default: the engine's first]
+    #[arg(long, value_name = "NAME")]
+    pub stack: Option<String>,
+    /// Socket of the engine to use
+    ///
+    /// Default: $NETKERNEL_SOCKET_PATH; else the first that answers of $XDG_RUNTIME_DIR/netkernel.sock,
+    /// /tmp/netkernel-UID/engine.sock, /run/netkernel/engine.sock; else a private engine is started.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Name of the guest [default: the program's name]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// Start an engine of its own for this program, even if another one runs; it ends with its guest
+    #[arg(long, conflicts_with = "socket")]
+    pub private: bool,
+    /// Print what is not served and why (`--trace=2`: every socket call), and the private engine's log
+    #[arg(long, value_name = "LEVEL", num_args = 0..=1, require_equals = true, default_missing_value = "1",
+          value_parser = clap::value_parser!(u32).range(0..=2))]
+    pub trace: Option<u32>,
+    /// Run a program that cannot be served on the kernel's own stack, with a warning, instead of refusing
+    #[arg(long)]
+    pub fail_open: bool,
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM [ARGS]")]
+    pub program: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub struct ShowArgs {
+    /// Socket of the engine to ask
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct SocketsArgs {
+    #[command(flatten)]
+    pub show: ShowArgs,
+    /// Only this guest (id as in `netkernel ps`)
+    pub guest: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// Socket of the engine to end
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    /// End only this guest (id as in `netkernel ps`), not the engine
+    #[arg(long, value_name = "ID")]
+    pub guest: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Socket of the engine to look for
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Say whether this program can be served, and how
+    #[arg(last = true, value_name = "PROGRAM")]
+    pub program: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub struct PrivateEngineArgs {
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// Where to say "ok" or what went wrong.
+    #[arg(long)]
+    pub handshake_fd: i32,
+    /// Keep standard error for the log.
+    #[arg(long)]
+    pub log: bool,
+}
+
+/// Until the benchmarks are joined in.
+#[derive(Debug, Args)]
+pub struct BenchArgs {}

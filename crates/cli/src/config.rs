@@ -1,0 +1,355 @@
+//! The configuration file. `docs/netkernel.example.toml` documents each key; a test parses it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, anyhow, bail};
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, Visitor};
+use toml::Spanned;
+
+use crate::sys;
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    #[serde(default)]
+    pub engine: EngineSection,
+    /// Empty: the built-in catalogue.
+    #[serde(default, rename = "nsm")]
+    pub nsms: Vec<NsmSection>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineSection {
+    pub socket: Option<PathBuf>,
+    pub switch_threads: Option<Spanned<usize>>,
+    pub spin_us: Option<Spanned<u32>>,
+    pub huge_pages: Option<HugePages>,
+    pub region_bytes: Option<Spanned<Bytes>>,
+    pub max_guests: Option<Spanned<usize>>,
+    /// Names or numbers of users; "*" is everybody.
+    #[serde(default)]
+    pub allow_users: Vec<Spanned<User>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NsmSection {
+    pub name: Spanned<String>,
+    pub stack: Option<Spanned<String>>,
+    pub congestion_control: Option<Spanned<String>>,
+    pub netns: Option<Spanned<String>>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HugePages {
+    #[default]
+    Auto,
+    On,
+    Off,
+}
+
+/// A number of bytes: an integer, or text such as "1GiB".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub u64);
+
+/// A user's name or number.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum User {
+    Number(u32),
+    Name(String),
+}
+
+/// Who may create guests besides the engine's user and root.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Users {
+    pub list: Vec<u32>,
+    pub everybody: bool,
+}
+
+const REGION_BYTES: std::ops::RangeInclusive<u64> = (64 << 20)..=(64 << 30);
+
+impl Config {
+    pub fn read(path: &Path) -> Result<Config> {
+        let text = std::fs::read_to_string(path).map_err(|e| {
+            anyhow!(
+                "cannot read the configuration {}: {e}; give the right path with --config",
+                path.display()
+            )
+        })?;
+        Config::parse(path, &text)
+    }
+
+    pub fn parse(path: &Path, text: &str) -> Result<Config> {
+        let config: Config = toml::from_str(text).map_err(|e| {
+            let at = Place::of(path, text, e.span().map(|s| s.start));
+            anyhow!("{at}: {}", explain(e.message()))
+        })?;
+        config.check(path, text)?;
+        Ok(config)
+    }
+
+    /// What types cannot say.
+    fn check(&self, path: &Path, text: &str) -> Result<()> {
+        let at = |start: usize| Place::of(path, text, Some(start));
+        let engine = &self.engine;
+        if let Some(n) = &engine.switch_threads
+            && !(1..=64).contains(n.get_ref())
+        {
+            bail!("{}: {} is out of range; use 1 to 64", at(n.span().start), n.get_ref());
+        }
+        if let Some(n) = &engine.spin_us
+            && *n.get_ref() > 1_000_000
+        {
+            bail!("{}: {} is more than a second; use 0 to 1000000", at(n.span().start), n.get_ref());
+        }
+        if let Some(n) = &engine.max_guests
+            && !(1..=65536).contains(n.get_ref())
+        {
+            bail!("{}: {} is out of range; use 1 to 65536", at(n.span().start), n.get_ref());
+        }
+        if let Some(n) = &engine.region_bytes
+            && !REGION_BYTES.contains(&n.get_ref().0)
+        {
+            bail!("{}: a region is 64MiB to 64GiB large", at(n.span().start));
+        }
+        self.users_at(path, text)?;
+        for (i, nsm) in self.nsms.iter().enumerate() {
+            let name = nsm.name.get_ref();
+            if name.is_empty()
+                || name.len() > 32
+                || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+            {
+                bail!(
+                    "{}: '{name}' is no name for a stack; use 1 to 32 letters, digits, '-', '_' and '.'",
+                    at(nsm.name.span().start)
+                );
+            }
+            if self.nsms[..i].iter().any(|other| other.name.get_ref() == name) {
+                bail!("{}: there are two stacks named '{name}'; rename one", at(nsm.name.span().start));
+            }
+            if let Some(stack) = &nsm.stack
+                && stack.get_ref() != "kernel"
+            {
+                bail!("{}: there is no stack '{}'; use \"kernel\"", at(stack.span().start), stack.get_ref());
+            }
+            if let Some(cc) = &nsm.congestion_control
+                && (cc.get_ref().is_empty() || cc.get_ref().len() > 15)
+            {
+                bail!("{}: a congestion control's name has 1 to 15 letters", at(cc.span().start));
+            }
+        }
+        Ok(())
+    }
+
+    /// Resolves `allow_users`.
+    pub fn users(&self) -> Result<Users> {
+        self.users_at(Path::new("configuration"), "")
+    }
+
+    fn users_at(&self, path: &Path, text: &str) -> Result<Users> {
+        let mut users = Users::default();
+        for user in &self.engine.allow_users {
+            match user.get_ref() {
+                User::Number(uid) => users.list.push(*uid),
+                User::Name(name) if name == "*" => users.everybody = true,
+                User::Name(name) => {
+                    let uid = name.parse().ok().or_else(|| sys::uid_of(name)).ok_or_else(|| {
+                        let at = Place::of(path, text, Some(user.span().start));
+                        anyhow!("{at}: there is no user '{name}' on this host; use a name, a number, or \"*\" for everybody")
+                    })?;
+                    users.list.push(uid);
+                }
+            }
+        }
+        Ok(users)
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Bytes, D::Error> {
+        struct BytesVisitor;
+        impl Visitor<'_> for BytesVisitor {
+            type Value = Bytes;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of bytes such as 268435456, \"256MiB\" or \"1GiB\"")
+            }
+
+            fn visit_i64<E: serde::de::Error>(self, n: i64) -> Result<Bytes, E> {
+                u64::try_from(n)
+                    .map(Bytes)
+                    .map_err(|_| E::invalid_value(serde::de::Unexpected::Signed(n), &self))
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, n: u64) -> Result<Bytes, E> {
+                Ok(Bytes(n))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Bytes, E> {
+                parse_bytes(text)
+                    .map(Bytes)
+                    .ok_or_else(|| E::invalid_value(serde::de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(BytesVisitor).map_err(D::Error::custom)
+    }
+}
+
+fn parse_bytes(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let unit = match text[digits..].trim() {
+        "" | "B" => 1,
+        "K" | "KiB" => 1 << 10,
+        "M" | "MiB" => 1 << 20,
+        "G" | "GiB" => 1 << 30,
+        _ => return None,
+    };
+    text[..digits].parse::<u64>().ok()?.checked_mul(unit)
+}
+
+/// Where in a file, for messages: the line and the key that it sets.
+struct Place {
+    file: String,
+    line: Option<usize>,
+    key: Option<String>,
+}
+
+impl Place {
+    fn of(path: &Path, text: &str, offset: Option<usize>) -> Place {
+        let file = path.display().to_string();
+        let Some(offset) = offset.filter(|&o| o <= text.len() && !text.is_empty()) else {
+            return Place { file, line: None, key: None };
+        };
+        let before = &text.as_bytes()[..offset];
+        let line = before.iter().filter(|&&b| b == b'\n').count();
+        let text = text.lines().nth(line).unwrap_or("");
+        let key = text.split_once('=').map(|(key, _)| key.trim().to_owned()).filter(|k| !k.is_empty());
+        Place { file, line: Some(line + 1), key }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.file)?;
+        if let Some(line) = self.line {
+            write!(f, ", line {line}")?;
+        }
+        if let Some(key) = &self.key {
+            write!(f, ", key '{key}'")?;
+        }
+        Ok(())
+    }
+}
+
+/// The parser's words with what to do.
+fn explain(message: &str) -> String {
+    let message = message.trim().replace('\n', "; ");
+    if let Some(rest) = message.strip_prefix("unknown field ") {
+        let (key, expected) = rest.split_once(", expected ").unwrap_or((rest, ""));
+        let known = expected.trim_start_matches("one of ").replace('`', "");
+        return format!("unknown key {}; remove it, or use one of: {known}", key.replace('`', "'"));
+    }
+    if let Some(key) = message.strip_prefix("missing field ") {
+        return format!("the key {} is missing; add it", key.replace('`', "'"));
+    }
+    format!("{}; docs/netkernel.example.toml shows each key", message.replace('`', "'"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str) -> String {
+        format!("{:#}", Config::parse(Path::new("nk.toml"), text).unwrap_err())
+    }
+
+    #[test]
+    fn the_example_parses_and_names_every_key() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/netkernel.example.toml");
+        let text = std::fs::read_to_string(path).unwrap();
+        let config = Config::parse(Path::new(path), &text).unwrap();
+        assert!(!config.nsms.is_empty());
+        // Every key stands in the file, live or as a comment that parses once the mark is taken away.
+        let live: String = text
+            .lines()
+            .map(|line| match line.strip_prefix("# ").or_else(|| line.strip_prefix('#')) {
+                Some(rest) if rest.contains(" = ") && rest.starts_with(|c: char| c.is_ascii_lowercase()) => {
+                    rest
+                }
+                _ => line,
+            })
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        let config = Config::parse(Path::new(path), &live).unwrap();
+        let engine = config.engine;
+        assert!(engine.socket.is_some() && engine.switch_threads.is_some() && engine.spin_us.is_some());
+        assert!(engine.huge_pages.is_some() && engine.region_bytes.is_some() && engine.max_guests.is_some());
+        assert!(!engine.allow_users.is_empty());
+        assert!(config.nsms.iter().any(|n| n.netns.is_some()));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line() {
+        let text = "[engine]\nspin_us = 5\nswitch_thread = 2\n";
+        let error = error(text);
+        assert!(
+            error.starts_with("nk.toml, line 3, key 'switch_thread': unknown key 'switch_thread'; "),
+            "{error}"
+        );
+        assert!(error.contains("switch_threads"), "{error}");
+    }
+
+    #[test]
+    fn wrong_values_are_named_with_their_line() {
+        for (text, expected) in [
+            ("[engine]\nspin_us = \"x\"\n", "nk.toml, line 2, key 'spin_us': invalid type"),
+            (
+                "[engine]\nhuge_pages = \"maybe\"\n",
+                "nk.toml, line 2, key 'huge_pages': unknown variant 'maybe'",
+            ),
+            ("[engine]\nregion_bytes = \"1GB\"\n", "nk.toml, line 2, key 'region_bytes': invalid value"),
+            ("[engine]\nregion_bytes = 5\n", "nk.toml, line 2, key 'region_bytes': a region is 64MiB to"),
+            ("[engine]\nswitch_threads = 0\n", "nk.toml, line 2, key 'switch_threads': 0 is out of range"),
+            (
+                "[[nsm]]\nname = \"a\"\n[[nsm]]\nname = \"a\"\n",
+                "nk.toml, line 4, key 'name': there are two stacks",
+            ),
+            (
+                "[[nsm]]\nname = \"a\"\nstack = \"tpc\"\n",
+                "nk.toml, line 3, key 'stack': there is no stack 'tpc'",
+            ),
+            ("[[nsm]]\nstack = \"kernel\"\n", "nk.toml, line 1: the key 'name' is missing"),
+            (
+                "[engine]\nallow_users = [\"no-such-user\"]\n",
+                "nk.toml, line 2, key 'allow_users': there is no user",
+            ),
+            ("[engine\n", "nk.toml, line 1"),
+        ] {
+            let error = error(text);
+            assert!(error.starts_with(expected), "{text:?} gave: {error}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_read() {
+        for (text, bytes) in [("1GiB", 1 << 30), ("256 MiB", 256 << 20), ("64M", 64 << 20), ("123", 123)] {
+            assert_eq!(parse_bytes(text), Some(bytes), "{text}");
+        }
+        for text in ["", "GiB", "1GB", "-1", "1.5GiB", "99999999999GiB"] {
+            assert_eq!(parse_bytes(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn users_are_resolved() {
+        let config =
+            Config::parse(Path::new("x"), "[engine]\nallow_users = [\"root\", 7, \"*\", \"8\"]").unwrap();
+        assert_eq!(config.users().unwrap(), Users { list: vec![0, 7, 8], everybody: true });
+    }
+}

@@ -1,0 +1,172 @@
+//! The engine, as the control server sees it.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow};
+use netkernel_control::{
+    ApiError, EngineApi, ErrorCode, Grant, NsmInfo, PROTOCOL_VERSION, Peer, SocketInfo, Status, VersionInfo,
+};
+use netkernel_engine::{Engine, EngineError, GuestFds, GuestSpec};
+
+use serde_json::{Map, Value};
+
+use crate::catalog::{self, convert};
+use crate::config::Config;
+
+pub struct Adapter {
+    engine: Arc<Engine>,
+    socket: PathBuf,
+    private: bool,
+    started: Instant,
+    /// An eventfd.
+    stop: File,
+    /// Guests made so far.
+    made: Mutex<u64>,
+    first: Condvar,
+}
+
+impl Adapter {
+    pub fn start(config: &Config, socket: &Path, private: bool) -> Result<Arc<Adapter>> {
+        let engine = Engine::start(catalog::of(config)?).map_err(|e| anyhow!("{}", refusal(e)))?;
+        let adapter = Adapter {
+            engine,
+            socket: socket.into(),
+            private,
+            started: Instant::now(),
+            stop: netkernel_shm::fds::eventfd().context("cannot make an eventfd")?.into(),
+            made: Mutex::new(0),
+            first: Condvar::new(),
+        };
+        // What was configured by name must be there; of the built-in catalogue, what is there is offered.
+        if !config.nsms.is_empty() {
+            catalog::check(&adapter.stacks())?;
+        }
+        Ok(Arc::new(adapter))
+    }
+
+    /// Readable once somebody asked this process to end.
+    pub fn stop_requested(&self) -> BorrowedFd<'_> {
+        self.stop.as_fd()
+    }
+
+    /// Requests a stop when no guest came within `first`, and after the last one.
+    pub fn stop_when_unused(self: &Arc<Self>, first: Duration) -> Result<()> {
+        let adapter = self.clone();
+        let watch = move || {
+            let made = adapter.made.lock().unwrap_or_else(|e| e.into_inner());
+            let waited = adapter.first.wait_timeout_while(made, first, |made| *made == 0);
+            let any = *waited.unwrap_or_else(|e| e.into_inner()).0 > 0;
+            if any {
+                adapter.engine.wait_idle();
+            }
+            adapter.stop();
+        };
+        std::thread::Builder::new().name("last-guest".into()).spawn(watch).context("no thread")?;
+        Ok(())
+    }
+
+    pub fn shutdown(&self) {
+        self.engine.shutdown();
+    }
+}
+
+impl EngineApi for Adapter {
+    fn version(&self) -> VersionInfo {
+        VersionInfo {
+            program: env!("CARGO_PKG_VERSION").into(),
+            protocol_version: PROTOCOL_VERSION,
+            abi_version: netkernel_abi::ABI_VERSION,
+            pid: std::process::id(),
+            uid: crate::sys::effective_uid(),
+        }
+    }
+
+    fn create_guest(
+        &self,
+        name: Option<String>,
+        stack: Option<String>,
+        peer: Peer,
+    ) -> Result<Grant, ApiError> {
+        let spec = GuestSpec {
+            name: name.unwrap_or_else(|| "guest".into()),
+            stack: stack.unwrap_or_default(),
+            pid: peer.pid,
+            uid: peer.uid,
+            limits: None,
+            huge_pages: None,
+        };
+        let grant = self.engine.create_guest(spec).map(grant).map_err(refusal)?;
+        *self.made.lock().unwrap_or_else(|e| e.into_inner()) += 1;
+        self.first.notify_all();
+        Ok(grant)
+    }
+
+    fn attach(&self, token: [u8; 16]) -> Result<Grant, ApiError> {
+        self.engine.attach(&token).map(grant).map_err(refusal)
+    }
+
+    fn status(&self) -> Status {
+        let status = self.engine.status();
+        Status {
+            engine: self.version(),
+            socket: self.socket.display().to_string(),
+            private: self.private,
+            uptime_seconds: self.started.elapsed().as_secs(),
+            guests: status.guests.iter().filter_map(convert).collect(),
+            details: details(&status),
+        }
+    }
+
+    fn stacks(&self) -> Vec<NsmInfo> {
+        self.engine.stacks().iter().filter_map(convert).collect()
+    }
+
+    fn sockets(&self, guest: u32) -> Result<Vec<SocketInfo>, ApiError> {
+        Ok(self.engine.sockets(guest).iter().filter_map(convert).collect())
+    }
+
+    fn end_guest(&self, guest: u32) -> Result<(), ApiError> {
+        self.engine.end_guest(guest).map_err(refusal)
+    }
+
+    fn stop(&self) {
+        let _ = (&self.stop).write(&1u64.to_ne_bytes());
+    }
+}
+
+/// What else the engine counts.
+fn details(status: &netkernel_engine::Status) -> Map<String, Value> {
+    let mut all: Map<String, Value> = convert(status).unwrap_or_default();
+    for told_elsewhere in ["guests", "stacks", "uptime_seconds"] {
+        all.remove(told_elsewhere);
+    }
+    all
+}
+
+fn grant(fds: GuestFds) -> Grant {
+    let GuestFds { id, token, region, channel, doorbell } = fds;
+    Grant { id, token, region, channel, doorbell }
+}
+
+fn refusal(error: EngineError) -> ApiError {
+    let code = match &error {
+        EngineError::UnknownStack { .. } | EngineError::StackUnavailable { .. } => ErrorCode::UnknownStack,
+        EngineError::UnknownGuest(_) => ErrorCode::UnknownGuest,
+        EngineError::BadToken => ErrorCode::BadToken,
+        EngineError::TooManyGuests(_) => ErrorCode::Limit,
+        EngineError::Config(_) | EngineError::Resource(_) | EngineError::Stopped => ErrorCode::Engine,
+    };
+    let message = match error {
+        EngineError::UnknownStack { name, mut known } => {
+            known.sort();
+            format!("no stack named '{name}'; this engine offers {}", known.join(", "))
+        }
+        other => other.to_string(),
+    };
+    ApiError::new(code, message)
+}

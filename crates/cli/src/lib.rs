@@ -1,0 +1,84 @@
+//! The `netkernel` command. Exit codes are those of env(1): 125 when netkernel itself failed, 126 when the program is
+//! not executable, 127 when it is not there, 2 for wrong usage, else the program's own.
+
+mod args;
+mod catalog;
+mod config;
+mod doctor;
+mod engine;
+mod library;
+mod locate;
+mod logger;
+mod private;
+mod program;
+mod run;
+mod show;
+mod sys;
+mod up;
+
+use std::io::Write as _;
+
+use clap::{CommandFactory as _, Parser as _};
+
+use args::{Cli, Command};
+
+/// Exit codes of the command's own.
+pub mod exit {
+    /// netkernel itself failed.
+    pub const FAILED: i32 = 125;
+    /// The program is there but cannot be executed.
+    pub const NOT_EXECUTABLE: i32 = 126;
+    pub const NOT_FOUND: i32 = 127;
+}
+
+/// An error with its exit code.
+#[derive(Debug)]
+pub struct Exit(pub i32, pub String);
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.1)
+    }
+}
+
+impl std::error::Error for Exit {}
+
+pub fn main() -> i32 {
+    let cli = Cli::parse();
+    match dispatch(cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            // A reader that went away (`netkernel ps | head`) is no failure of ours.
+            if error
+                .downcast_ref::<std::io::Error>()
+                .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+            {
+                return 0;
+            }
+            let _ = writeln!(std::io::stderr(), "netkernel: {error:#}");
+            error.downcast_ref::<Exit>().map_or(exit::FAILED, |e| e.0)
+        }
+    }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<i32> {
+    match command {
+        Command::Up(args) => up::up(&args).map(|()| 0),
+        Command::Run(args) => run::run(&args),
+        Command::Stacks(args) => show::stacks(&args).map(|()| 0),
+        Command::Ps(args) => show::ps(&args).map(|()| 0),
+        Command::Sockets(args) => show::sockets(&args).map(|()| 0),
+        Command::Stop(args) => show::stop(&args).map(|()| 0),
+        Command::Doctor(args) => doctor::doctor(&args),
+        Command::Bench(_) => anyhow::bail!("no benchmarks in this build"),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "netkernel", &mut std::io::stdout());
+            Ok(0)
+        }
+        Command::Man => {
+            clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?;
+            Ok(0)
+        }
+        Command::PrivateEngine(args) => private::serve(&args),
+    }
+}

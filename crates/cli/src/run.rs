@@ -1,0 +1,136 @@
+//! `netkernel run`: makes a guest and becomes the program.
+
+use std::collections::BTreeMap;
+use std::ffi::{CString, OsStr, OsString};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+use netkernel_abi::control::env;
+use netkernel_control::{Attached, Client, ClientError, ErrorCode};
+
+use crate::args::RunArgs;
+use crate::program::{self, Program};
+use crate::{Exit, exit, library, locate, private, sys};
+
+pub fn run(args: &RunArgs) -> Result<i32> {
+    let name = &args.program[0];
+    let program = program::resolve(name)?;
+    let mut environment: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
+    for name in [env::FDS, env::SOCKET, env::TOKEN, env::LIBRARY, env::TRACE] {
+        environment.remove(OsStr::new(name));
+    }
+    let report = program::inspect(&program);
+    match report.verdict() {
+        Ok(()) => serve(args, &program, &mut environment)?,
+        Err(why) if args.fail_open => {
+            eprintln!("netkernel: warning: {why}; it runs on the kernel's own stack now (--fail-open)");
+            remove_preload(&mut environment);
+        }
+        Err(why) => {
+            return Err(Exit(
+                exit::FAILED,
+                format!("{why}: use a dynamically linked build, or --fail-open to run it on the kernel's own stack"),
+            )
+            .into());
+        }
+    }
+    let arguments: Vec<CString> = args.program.iter().filter_map(|a| sys::c_string(a)).collect();
+    let environment: Vec<CString> = environment
+        .iter()
+        .filter_map(|(name, value)| {
+            let mut pair = name.clone();
+            pair.push("=");
+            pair.push(value);
+            sys::c_string(&pair)
+        })
+        .collect();
+    let error = sys::execute(&program.path, &arguments, &environment);
+    let code = match error.raw_os_error() {
+        Some(libc::ENOENT) => exit::NOT_FOUND,
+        _ => exit::NOT_EXECUTABLE,
+    };
+    Err(Exit(code, format!("cannot execute {}: {error}", program.path.display())).into())
+}
+
+/// Makes the guest and puts what it needs into descriptors and environment.
+fn serve(args: &RunArgs, program: &Program, environment: &mut BTreeMap<OsString, OsString>) -> Result<()> {
+    let library = library::find()?;
+    let guest_name = args
+        .name
+        .clone()
+        .or_else(|| program.path.file_name().map(|n| n.to_string_lossy().into_owned()))
+        .unwrap_or_else(|| "guest".into());
+    let (attached, fds, socket) = guest(args, &guest_name)?;
+    let numbers = place(fds)?;
+    let mut set = |name: &str, value: OsString| environment.insert(name.into(), value);
+    set(env::FDS, numbers.map(|n| n.to_string()).join(",").into());
+    set(env::SOCKET, socket.into());
+    set(env::TOKEN, attached.token.into());
+    if let Some(level) = args.trace {
+        set(env::TRACE, level.to_string().into());
+    }
+    let before = environment.get(OsStr::new("LD_PRELOAD")).cloned();
+    environment.insert("LD_PRELOAD".into(), library::preload(&library, before.as_deref()));
+    environment.insert(env::LIBRARY.into(), library.into());
+    Ok(())
+}
+
+/// A guest of the engine that was named, of one that runs, or of a private one.
+fn guest(args: &RunArgs, name: &str) -> Result<(Attached, [OwnedFd; 3], PathBuf)> {
+    let create = |client: &mut Client| client.create_guest(Some(name.to_owned()), args.stack.clone());
+    let named = args.socket.clone().or_else(|| std::env::var_os(locate::SOCKET_ENV).map(PathBuf::from));
+    if args.private && args.socket.is_some() {
+        bail!("--private starts an engine of its own, --socket names one that runs: give one of them");
+    }
+    if !args.private {
+        for mut client in locate::find(named.as_deref())? {
+            match create(&mut client) {
+                Ok((attached, fds)) => return Ok((attached, fds, client.path().to_owned())),
+                // Somebody else's engine that nobody asked for: a private one does as well.
+                Err(ClientError::Refused(e)) if named.is_none() && e.code == ErrorCode::Permission => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+    let socket = private::start(args.trace.is_some())?;
+    let mut client = Client::connect(&socket)?;
+    match create(&mut client) {
+        Ok((attached, fds)) => Ok((attached, fds, socket)),
+        Err(e) => {
+            // Nobody else knows of it.
+            let _ = client.stop();
+            Err(e.into())
+        }
+    }
+}
+
+/// Moves the descriptors to high numbers, out of the way of programs that count on low ones, open across exec. Not to the
+/// highest: the kernel's table reaches up to the highest open number, and every fork copies it.
+fn place(fds: [OwnedFd; 3]) -> Result<[RawFd; 3]> {
+    let (soft, _) = sys::limit(libc::RLIMIT_NOFILE).context("cannot ask for RLIMIT_NOFILE")?;
+    let soft = soft.min(4096) as RawFd;
+    let mut numbers = [0; 3];
+    for (number, fd) in numbers.iter_mut().zip(&fds) {
+        let new = [soft - 32, soft / 2, 3]
+            .into_iter()
+            .filter(|&start| start >= 3)
+            .find_map(|start| sys::duplicate_for_exec(fd.as_fd(), start).ok())
+            .context("no descriptor is left for the guest's memory: raise RLIMIT_NOFILE (`ulimit -n`)")?;
+        *number = new.as_raw_fd();
+        // Stays open for the program.
+        std::mem::forget(new);
+    }
+    Ok(numbers)
+}
+
+/// Without a guest the library has nothing to do.
+fn remove_preload(environment: &mut BTreeMap<OsString, OsString>) {
+    let name = OsStr::new("LD_PRELOAD");
+    if let Some(before) = environment.remove(name) {
+        let rest = library::without(&before);
+        if !rest.is_empty() {
+            environment.insert(name.into(), rest);
+        }
+    }
+}

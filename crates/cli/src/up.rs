@@ -1,0 +1,78 @@
+//! `netkernel up`: a long-lived engine.
+
+use std::io::Write as _;
+use std::os::fd::AsFd as _;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+use anyhow::{Context as _, Result};
+use netkernel_control::{Access, Endpoint, EngineApi as _, NsmInfo, Server, default_socket};
+
+use crate::args::UpArgs;
+use crate::config::Config;
+use crate::engine::Adapter;
+use crate::sys;
+
+pub fn up(args: &UpArgs) -> Result<()> {
+    let config = match &args.config {
+        Some(path) => Config::read(path)?,
+        None => Config::default(),
+    };
+    if args.check {
+        let catalog = crate::catalog::of(&config)?;
+        let offered = crate::catalog::offered(catalog)?;
+        if !config.nsms.is_empty() {
+            crate::catalog::check(&offered)?;
+        }
+        println!("the configuration is good; stacks: {}", names(&offered).join(", "));
+        return Ok(());
+    }
+    let ready = args.ready_fd.map(sys::adopt).transpose().context("--ready-fd names no open descriptor")?;
+    let users = config.users()?;
+    // Before there are threads: they must not take the signals.
+    let signals = sys::termination_signals().context("cannot take signals")?;
+    sys::raise_descriptor_limit();
+    crate::logger::start(log::LevelFilter::Info);
+    let socket = args.socket.clone().or_else(|| config.engine.socket.clone()).unwrap_or_else(default_socket);
+    let endpoint = Endpoint::bind(&socket)?;
+    let socket = endpoint.path().to_owned();
+    let engine = Adapter::start(&config, &socket, false)?;
+    let access = Access { owner: sys::effective_uid(), users: users.list, everybody: users.everybody };
+    let server = Server::start(endpoint, engine.clone(), access).context("no control thread")?;
+
+    // Nobody may read it.
+    let _ = writeln!(
+        std::io::stdout(),
+        "netkernel: ready at {} (pid {}, stacks {})",
+        socket.display(),
+        std::process::id(),
+        names(&engine.stacks()).join(", ")
+    );
+    if let Some(fd) = ready {
+        let _ = std::fs::File::from(fd).write_all(format!("{}\n", socket.display()).as_bytes());
+    }
+    notify_service_manager("READY=1");
+
+    sys::wait_readable(&[signals.as_fd(), engine.stop_requested()]).context("cannot wait for signals")?;
+    notify_service_manager("STOPPING=1");
+    drop(server);
+    engine.shutdown();
+    Ok(())
+}
+
+fn names(offered: &[NsmInfo]) -> Vec<&str> {
+    offered.iter().filter(|nsm| nsm.available).map(|nsm| nsm.name.as_str()).collect()
+}
+
+/// Tells systemd, if it started us.
+fn notify_service_manager(state: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match path.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(&path),
+    };
+    if let (Ok(address), Ok(socket)) = (address, UnixDatagram::unbound()) {
+        let _ = socket.send_to_addr(state.as_bytes(), &address);
+    }
+}
