@@ -382,7 +382,10 @@ impl Worker {
         self.now_ns = begin;
         self.housekeeping();
         let budget = self.spin.budget_ns();
-        while budget > 0 {
+        loop {
+            if self.now_ns - begin >= budget {
+                break;
+            }
             // The thread that we wait for may need this core.
             std::thread::yield_now();
             if self.turn() || self.look(0) {
@@ -391,9 +394,6 @@ impl Worker {
                 return;
             }
             self.now_ns = now_ns();
-            if self.now_ns - begin >= budget {
-                break;
-            }
         }
         if !self.cool_all() || self.stop {
             return;

@@ -300,7 +300,7 @@ impl Stack for KernelStack {
     }
 
     fn next_datagram(&mut self, handle: Handle) -> Result<usize, Errno> {
-        Ok(ioctl_int(self.fd(handle)?, libc::FIONREAD as u64)?.max(0) as usize)
+        Ok(ioctl_int(self.fd(handle)?, libc::FIONREAD)?.max(0) as usize)
     }
 
     fn shutdown(&mut self, handle: Handle, how: Shutdown) -> Result<(), Errno> {
@@ -351,11 +351,7 @@ impl Stack for KernelStack {
     fn ioctl(&mut self, handle: Handle, request: u64) -> Result<u64, Errno> {
         const SIOCOUTQNSD: u64 = 0x894b;
         match request {
-            r if r == libc::FIONREAD as u64
-                || r == libc::TIOCOUTQ as u64
-                || r == SIOCOUTQNSD
-                || r == SIOCATMARK =>
-            {
+            r if r == libc::FIONREAD || r == libc::TIOCOUTQ || r == SIOCOUTQNSD || r == SIOCATMARK => {
                 Ok(ioctl_int(self.fd(handle)?, request)? as u64)
             }
             _ => Err(Errno(libc::ENOTTY)),
