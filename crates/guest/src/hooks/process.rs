@@ -1,0 +1,235 @@
+//! fork, exec and spawn: the guest's identity must reach every program that it starts.
+
+use core::ffi::{CStr, c_char, c_int};
+
+use netkernel_abi::control::env;
+
+use crate::guest;
+use crate::next::next;
+
+unsafe extern "C" {
+    static mut environ: *mut *mut c_char;
+}
+
+type Strings = *const *mut c_char;
+
+/// The environment for a new program: as given, with GuestLib's variables put back where they are missing.
+///
+/// # Safety
+/// `envp` must be null or a null-terminated array of C strings.
+unsafe fn complete(envp: Strings) -> Option<(Vec<*mut c_char>, Vec<Vec<u8>>)> {
+    guest::guest()?;
+    let mut list = Vec::new();
+    let mut preload: Option<(usize, &CStr)> = None;
+    let names = [env::FDS, env::SOCKET, env::TOKEN, env::LIBRARY];
+    let mut present = [false; 4];
+    let mut at = envp;
+    // SAFETY: the caller vouches for the array.
+    unsafe {
+        while !at.is_null() && !(*at).is_null() {
+            let text = CStr::from_ptr(*at);
+            let bytes = text.to_bytes();
+            for (name, there) in names.iter().zip(present.iter_mut()) {
+                *there |= bytes.starts_with(name.as_bytes()) && bytes.get(name.len()) == Some(&b'=');
+            }
+            if bytes.starts_with(b"LD_PRELOAD=") {
+                preload = Some((list.len(), text));
+            }
+            list.push(*at);
+            at = at.add(1);
+        }
+    }
+    let library = guest::variable(env::LIBRARY)?;
+    let mut made: Vec<Vec<u8>> = Vec::new();
+    for (name, there) in names.iter().zip(present) {
+        if !there && let Some(value) = guest::variable(name) {
+            made.push(format!("{name}={value}\0").into_bytes());
+            list.push(core::ptr::null_mut());
+        }
+    }
+    let first_made = list.len() - made.len();
+    match preload {
+        Some((_, text)) if text.to_bytes().windows(library.len()).any(|w| w == library.as_bytes()) => {
+            if made.is_empty() {
+                return None;
+            }
+        }
+        Some((index, text)) => {
+            let old = &text.to_bytes()[b"LD_PRELOAD=".len()..];
+            let mut new = format!("LD_PRELOAD={library}").into_bytes();
+            if !old.is_empty() {
+                new.push(b':');
+                new.extend_from_slice(old);
+            }
+            new.push(0);
+            list[index] = new.as_mut_ptr().cast();
+            let n = made.len();
+            for (i, text) in made.iter_mut().enumerate().take(n) {
+                list[first_made + i] = text.as_mut_ptr().cast();
+            }
+            list.push(core::ptr::null_mut());
+            made.push(new);
+            return Some((list, made));
+        }
+        None => {
+            made.push(format!("LD_PRELOAD={library}\0").into_bytes());
+            list.push(core::ptr::null_mut());
+        }
+    }
+    for (i, text) in made.iter_mut().enumerate() {
+        list[first_made + i] = text.as_mut_ptr().cast();
+    }
+    list.push(core::ptr::null_mut());
+    Some((list, made))
+}
+
+/// Runs `f` with the completed environment.
+///
+/// # Safety
+/// As for [`complete`].
+unsafe fn with_environment(envp: Strings, f: impl FnOnce(Strings) -> c_int) -> c_int {
+    // SAFETY: the same contract.
+    match unsafe { complete(envp) } {
+        Some((list, made)) => {
+            let r = f(list.as_ptr());
+            drop(made);
+            r
+        }
+        None => f(envp),
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn nk_execve(path: *const c_char, argv: Strings, envp: Strings) -> c_int {
+    // SAFETY: the program's own arrays.
+    unsafe {
+        with_environment(
+            envp,
+            |envp| next!(execve(path => *const c_char, argv => Strings, envp => Strings) -> c_int),
+        )
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn nk_execvpe(file: *const c_char, argv: Strings, envp: Strings) -> c_int {
+    // SAFETY: the program's own arrays.
+    unsafe {
+        with_environment(
+            envp,
+            |envp| next!(execvpe(file => *const c_char, argv => Strings, envp => Strings) -> c_int),
+        )
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn execve(path: *const c_char, argv: Strings, envp: Strings) -> c_int {
+    // SAFETY: the same contract.
+    unsafe { nk_execve(path, argv, envp) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn execv(path: *const c_char, argv: Strings) -> c_int {
+    // SAFETY: the same contract, with the process's environment.
+    unsafe { nk_execve(path, argv, environ.cast_const()) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn execvp(file: *const c_char, argv: Strings) -> c_int {
+    // SAFETY: the same contract, with the process's environment.
+    unsafe { nk_execvpe(file, argv, environ.cast_const()) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn execvpe(file: *const c_char, argv: Strings, envp: Strings) -> c_int {
+    // SAFETY: the same contract.
+    unsafe { nk_execvpe(file, argv, envp) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn fexecve(fd: c_int, argv: Strings, envp: Strings) -> c_int {
+    // SAFETY: the program's own arrays.
+    unsafe {
+        with_environment(envp, |envp| next!(fexecve(fd => c_int, argv => Strings, envp => Strings) -> c_int))
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn execveat(
+    dir: c_int,
+    path: *const c_char,
+    argv: Strings,
+    envp: Strings,
+    flags: c_int,
+) -> c_int {
+    // SAFETY: the program's own arrays.
+    unsafe {
+        with_environment(
+            envp,
+            |envp| next!(execveat(dir => c_int, path => *const c_char, argv => Strings, envp => Strings, flags => c_int) -> c_int),
+        )
+    }
+}
+
+type Actions = *const libc::posix_spawn_file_actions_t;
+type Attributes = *const libc::posix_spawnattr_t;
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn posix_spawn(
+    pid: *mut libc::pid_t,
+    path: *const c_char,
+    actions: Actions,
+    attributes: Attributes,
+    argv: Strings,
+    envp: Strings,
+) -> c_int {
+    // SAFETY: the program's own arrays.
+    unsafe {
+        with_environment(envp, |envp| {
+            next!(posix_spawn(pid => *mut libc::pid_t, path => *const c_char, actions => Actions,
+                attributes => Attributes, argv => Strings, envp => Strings) -> c_int)
+        })
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn posix_spawnp(
+    pid: *mut libc::pid_t,
+    file: *const c_char,
+    actions: Actions,
+    attributes: Attributes,
+    argv: Strings,
+    envp: Strings,
+) -> c_int {
+    // SAFETY: the program's own arrays.
+    unsafe {
+        with_environment(envp, |envp| {
+            next!(posix_spawnp(pid => *mut libc::pid_t, file => *const c_char, actions => Actions,
+                attributes => Attributes, argv => Strings, envp => Strings) -> c_int)
+        })
+    }
+}
+
+/// A vfork child shares the parent's memory, the descriptor table here included, while its descriptors are its own. A
+/// plain fork keeps the two apart; POSIX allows it.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn vfork() -> libc::pid_t {
+    // SAFETY: no obligations.
+    unsafe { libc::fork() }
+}
+
+/// The exec functions with variable arguments are C's (`c/shim.c`); these are only their exported names.
+macro_rules! trampoline {
+    ($($name:ident -> $target:ident;)*) => {$(
+        #[unsafe(naked)]
+        #[unsafe(no_mangle)]
+        unsafe extern "C" fn $name() {
+            core::arch::naked_asm!(concat!("jmp ", stringify!($target)))
+        }
+    )*};
+}
+
+trampoline! {
+    execl -> nk_c_execl;
+    execlp -> nk_c_execlp;
+    execle -> nk_c_execle;
+}

@@ -1,0 +1,50 @@
+//! Streams (FILE) over guest sockets.
+
+use core::ffi::{c_char, c_int, c_void};
+
+use libc::{FILE, size_t, ssize_t};
+
+use super::{finish, guest_socket, one};
+use crate::next::next;
+
+unsafe extern "C" {
+    fn nk_c_fdopen(fd: c_int, mode: *const c_char) -> *mut FILE;
+    fn nk_c_standard_stream(fd: c_int);
+}
+
+/// Makes stdin, stdout or stderr a stream over the guest socket that stands there.
+pub fn standard_stream(fd: c_int) {
+    // SAFETY: runs in the constructor, before the program uses its streams.
+    unsafe { nk_c_standard_stream(fd) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn fdopen(fd: c_int, mode: *const c_char) -> *mut FILE {
+    if guest_socket(fd).is_some() {
+        // SAFETY: the program's own mode string.
+        return unsafe { nk_c_fdopen(fd, mode) };
+    }
+    next!(fdopen(fd => c_int, mode => *const c_char) -> *mut FILE)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn nk_stdio_read(fd: c_int, buf: *mut c_void, n: size_t) -> ssize_t {
+    match guest_socket(fd) {
+        Some(s) => finish(s.receive(&one(buf, n), 0, &mut Vec::new()).map(|r| r.0)),
+        None => next!(read(fd => c_int, buf => *mut c_void, n => size_t) -> ssize_t),
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn nk_stdio_write(fd: c_int, buf: *const c_void, n: size_t) -> ssize_t {
+    match guest_socket(fd) {
+        Some(s) => finish(s.send(&one(buf, n), 0, &[])),
+        None => next!(write(fd => c_int, buf => *const c_void, n => size_t) -> ssize_t),
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn nk_stdio_close(fd: c_int) -> c_int {
+    // SAFETY: a plain number.
+    unsafe { super::fd::close(fd) }
+}

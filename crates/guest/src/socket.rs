@@ -1,0 +1,1176 @@
+//! Socket calls on guest sockets. Every function returns what Linux would, as `Err(errno)` where it fails.
+
+use core::sync::atomic::{AtomicU32, Ordering, fence};
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+
+use netkernel_abi::control::{Message, kind};
+use netkernel_abi::nqe::flag;
+use netkernel_abi::socket::{ACCEPT_RECORD, DatagramHeader, datagram_record, gflag, state};
+use netkernel_abi::{Op, SocketEntry};
+use netkernel_ring::bytes;
+
+use crate::guest::{self, Guest};
+use crate::sys::{self, raw};
+use crate::table::{self, Slot};
+use crate::{queue, wait};
+
+/// A guest socket under one descriptor of this process.
+#[derive(Clone, Copy)]
+pub struct Sock {
+    pub guest: &'static Guest,
+    pub entry: &'static SocketEntry,
+    pub id: u32,
+    pub fd: i32,
+}
+
+pub type Result<T> = core::result::Result<T, i32>;
+
+/// The guest socket under `fd`, if there is one.
+#[inline]
+pub fn find(fd: i32) -> Option<Sock> {
+    let id = table::socket(fd)?;
+    by_id(id, fd)
+}
+
+pub fn by_id(id: u32, fd: i32) -> Option<Sock> {
+    let guest = guest::guest()?;
+    Some(Sock { guest, entry: guest.region.socket(id)?, id, fd })
+}
+
+/// A set of program buffers, as in `struct iovec`; addresses are the program's own.
+pub type Buffers<'a> = &'a [libc::iovec];
+
+pub fn total(buffers: Buffers) -> usize {
+    buffers.iter().fold(0usize, |sum, b| sum.saturating_add(b.iov_len))
+}
+
+/// Calls `copy(buffer pointer, length)` for the next `len` bytes of `buffers` from `skip` on.
+fn walk(buffers: Buffers, mut skip: usize, mut len: usize, mut copy: impl FnMut(*mut u8, usize)) {
+    for b in buffers {
+        if len == 0 {
+            break;
+        }
+        if skip >= b.iov_len {
+            skip -= b.iov_len;
+            continue;
+        }
+        let n = (b.iov_len - skip).min(len);
+        // SAFETY: within the program's buffer by the check above.
+        copy(unsafe { b.iov_base.cast::<u8>().add(skip) }, n);
+        skip = 0;
+        len -= n;
+    }
+}
+
+/// `socket(2)` for INET stream and datagram sockets.
+pub fn create(guest: &'static Guest, domain: i32, kind_flags: i32, protocol: i32) -> Result<i32> {
+    let kind_only = kind_flags & 0xf;
+    let datagram = kind_only == libc::SOCK_DGRAM;
+    if guest::engine_gone() {
+        return Err(libc::ENETDOWN);
+    }
+    guest.process()?;
+    let id = take_id(guest)?;
+    let entry = guest.region.socket(id).ok_or(libc::ENFILE)?;
+    reset_guest_lines(entry);
+    let v6 = if domain == libc::AF_INET6 { gflag::V6 } else { 0 };
+    let nonblock = if kind_flags & libc::SOCK_NONBLOCK != 0 { gflag::NONBLOCK } else { 0 };
+    entry.flags.store(v6 | nonblock, Ordering::Relaxed);
+    entry.kind.store((domain as u32) << 16 | protocol as u32 & 0xffff, Ordering::Relaxed);
+    if datagram {
+        entry.state.store(state::DATAGRAM, Ordering::Relaxed);
+    }
+    let message = Message {
+        kind: kind::SOCKET,
+        a: id,
+        b: domain as u32,
+        c: kind_only as u32,
+        d: protocol as u32,
+        ..Message::default()
+    };
+    match place(guest, entry, id, kind_flags & libc::SOCK_CLOEXEC != 0, message) {
+        Ok(fd) => Ok(fd),
+        Err(e) => {
+            give_id_back(guest, id, entry);
+            Err(e)
+        }
+    }
+}
+
+/// Makes the placeholder pair, tells the engine, and enters the descriptor in the table.
+fn place(guest: &Guest, entry: &SocketEntry, id: u32, cloexec: bool, message: Message) -> Result<i32> {
+    let mut pair = [0i32; 2];
+    let kind = libc::SOCK_STREAM | if cloexec { libc::SOCK_CLOEXEC } else { 0 };
+    let r = raw!(libc::SYS_socketpair, libc::AF_UNIX, kind, 0, pair.as_mut_ptr());
+    if r < 0 {
+        return Err(-r as i32);
+    }
+    let fd = pair[0];
+    // SAFETY: just made, ours alone.
+    let theirs = unsafe { OwnedFd::from_raw_fd(pair[1]) };
+    entry.inode.store(sys::socket_inode(fd).unwrap_or(0), Ordering::Relaxed);
+    let sent = guest.channel_send(message, &theirs);
+    sys::close(theirs.into_raw_fd());
+    if let Err(e) = sent {
+        sys::close(fd);
+        return Err(e);
+    }
+    if !table::set(fd, Slot::Socket(id)) {
+        sys::close(fd);
+        return Err(libc::EMFILE);
+    }
+    Ok(fd)
+}
+
+fn reset_guest_lines(e: &SocketEntry) {
+    for word in
+        [&e.rx_head, &e.tx_tail, &e.tx_base, &e.flags, &e.rx_lock, &e.tx_lock, &e.tx_pending, &e.waiters]
+    {
+        word.store(0, Ordering::Relaxed);
+    }
+    for word in [&e.tx_wanted, &e.rcv_low_water, &e.broadcast, &e.event_pending, &e.target_len] {
+        word.store(0, Ordering::Relaxed);
+    }
+    for word in [&e.inode, &e.rcv_timeout_us, &e.snd_timeout_us] {
+        word.store(0, Ordering::Relaxed);
+    }
+    for watcher in &e.watchers {
+        watcher.store(0, Ordering::Relaxed);
+    }
+}
+
+/// Takes a socket id: from the free list, else one never used.
+fn take_id(guest: &Guest) -> Result<u32> {
+    let header = guest.region.header();
+    let limit = guest.region.layout().guest_sockets;
+    let mut turns = 0;
+    loop {
+        let head = header.free_head.load(Ordering::Acquire);
+        let id = head as u32;
+        if id != 0 {
+            let Some(entry) = guest.region.socket(id) else { return Err(libc::ENFILE) };
+            let next = entry.next_free.load(Ordering::Relaxed) as u64;
+            let new = ((head >> 32).wrapping_add(1) << 32) | next;
+            if header.free_head.compare_exchange(head, new, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                return Ok(id);
+            }
+            continue;
+        }
+        let unused = header.next_unused.load(Ordering::Relaxed);
+        if unused >= limit {
+            // The engine may be about to give some back.
+            turns += 1;
+            if turns > 2000 {
+                return Err(libc::ENFILE);
+            }
+            guest.ring_doorbell();
+            sys::yield_now();
+            continue;
+        }
+        if header
+            .next_unused
+            .compare_exchange(unused, unused + 1, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+        {
+            return Ok(unused);
+        }
+    }
+}
+
+/// Undoes [`take_id`] for an id that the engine never heard of.
+fn give_id_back(guest: &Guest, id: u32, entry: &SocketEntry) {
+    let header = guest.region.header();
+    loop {
+        let head = header.free_head.load(Ordering::Acquire);
+        entry.next_free.store(head as u32, Ordering::Relaxed);
+        let new = ((head >> 32).wrapping_add(1) << 32) | id as u64;
+        if header.free_head.compare_exchange(head, new, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            return;
+        }
+    }
+}
+
+/// A lock in the region, held by a thread id. A holder that is gone (killed in the middle) is found out.
+struct RegionLock<'a>(&'a AtomicU32);
+
+impl<'a> RegionLock<'a> {
+    /// EAGAIN: the calling thread holds it itself (a signal handler interrupted the same call).
+    fn take(word: &'a AtomicU32) -> Result<RegionLock<'a>> {
+        let me = queue::tid();
+        let mut turns = 0u32;
+        loop {
+            match word.compare_exchange(0, me, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => return Ok(RegionLock(word)),
+                Err(holder) if holder == me => return Err(libc::EAGAIN),
+                Err(holder) => {
+                    turns += 1;
+                    if turns % 64 == 0 {
+                        sys::yield_now();
+                    } else {
+                        core::hint::spin_loop();
+                    }
+                    if turns % 65536 == 0
+                        && holder != netkernel_abi::socket::ENGINE_LOCK
+                        && raw!(libc::SYS_tkill, holder, 0) == -(libc::ESRCH as isize)
+                    {
+                        let _ = word.compare_exchange(holder, 0, Ordering::AcqRel, Ordering::Relaxed);
+                    }
+                    if turns % 65536 == 0 && guest::engine_gone() {
+                        return Err(libc::ECONNRESET);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Drop for RegionLock<'_> {
+    fn drop(&mut self) {
+        self.0.store(0, Ordering::Release);
+    }
+}
+
+/// One ring as the guest sees it: pointer and size are from the engine, bounds-checked against the mapping.
+struct Ring {
+    start: *mut u8,
+    size: u32,
+    base: u32,
+}
+
+impl Ring {
+    /// Copies ring bytes at `position` to or from buffers: `f(ring pointer, offset in the run, length)`.
+    fn runs(&self, position: u32, len: u32, mut f: impl FnMut(*mut u8, usize, usize)) {
+        let s = bytes::segments(self.base, position, len, self.size);
+        if s.first.1 > 0 {
+            // SAFETY: segments never leave 0..size, which `payload` checked.
+            f(unsafe { self.start.add(s.first.0 as usize) }, 0, s.first.1 as usize);
+        }
+        if s.second.1 > 0 {
+            f(self.start, s.first.1 as usize, s.second.1 as usize);
+        }
+    }
+}
+
+impl Sock {
+    #[inline]
+    pub fn state(&self) -> u32 {
+        self.entry.state.load(Ordering::Acquire)
+    }
+
+    #[inline]
+    pub fn flags(&self) -> u32 {
+        self.entry.flags.load(Ordering::Relaxed)
+    }
+
+    pub fn is_datagram(&self) -> bool {
+        self.state() & state::DATAGRAM != 0
+    }
+
+    pub fn nonblock(&self, message_flags: i32) -> bool {
+        self.flags() & gflag::NONBLOCK != 0 || message_flags & libc::MSG_DONTWAIT != 0
+    }
+
+    pub fn set_flag(&self, bit: u32, on: bool) {
+        if on {
+            self.entry.flags.fetch_or(bit, Ordering::SeqCst);
+        } else {
+            self.entry.flags.fetch_and(!bit, Ordering::SeqCst);
+        }
+    }
+
+    /// Takes the pending error, as SO_ERROR does.
+    pub fn take_error(&self) -> i32 {
+        if self.entry.error.load(Ordering::Relaxed) == 0 {
+            return if guest::engine_gone() { libc::ECONNRESET } else { 0 };
+        }
+        self.entry.error.swap(0, Ordering::AcqRel) as i32
+    }
+
+    fn rx_ring(&self) -> Option<Ring> {
+        let e = self.entry;
+        let size = e.rx_size.load(Ordering::Relaxed);
+        self.ring(e.rx_offset.load(Ordering::Relaxed), size, e.rx_base.load(Ordering::Relaxed))
+    }
+
+    fn tx_ring(&self) -> Option<Ring> {
+        let e = self.entry;
+        let size = e.tx_size.load(Ordering::Acquire);
+        self.ring(e.tx_offset.load(Ordering::Relaxed), size, e.tx_base.load(Ordering::Relaxed))
+    }
+
+    fn ring(&self, offset: u32, size: u32, base: u32) -> Option<Ring> {
+        if !size.is_power_of_two() {
+            return None;
+        }
+        let start = self.guest.region.payload(offset as u64 * 64, size as u64)?;
+        Some(Ring { start, size, base })
+    }
+
+    /// Unread bytes (a listener: bytes of accept records; datagrams: bytes of records).
+    #[inline]
+    pub fn rx_used(&self) -> u32 {
+        let tail = self.entry.rx_tail.load(Ordering::Acquire);
+        tail.wrapping_sub(self.entry.rx_head.load(Ordering::Acquire))
+    }
+
+    /// Bytes written that the stack has not taken.
+    #[inline]
+    pub fn tx_used(&self) -> u32 {
+        let head = self.entry.tx_head.load(Ordering::Acquire);
+        self.entry.tx_tail.load(Ordering::Relaxed).wrapping_sub(head)
+    }
+
+    fn tx_free(&self) -> u32 {
+        self.entry.tx_size.load(Ordering::Acquire).saturating_sub(self.tx_used())
+    }
+
+    fn writable(&self) -> bool {
+        let size = self.entry.tx_size.load(Ordering::Acquire);
+        size == 0 || self.tx_free() >= size / 4
+    }
+
+    /// The poll mask that Linux would show (tcp_poll, udp: datagram_poll).
+    pub fn readiness(&self) -> u32 {
+        use libc::{EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, EPOLLRDNORM, EPOLLWRNORM};
+        let (input, output) = (EPOLLIN | EPOLLRDNORM, EPOLLOUT | EPOLLWRNORM);
+        if guest::engine_gone() {
+            return (input | output | EPOLLERR | EPOLLHUP | EPOLLRDHUP) as u32;
+        }
+        let s = self.state();
+        let f = self.flags();
+        let mut mask = 0;
+        if self.entry.error.load(Ordering::Relaxed) != 0 {
+            mask |= EPOLLERR;
+        }
+        let rx_end = s & state::RX_END != 0 || f & gflag::SHUT_RD != 0;
+        let tx_end = s & state::TX_END != 0 || f & gflag::SHUT_WR != 0;
+        if s & state::LISTENING != 0 {
+            if self.rx_used() > 0 {
+                mask |= input;
+            }
+            return mask as u32;
+        }
+        if s & state::DATAGRAM != 0 {
+            if self.rx_used() > 0 || rx_end {
+                mask |= input;
+            }
+            if rx_end {
+                mask |= EPOLLRDHUP;
+            }
+            if rx_end && tx_end {
+                mask |= EPOLLHUP;
+            }
+            if self.writable() {
+                mask |= output;
+            }
+            return mask as u32;
+        }
+        if s & (state::DEAD | state::CONNECT_FAILED) != 0 {
+            return (mask | input | output | EPOLLHUP | EPOLLRDHUP) as u32;
+        }
+        if s & state::CONNECTING != 0 {
+            return mask as u32;
+        }
+        if s & state::CONNECTED == 0 {
+            return (mask | output | EPOLLHUP) as u32;
+        }
+        let low_water = self.entry.rcv_low_water.load(Ordering::Relaxed).max(1);
+        if self.rx_used() >= low_water || rx_end {
+            mask |= input;
+        }
+        if rx_end {
+            mask |= EPOLLRDHUP;
+            if tx_end {
+                mask |= EPOLLHUP;
+            }
+        }
+        if tx_end || self.writable() {
+            mask |= output;
+        }
+        if s & state::OOB != 0 {
+            mask |= EPOLLPRI;
+        }
+        mask as u32
+    }
+
+    /// Tells the engine that the poller wants to hear of send-ring space, if there is none now.
+    pub fn want_space(&self) {
+        if !self.writable() {
+            self.entry.tx_wanted.store(1, Ordering::SeqCst);
+        }
+    }
+
+    pub fn wait_for(&self, timeout_us: u64, ready: impl FnMut() -> bool) -> Result<()> {
+        wait::wait(self.guest, self.entry, self.fd, timeout_us, ready)
+    }
+
+    fn job(
+        &self,
+        op: Op,
+        op_data: u64,
+        argument: &[u8],
+        size: u32,
+        out: &mut [u8],
+    ) -> Result<queue::Completion> {
+        let done = queue::job(self.guest, op, self.id, op_data, argument, size, out)?;
+        if done.status < 0 { Err(-done.status) } else { Ok(done) }
+    }
+
+    // ---- connection set-up -------------------------------------------------------------------------------------
+
+    pub fn bind(&self, address: &[u8]) -> Result<()> {
+        self.job(Op::Bind, 0, address, 0, &mut []).map(|_| ())
+    }
+
+    pub fn listen(&self, backlog: i32) -> Result<()> {
+        if self.is_datagram() {
+            return Err(libc::EOPNOTSUPP);
+        }
+        self.job(Op::Listen, backlog as u32 as u64, &[], 0, &mut []).map(|_| ())
+    }
+
+    pub fn connect(&self, address: &[u8]) -> Result<()> {
+        if address.len() >= 2 && u16::from_ne_bytes([address[0], address[1]]) == libc::AF_UNSPEC as u16 {
+            return self.job(Op::Disconnect, 0, &[], 0, &mut []).map(|_| ());
+        }
+        let s = self.state();
+        if s & state::DATAGRAM == 0 {
+            if s & state::CONNECTED != 0 {
+                return Err(libc::EISCONN);
+            }
+            if s & state::CONNECTING != 0 {
+                if self.nonblock(0) {
+                    return Err(libc::EALREADY);
+                }
+                return self.finish_connect();
+            }
+            if s & state::CONNECT_FAILED != 0 {
+                let error = self.take_error();
+                if error != 0 {
+                    return Err(error);
+                }
+            }
+        }
+        match self.job(Op::Connect, 0, address, 0, &mut []) {
+            Ok(_) => Ok(()),
+            Err(libc::EINPROGRESS) if !self.nonblock(0) => self.finish_connect(),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn finish_connect(&self) -> Result<()> {
+        let over = state::CONNECTED | state::CONNECT_FAILED | state::DEAD;
+        let timeout = self.entry.snd_timeout_us.load(Ordering::Relaxed);
+        match self.wait_for(timeout, || self.state() & over != 0) {
+            Err(libc::EAGAIN) => return Err(libc::EINPROGRESS),
+            other => other?,
+        }
+        if self.state() & (state::CONNECT_FAILED | state::DEAD) != 0 || guest::engine_gone() {
+            let error = self.take_error();
+            return Err(if error != 0 { error } else { libc::ECONNABORTED });
+        }
+        Ok(())
+    }
+
+    /// `accept4(2)`: the new descriptor and socket.
+    pub fn accept(&self, flags: i32) -> Result<Sock> {
+        if flags & !(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK) != 0 {
+            return Err(libc::EINVAL);
+        }
+        if self.is_datagram() {
+            return Err(libc::EOPNOTSUPP);
+        }
+        loop {
+            if guest::engine_gone() {
+                return Err(libc::ECONNABORTED);
+            }
+            if self.state() & state::LISTENING == 0 {
+                return Err(libc::EINVAL);
+            }
+            if let Some((id, generation)) = self.take_accepted() {
+                let Some(entry) = self.guest.region.socket(id) else { continue };
+                let nonblock = if flags & libc::SOCK_NONBLOCK != 0 { gflag::NONBLOCK } else { 0 };
+                let inherited = self.flags() & (gflag::V6 | gflag::OOB_INLINE);
+                entry.flags.store(nonblock | inherited, Ordering::Relaxed);
+                let timeout = self.entry.rcv_timeout_us.load(Ordering::Relaxed);
+                entry.rcv_timeout_us.store(timeout, Ordering::Relaxed);
+                entry
+                    .snd_timeout_us
+                    .store(self.entry.snd_timeout_us.load(Ordering::Relaxed), Ordering::Relaxed);
+                let message = Message { kind: kind::ACCEPTED, a: id, b: generation, ..Message::default() };
+                let fd = place(self.guest, entry, id, flags & libc::SOCK_CLOEXEC != 0, message)?;
+                return Ok(Sock { guest: self.guest, entry, id, fd });
+            }
+            if self.nonblock(0) {
+                return Err(libc::EAGAIN);
+            }
+            let timeout = self.entry.rcv_timeout_us.load(Ordering::Relaxed);
+            self.wait_for(timeout, || self.rx_used() > 0 || self.state() & state::LISTENING == 0)?;
+        }
+    }
+
+    fn take_accepted(&self) -> Option<(u32, u32)> {
+        let e = self.entry;
+        loop {
+            let tail = e.rx_tail.load(Ordering::Acquire);
+            let head = e.rx_head.load(Ordering::Acquire);
+            if tail.wrapping_sub(head) < ACCEPT_RECORD || tail.wrapping_sub(head) > 1 << 30 {
+                return None;
+            }
+            let ring = self.rx_ring()?;
+            let mut record = [0u8; 8];
+            ring.runs(head, ACCEPT_RECORD, |p, at, n| {
+                // SAFETY: p is valid for n bytes of the ring; record has 8 and at + n <= 8.
+                unsafe { core::ptr::copy_nonoverlapping(p, record.as_mut_ptr().add(at), n) }
+            });
+            if e.rx_head
+                .compare_exchange(head, head.wrapping_add(ACCEPT_RECORD), Ordering::SeqCst, Ordering::Relaxed)
+                .is_ok()
+            {
+                if e.rx_stalled.load(Ordering::SeqCst) == 1 && e.rx_stalled.swap(0, Ordering::SeqCst) == 1 {
+                    queue::send(self.guest, Op::Credit, self.id, 0);
+                }
+                let word =
+                    |i: usize| u32::from_le_bytes([record[i], record[i + 1], record[i + 2], record[i + 3]]);
+                return Some((word(0), word(4)));
+            }
+        }
+    }
+
+    pub fn name(&self, op: Op) -> Result<Vec<u8>> {
+        let e = self.entry;
+        let (words, len) = if op == Op::PeerName { (&e.peer, &e.peer_len) } else { (&e.local, &e.local_len) };
+        let known = len.load(Ordering::Acquire) as usize;
+        let s = self.state();
+        let cached = if op == Op::PeerName {
+            s & state::CONNECTED != 0 && s & state::DEAD == 0
+        } else {
+            s & state::CONNECTED != 0
+        };
+        if known > 0 && known <= 28 && cached {
+            let mut out = Vec::with_capacity(28);
+            for word in words {
+                out.extend_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
+            }
+            out.truncate(known);
+            return Ok(out);
+        }
+        let mut out = [0u8; 128];
+        let done = self.job(op, 0, &[], 128, &mut out)?;
+        Ok(out[..done.size].to_vec())
+    }
+
+    pub fn shutdown(&self, how: i32) -> Result<()> {
+        if !(0..=2).contains(&how) {
+            return Err(libc::EINVAL);
+        }
+        let s = self.state();
+        if s & state::LISTENING != 0 {
+            return queue::job(self.guest, Op::Shutdown, self.id, how as u64, &[], 0, &mut []).map(|_| ());
+        }
+        if s & state::CONNECTED == 0 || s & state::DEAD != 0 || guest::engine_gone() {
+            if s & state::CONNECTING != 0 {
+                queue::post(self.guest, Op::Shutdown, self.id, how as u64);
+                return Ok(());
+            }
+            return Err(libc::ENOTCONN);
+        }
+        if s & state::RX_END != 0 && s & state::TX_END != 0 && s & state::DATAGRAM == 0 {
+            return Err(libc::ENOTCONN);
+        }
+        if how != libc::SHUT_RD {
+            self.set_flag(gflag::SHUT_WR, true);
+        }
+        if how != libc::SHUT_WR {
+            self.set_flag(gflag::SHUT_RD, true);
+        }
+        queue::post(self.guest, Op::Shutdown, self.id, how as u64);
+        Ok(())
+    }
+
+    // ---- streams -----------------------------------------------------------------------------------------------
+
+    /// Writes to a stream. `fill(ring pointer, offset in the message, length)` brings the bytes; `len` in all.
+    pub fn stream_send(
+        &self,
+        len: usize,
+        flags: i32,
+        mut fill: impl FnMut(*mut u8, usize, usize) -> Result<usize>,
+    ) -> Result<usize> {
+        let nonblock = self.nonblock(flags);
+        let timeout = self.entry.snd_timeout_us.load(Ordering::Relaxed);
+        let mut done = 0usize;
+        let outcome = loop {
+            if let Err(e) = self.may_send() {
+                break Err(e);
+            }
+            if len == 0 {
+                return Ok(0);
+            }
+            match self.put(len - done, flags, |p, at, n| fill(p, done + at, n)) {
+                Ok((n, short)) => {
+                    done += n;
+                    if done == len || short {
+                        return Ok(done);
+                    }
+                    if n > 0 {
+                        continue;
+                    }
+                }
+                Err(e) => break Err(e),
+            }
+            if self.state() & state::CONNECTING != 0 && nonblock {
+                break Err(libc::EAGAIN);
+            }
+            if nonblock {
+                self.entry.tx_wanted.store(1, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+                if self.tx_free() > 0 && self.writable() && self.state() & state::CONNECTED != 0 {
+                    continue;
+                }
+                break Err(libc::EAGAIN);
+            }
+            let waited = self.wait_for(timeout, || {
+                if self.state() & state::CONNECTING != 0 {
+                    return false;
+                }
+                if self.writable() || self.may_send().is_err() {
+                    return true;
+                }
+                self.entry.tx_wanted.store(1, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+                self.writable()
+            });
+            if let Err(e) = waited {
+                break Err(e);
+            }
+        };
+        match outcome {
+            Err(_) if done > 0 => Ok(done),
+            other => other,
+        }
+    }
+
+    fn may_send(&self) -> Result<()> {
+        if guest::engine_gone() {
+            return Err(libc::EPIPE);
+        }
+        let s = self.state();
+        if s & (state::DEAD | state::CONNECT_FAILED) != 0 || self.entry.error.load(Ordering::Relaxed) != 0 {
+            let error = self.take_error();
+            return Err(if error != 0 { error } else { libc::EPIPE });
+        }
+        if s & state::TX_END != 0 || self.flags() & gflag::SHUT_WR != 0 {
+            return Err(libc::EPIPE);
+        }
+        if s & (state::CONNECTED | state::CONNECTING) == 0 {
+            return Err(libc::EPIPE);
+        }
+        Ok(())
+    }
+
+    /// Puts what fits into the send ring. Returns the bytes put, and whether the source ran dry.
+    fn put(
+        &self,
+        len: usize,
+        flags: i32,
+        mut fill: impl FnMut(*mut u8, usize, usize) -> Result<usize>,
+    ) -> Result<(usize, bool)> {
+        let e = self.entry;
+        if self.state() & state::CONNECTED == 0 {
+            return Ok((0, false));
+        }
+        if e.tx_size.load(Ordering::Acquire) == 0 {
+            self.job(Op::SendRing, 0, &[], 0, &mut [])?;
+        }
+        let lock = RegionLock::take(&e.tx_lock)?;
+        let head = e.tx_head.load(Ordering::Acquire);
+        let tail = e.tx_tail.load(Ordering::Relaxed);
+        if head == tail {
+            e.tx_base.store(tail, Ordering::Relaxed);
+        }
+        let Some(ring) = self.tx_ring() else { return Ok((0, false)) };
+        let free = ring.size.saturating_sub(tail.wrapping_sub(head));
+        let n = (free as usize).min(len);
+        let mut put = 0usize;
+        let mut failed = None;
+        let mut short = false;
+        ring.runs(tail, n as u32, |p, at, run| {
+            if failed.is_some() || short {
+                return;
+            }
+            match fill(p, at, run) {
+                Ok(got) => {
+                    put += got;
+                    short = got < run;
+                }
+                Err(error) => failed = Some(error),
+            }
+        });
+        if put > 0 {
+            e.tx_tail.store(tail.wrapping_add(put as u32), Ordering::Release);
+        }
+        drop(lock);
+        if put > 0 {
+            self.announce_send(flags);
+            // A blocked writer is woken by room, not by luck.
+            return Ok((put, short));
+        }
+        match failed {
+            Some(error) => Err(error),
+            None => Ok((0, short)),
+        }
+    }
+
+    fn announce_send(&self, flags: i32) {
+        let mut nqe_flags = 0;
+        if flags & libc::MSG_MORE != 0 {
+            nqe_flags |= flag::MORE;
+        }
+        if flags & libc::MSG_OOB != 0 {
+            nqe_flags |= flag::OOB;
+        }
+        if self.entry.tx_pending.swap(1, Ordering::SeqCst) == 0 || nqe_flags & flag::OOB != 0 {
+            queue::send(self.guest, Op::Send, self.id, nqe_flags);
+        }
+    }
+
+    /// Takes bytes of a stream's ring. `drain(ring pointer, offset, length)` says how many it took.
+    fn take(
+        &self,
+        len: usize,
+        peek_from: Option<u32>,
+        mut drain: impl FnMut(*mut u8, usize, usize) -> Result<usize>,
+    ) -> Result<usize> {
+        let e = self.entry;
+        let _lock = RegionLock::take(&e.rx_lock)?;
+        let head = e.rx_head.load(Ordering::Relaxed);
+        let tail = e.rx_tail.load(Ordering::Acquire);
+        let used = tail.wrapping_sub(head);
+        if used == 0 || used > 1 << 30 {
+            return Ok(0);
+        }
+        let Some(ring) = self.rx_ring() else { return Ok(0) };
+        let mut n = (used as usize).min(len);
+        let s = self.state();
+        if s & state::OOB_MARK != 0 && peek_from.is_none() {
+            // A read stops at the urgent mark, as tcp_recvmsg does.
+            let mark = e.oob_position.load(Ordering::Relaxed).wrapping_sub(head);
+            if mark > 0 && (mark as usize) < n {
+                n = mark as usize;
+            }
+        }
+        let mut taken = 0usize;
+        let mut stop = false;
+        let mut failed = None;
+        ring.runs(head, n as u32, |p, at, run| {
+            if stop {
+                return;
+            }
+            match drain(p, at, run) {
+                Ok(got) => {
+                    taken += got;
+                    stop = got < run;
+                }
+                Err(error) => {
+                    failed = Some(error);
+                    stop = true;
+                }
+            }
+        });
+        if peek_from.is_none() && taken > 0 {
+            let head = head.wrapping_add(taken as u32);
+            e.rx_head.store(head, Ordering::SeqCst);
+            self.credit(head, ring.size);
+        }
+        match failed {
+            Some(error) if taken == 0 => Err(error),
+            _ => Ok(taken),
+        }
+    }
+
+    fn credit(&self, head: u32, size: u32) {
+        let e = self.entry;
+        if e.rx_stalled.load(Ordering::SeqCst) == 0 {
+            return;
+        }
+        let used = e.rx_tail.load(Ordering::Acquire).wrapping_sub(head);
+        if used <= size / 2 && e.rx_stalled.swap(0, Ordering::SeqCst) == 1 {
+            queue::send(self.guest, Op::Credit, self.id, 0);
+        }
+    }
+
+    /// Reads from a stream through `drain`.
+    pub fn stream_receive(
+        &self,
+        len: usize,
+        flags: i32,
+        mut drain: impl FnMut(*mut u8, usize, usize) -> Result<usize>,
+    ) -> Result<usize> {
+        let timeout = self.entry.rcv_timeout_us.load(Ordering::Relaxed);
+        let all = flags & libc::MSG_WAITALL != 0 && flags & libc::MSG_PEEK == 0 && !self.nonblock(flags);
+        let peek = flags & libc::MSG_PEEK != 0;
+        let mut done = 0usize;
+        loop {
+            let s = self.state();
+            if s & state::LISTENING != 0
+                || (s & (state::CONNECTED | state::DEAD | state::CONNECT_FAILED | state::CONNECTING) == 0)
+            {
+                return Err(libc::ENOTCONN);
+            }
+            let begin = done;
+            if len == 0 && self.rx_used() > 0 {
+                return Ok(0);
+            }
+            done += match self.take(len - done, peek.then_some(0), |p, at, n| drain(p, begin + at, n)) {
+                Ok(n) => n,
+                Err(e) if done == 0 => return Err(e),
+                Err(_) => return Ok(done),
+            };
+            if done > 0 && (!all || done == len) {
+                return Ok(done);
+            }
+            // Nothing (more) there.
+            if self.rx_used() == 0 {
+                let s = self.state();
+                let ended = s & (state::RX_END | state::DEAD | state::CONNECT_FAILED) != 0
+                    || self.flags() & gflag::SHUT_RD != 0
+                    || guest::engine_gone()
+                    || self.entry.error.load(Ordering::Relaxed) != 0;
+                if ended {
+                    // Bytes that came in before the end was published.
+                    if self.rx_used() > 0 {
+                        continue;
+                    }
+                    if done > 0 {
+                        return Ok(done);
+                    }
+                    let error = self.take_error();
+                    return if error != 0 { Err(error) } else { Ok(0) };
+                }
+                if len == 0 {
+                    return Ok(0);
+                }
+                if self.nonblock(flags) {
+                    return Err(libc::EAGAIN);
+                }
+                let waited = self.wait_for(timeout, || {
+                    self.rx_used() > 0
+                        || self.state() & (state::RX_END | state::DEAD | state::CONNECT_FAILED) != 0
+                        || self.flags() & gflag::SHUT_RD != 0
+                        || self.entry.error.load(Ordering::Relaxed) != 0
+                });
+                if let Err(e) = waited {
+                    return if done > 0 { Ok(done) } else { Err(e) };
+                }
+            }
+        }
+    }
+
+    /// `recv(MSG_OOB)`.
+    fn receive_oob(&self, buffers: Buffers, flags: i32) -> Result<usize> {
+        let oob = self.entry.oob.load(Ordering::Acquire);
+        if self.flags() & gflag::OOB_INLINE != 0 || oob & 0x100 == 0 || self.state() & state::OOB == 0 {
+            return Err(libc::EINVAL);
+        }
+        let byte = oob as u8;
+        walk(buffers, 0, 1, |p, _| {
+            // SAFETY: the program's buffer has at least one byte here.
+            unsafe { *p = byte };
+        });
+        if flags & libc::MSG_PEEK == 0 {
+            self.entry.oob.store(0, Ordering::Release);
+            self.entry.state.fetch_and(!state::OOB, Ordering::AcqRel);
+        }
+        Ok(1)
+    }
+
+    // ---- what both kinds share ---------------------------------------------------------------------------------
+
+    /// `send`, `sendto`, `sendmsg`, `write`, `writev`.
+    pub fn send(&self, buffers: Buffers, flags: i32, address: &[u8]) -> Result<usize> {
+        let result = if self.is_datagram() {
+            self.datagram_send(buffers, flags, address)
+        } else {
+            self.stream_send(total(buffers), flags, |p, at, n| {
+                let mut to = p;
+                walk(buffers, at, n, |from, n| {
+                    // SAFETY: `to` has n bytes of the ring left, `from` n bytes of the program's buffer.
+                    unsafe {
+                        core::ptr::copy_nonoverlapping(from, to, n);
+                        to = to.add(n);
+                    }
+                });
+                Ok(n)
+            })
+        };
+        if result == Err(libc::EPIPE) && flags & libc::MSG_NOSIGNAL == 0 && !self.is_datagram() {
+            let me = raw!(libc::SYS_gettid);
+            raw!(libc::SYS_tkill, me, libc::SIGPIPE);
+        }
+        result
+    }
+
+    /// `recv`, `recvfrom`, `recvmsg`, `read`, `readv`. The second value is what `msg_flags` gets; `from` gets the
+    /// sender's address of a datagram.
+    pub fn receive(&self, buffers: Buffers, flags: i32, from: &mut Vec<u8>) -> Result<(usize, i32)> {
+        if flags & libc::MSG_ERRQUEUE != 0 {
+            return Err(libc::EAGAIN);
+        }
+        if self.is_datagram() {
+            return self.datagram_receive(buffers, flags, from);
+        }
+        if flags & libc::MSG_OOB != 0 {
+            return self.receive_oob(buffers, flags).map(|n| (n, libc::MSG_OOB));
+        }
+        let trunc = flags & libc::MSG_TRUNC != 0;
+        self.stream_receive(total(buffers), flags, |p, at, n| {
+            if trunc {
+                return Ok(n);
+            }
+            let mut from = p;
+            walk(buffers, at, n, |to, n| {
+                // SAFETY: `from` has n bytes of the ring left, `to` n bytes of the program's buffer.
+                unsafe {
+                    core::ptr::copy_nonoverlapping(from, to, n);
+                    from = from.add(n);
+                }
+            });
+            Ok(n)
+        })
+        .map(|n| (n, 0))
+    }
+
+    // ---- datagrams ---------------------------------------------------------------------------------------------
+
+    fn datagram_send(&self, buffers: Buffers, flags: i32, address: &[u8]) -> Result<usize> {
+        let len = total(buffers);
+        let e = self.entry;
+        if guest::engine_gone() {
+            return Err(libc::ENETDOWN);
+        }
+        if len > 65507 + if self.flags() & gflag::V6 != 0 { 20 } else { 0 } {
+            return Err(libc::EMSGSIZE);
+        }
+        let s = self.state();
+        let error = self.take_error();
+        if error != 0 {
+            return Err(error);
+        }
+        if s & state::TX_END != 0 || self.flags() & gflag::SHUT_WR != 0 {
+            return Err(libc::EPIPE);
+        }
+        if address.is_empty() && s & state::CONNECTED == 0 {
+            return Err(libc::EDESTADDRREQ);
+        }
+        let header = encode_address(address, len as u32, self.flags() & gflag::V6 != 0)?;
+        let record = datagram_record(len as u32);
+        if e.tx_size.load(Ordering::Acquire) == 0 {
+            self.job(Op::SendRing, 0, &[], 0, &mut [])?;
+        }
+        let timeout = e.snd_timeout_us.load(Ordering::Relaxed);
+        loop {
+            {
+                let _lock = RegionLock::take(&e.tx_lock)?;
+                let head = e.tx_head.load(Ordering::Acquire);
+                let tail = e.tx_tail.load(Ordering::Relaxed);
+                if head == tail {
+                    e.tx_base.store(tail, Ordering::Relaxed);
+                }
+                let ring = self.tx_ring().ok_or(libc::ENOBUFS)?;
+                if record > ring.size {
+                    return Err(libc::ENOBUFS);
+                }
+                if ring.size - tail.wrapping_sub(head).min(ring.size) >= record {
+                    // SAFETY: DatagramHeader is plain words without padding.
+                    let header_bytes =
+                        unsafe { core::slice::from_raw_parts((&raw const header).cast::<u8>(), 32) };
+                    ring.runs(tail, 32, |p, at, n| {
+                        // SAFETY: p has n bytes of the ring, header_bytes n more from `at`.
+                        unsafe { core::ptr::copy_nonoverlapping(header_bytes.as_ptr().add(at), p, n) }
+                    });
+                    ring.runs(tail.wrapping_add(32), len as u32, |p, at, n| {
+                        let mut to = p;
+                        walk(buffers, at, n, |from, n| {
+                            // SAFETY: as for streams.
+                            unsafe {
+                                core::ptr::copy_nonoverlapping(from, to, n);
+                                to = to.add(n);
+                            }
+                        });
+                    });
+                    e.tx_tail.store(tail.wrapping_add(record), Ordering::Release);
+                    break;
+                }
+            }
+            if self.nonblock(flags) {
+                e.tx_wanted.store(1, Ordering::SeqCst);
+                return Err(libc::EAGAIN);
+            }
+            self.wait_for(timeout, || {
+                e.tx_wanted.store(1, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+                self.tx_free() >= record || guest::engine_gone()
+            })?;
+        }
+        self.announce_send(0);
+        Ok(len)
+    }
+
+    fn datagram_receive(&self, buffers: Buffers, flags: i32, from: &mut Vec<u8>) -> Result<(usize, i32)> {
+        if flags & libc::MSG_OOB != 0 {
+            return Err(libc::EOPNOTSUPP);
+        }
+        let e = self.entry;
+        let timeout = e.rcv_timeout_us.load(Ordering::Relaxed);
+        loop {
+            if let Some(got) = self.take_datagram(buffers, flags, from)? {
+                return Ok(got);
+            }
+            let error = self.take_error();
+            if error != 0 {
+                return Err(error);
+            }
+            if self.state() & state::RX_END != 0 || self.flags() & gflag::SHUT_RD != 0 {
+                return Ok((0, 0));
+            }
+            if self.nonblock(flags) {
+                return Err(libc::EAGAIN);
+            }
+            self.wait_for(timeout, || {
+                self.rx_used() > 0
+                    || e.error.load(Ordering::Relaxed) != 0
+                    || self.state() & state::RX_END != 0
+                    || self.flags() & gflag::SHUT_RD != 0
+            })?;
+        }
+    }
+
+    fn take_datagram(
+        &self,
+        buffers: Buffers,
+        flags: i32,
+        from: &mut Vec<u8>,
+    ) -> Result<Option<(usize, i32)>> {
+        let e = self.entry;
+        let _lock = RegionLock::take(&e.rx_lock)?;
+        let head = e.rx_head.load(Ordering::Relaxed);
+        let used = e.rx_tail.load(Ordering::Acquire).wrapping_sub(head);
+        if used < 32 || used > 1 << 30 {
+            return Ok(None);
+        }
+        let Some(ring) = self.rx_ring() else { return Ok(None) };
+        let header = read_header(&ring, head);
+        let len = header.len.min(used - 32);
+        let room = total(buffers);
+        let n = (len as usize).min(room);
+        ring.runs(head.wrapping_add(32), n as u32, |p, at, n| {
+            let mut source = p;
+            walk(buffers, at, n, |to, n| {
+                // SAFETY: as for streams.
+                unsafe {
+                    core::ptr::copy_nonoverlapping(source, to, n);
+                    source = source.add(n);
+                }
+            });
+        });
+        *from = decode_address(&header);
+        if flags & libc::MSG_PEEK == 0 {
+            let head = head.wrapping_add(datagram_record(len));
+            e.rx_head.store(head, Ordering::SeqCst);
+            self.credit(head, ring.size);
+        }
+        let truncated = len as usize > room;
+        let result = if truncated && flags & libc::MSG_TRUNC != 0 { len as usize } else { n };
+        Ok(Some((result, if truncated { libc::MSG_TRUNC } else { 0 })))
+    }
+
+    /// Bytes of the next datagram, for FIONREAD.
+    pub fn next_datagram(&self) -> i32 {
+        let Ok(_lock) = RegionLock::take(&self.entry.rx_lock) else { return 0 };
+        if self.rx_used() < 32 {
+            return 0;
+        }
+        let Some(ring) = self.rx_ring() else { return 0 };
+        read_header(&ring, self.entry.rx_head.load(Ordering::Relaxed)).len as i32
+    }
+
+    /// `ioctl(SIOCATMARK)`.
+    pub fn at_mark(&self) -> bool {
+        self.state() & state::OOB_MARK != 0
+            && self.entry.oob_position.load(Ordering::Relaxed) == self.entry.rx_head.load(Ordering::Relaxed)
+    }
+
+    pub fn ioctl_job(&self, request: u64) -> Result<i32> {
+        self.job(Op::Ioctl, request, &[], 0, &mut []).map(|done| done.op_data as i32)
+    }
+
+    pub fn option_job(&self, op: Op, data: u64, argument: &[u8], size: u32, out: &mut [u8]) -> Result<usize> {
+        self.job(op, data, argument, size, out).map(|done| done.size)
+    }
+}
+
+fn read_header(ring: &Ring, position: u32) -> DatagramHeader {
+    let mut header = DatagramHeader::default();
+    ring.runs(position, 32, |p, at, n| {
+        // SAFETY: DatagramHeader is 32 bytes of plain words; at + n <= 32.
+        unsafe { core::ptr::copy_nonoverlapping(p, (&raw mut header).cast::<u8>().add(at), n) }
+    });
+    header
+}
+
+/// A sockaddr as the words of a datagram header. EAFNOSUPPORT and EINVAL as Linux gives them.
+fn encode_address(address: &[u8], len: u32, v6: bool) -> Result<DatagramHeader> {
+    let mut header = DatagramHeader { len, ..DatagramHeader::default() };
+    if address.is_empty() {
+        return Ok(header);
+    }
+    if address.len() < 16 {
+        return Err(libc::EINVAL);
+    }
+    let family = u16::from_ne_bytes([address[0], address[1]]) as i32;
+    let port = u16::from_ne_bytes([address[2], address[3]]) as u32;
+    let word = |i: usize| u32::from_ne_bytes([address[i], address[i + 1], address[i + 2], address[i + 3]]);
+    match family {
+        libc::AF_INET => {
+            header.address_len = 16;
+            header.address = [family as u32 | port << 16, word(4), 0, 0, 0, 0];
+        }
+        libc::AF_INET6 if v6 => {
+            if address.len() < 24 {
+                return Err(libc::EINVAL);
+            }
+            header.address_len = 28;
+            let scope = if address.len() >= 28 { word(24) } else { 0 };
+            header.address = [family as u32 | port << 16, word(8), word(12), word(16), word(20), scope];
+        }
+        libc::AF_UNSPEC if !v6 => {
+            header.address_len = 16;
+            header.address = [libc::AF_INET as u32 | port << 16, word(4), 0, 0, 0, 0];
+        }
+        _ => return Err(libc::EAFNOSUPPORT),
+    }
+    Ok(header)
+}
+
+fn decode_address(header: &DatagramHeader) -> Vec<u8> {
+    let a = header.address;
+    let mut out = Vec::with_capacity(28);
+    match header.address_len {
+        16 => {
+            out.extend_from_slice(&a[0].to_ne_bytes());
+            out.extend_from_slice(&a[1].to_ne_bytes());
+            out.extend_from_slice(&[0; 8]);
+        }
+        28 => {
+            out.extend_from_slice(&a[0].to_ne_bytes());
+            out.extend_from_slice(&[0; 4]);
+            for word in &a[1..5] {
+                out.extend_from_slice(&word.to_ne_bytes());
+            }
+            out.extend_from_slice(&a[5].to_ne_bytes());
+        }
+        _ => {}
+    }
+    out
+}

@@ -1,0 +1,99 @@
+//! Sleeping until a socket changes: poll the region for a short adaptive time, then sleep on the placeholder.
+
+use core::sync::atomic::{Ordering, fence};
+
+use netkernel_abi::SocketEntry;
+
+use crate::guest::{self, Guest};
+use crate::queue;
+use crate::sys::{self, raw};
+
+/// Polls `ready` for the thread's adaptive budget. True: it came true.
+pub fn spin(guest: &Guest, mut ready: impl FnMut() -> bool) -> bool {
+    let budget = queue::with_spin(guest, |s| s.budget_ns());
+    if budget == 0 {
+        return ready();
+    }
+    let begin = sys::now_ns();
+    loop {
+        for _ in 0..16 {
+            if ready() {
+                return true;
+            }
+            core::hint::spin_loop();
+        }
+        if sys::now_ns() - begin >= budget {
+            return ready();
+        }
+        // The thread that we wait for may need this core.
+        sys::yield_now();
+    }
+}
+
+/// Waits until `ready` or the timeout. Errors: EINTR, EAGAIN (timeout). With no timeout the wait is a blocking `recv` of
+/// the placeholder, so that SA_RESTART means what it means on Linux; with one it is interruptible always, also as on Linux.
+pub fn wait(
+    guest: &Guest,
+    entry: &SocketEntry,
+    fd: i32,
+    timeout_us: u64,
+    mut ready: impl FnMut() -> bool,
+) -> Result<(), i32> {
+    if ready() || guest::engine_gone() {
+        return Ok(());
+    }
+    let begin = sys::now_ns();
+    let mut result = Ok(());
+    if !spin(guest, &mut ready) {
+        entry.waiters.fetch_add(1, Ordering::SeqCst);
+        loop {
+            fence(Ordering::SeqCst);
+            if ready() || guest::engine_gone() {
+                break;
+            }
+            if let Err(errno) = sleep(fd, begin, timeout_us) {
+                result = Err(errno);
+                break;
+            }
+        }
+        entry.waiters.fetch_sub(1, Ordering::SeqCst);
+        if result.is_err() && ready() {
+            result = Ok(());
+        }
+    }
+    queue::with_spin(guest, |s| s.waited(sys::now_ns() - begin));
+    result
+}
+
+fn sleep(fd: i32, begin: u64, timeout_us: u64) -> Result<(), i32> {
+    let mut byte = 0u8;
+    if timeout_us != 0 {
+        let left = (timeout_us * 1000).saturating_sub(sys::now_ns() - begin);
+        if left == 0 {
+            return Err(libc::EAGAIN);
+        }
+        let mut p = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let mut t =
+            libc::timespec { tv_sec: (left / 1_000_000_000) as i64, tv_nsec: (left % 1_000_000_000) as i64 };
+        let n = raw!(libc::SYS_ppoll, &mut p as *mut libc::pollfd, 1, &mut t as *mut libc::timespec, 0, 8);
+        if n < 0 {
+            return Err(-n as i32);
+        }
+        if n == 0 {
+            return Ok(());
+        }
+    }
+    let flags = if timeout_us != 0 { libc::MSG_DONTWAIT } else { 0 };
+    let n = raw!(libc::SYS_recvfrom, fd, &mut byte as *mut u8, 1, flags, 0, 0);
+    match n {
+        0 => {
+            guest::engine_is_gone();
+            Ok(())
+        }
+        1 => Ok(()),
+        e if e == -(libc::EAGAIN as isize) => Ok(()),
+        e if e == -(libc::EINTR as isize) => Err(libc::EINTR),
+        // The descriptor was closed by another thread.
+        e => Err(-e as i32),
+    }
+}
