@@ -40,6 +40,9 @@ pub struct EngineConfig {
     pub limits: Limits,
     pub huge_pages: HugePages,
     pub max_guests: usize,
+    /// Placeholder ends that a switch thread holds in the process's descriptor table before it hands them to a thread
+    /// with a table of its own. `None`: a quarter of the limit for all threads together, at most 4096.
+    pub placeholders_in_main_table: Option<usize>,
     /// How stacks are made.
     pub kinds: StackKinds,
 }
@@ -64,6 +67,7 @@ impl Default for EngineConfig {
             limits: Limits::default(),
             huge_pages: HugePages::Off,
             max_guests: 1024,
+            placeholders_in_main_table: None,
             kinds: StackKinds::default(),
         }
     }

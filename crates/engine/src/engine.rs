@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use netkernel_shm::{Region, fds};
 
 use crate::status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
+use crate::watch::{self, Watch};
 use crate::worker::{NewGuest, Worker};
 use crate::{EngineConfig, EngineError, GuestFds, GuestSpec};
 
@@ -31,6 +32,7 @@ pub(crate) struct Shared {
     workers: Vec<Link>,
     stopping: AtomicBool,
     pub counters: SharedCounters,
+    watches: Vec<Arc<Watch>>,
 }
 
 #[derive(Default)]
@@ -123,7 +125,10 @@ impl Engine {
         let resource = |e: io::Error| EngineError::Resource(format!("the engine cannot start: {e}"));
         let workers: Vec<Link> =
             (0..config.switch_threads).map(|_| Link::new()).collect::<Result<_, _>>().map_err(resource)?;
+        let watches: Vec<Arc<Watch>> = workers.iter().map(|_| Arc::default()).collect();
+        watch::start(&watches).map_err(resource)?;
         let shared = Arc::new(Shared {
+            watches,
             config,
             started: Instant::now(),
             registry: Mutex::default(),
@@ -204,7 +209,9 @@ impl Engine {
             registry.tokens.insert(fds.token, id);
             registry.guests.insert(id, registered);
         }
-        let guest = NewGuest { id, region, nsm, channel: channel_ours, doorbell };
+        // The engine may be allowed more than who asked for the guest.
+        let privileged = spec.uid == 0;
+        let guest = NewGuest { id, region, nsm, privileged, channel: channel_ours, doorbell };
         let result = self.ask(worker, |answer| Command::Add(Box::new(guest), answer));
         match result.and_then(|r| r) {
             Ok(()) => {
@@ -389,6 +396,10 @@ impl Drop for Engine {
 impl Shared {
     pub fn link(&self, worker: usize) -> &Link {
         &self.workers[worker]
+    }
+
+    pub fn watch(&self, worker: usize) -> Arc<Watch> {
+        Arc::clone(&self.watches[worker])
     }
 
     /// The guest is over and nothing of it is left.

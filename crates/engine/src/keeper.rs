@@ -1,1 +1,281 @@
 //! Placeholder ends beyond the main descriptor table.
+//!
+//! A guest socket takes two descriptors of the engine: the stack's socket and the engine's end of the placeholder. A hard
+//! limit of 20,000 would end at 10,000 sockets. So beyond a threshold the ends go to a *keeper*: a thread with a
+//! descriptor table of its own (`unshare(CLONE_FILES)`), to which the limit applies anew. It polls its ends for hang-ups
+//! and puts wake-up bytes into them on request. That costs a hop through another thread, which is why the first few
+//! thousand ends stay where they are.
+//!
+//! Requests go over a SEQPACKET pair, an end attached to the message that hands it over; reports come back through a
+//! queue and an eventfd.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, mpsc};
+
+use netkernel_shm::fds;
+
+use crate::engine::{lock, write_eventfd};
+
+/// A kept end that hung up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hangup {
+    pub slot: u32,
+    pub id: u32,
+    pub serial: u32,
+}
+
+const ADD: u32 = 1;
+const WAKE: u32 = 2;
+const REMOVE_SLOT: u32 = 3;
+
+/// The switch thread's side.
+pub struct Keeper {
+    requests: OwnedFd,
+    pub wake: OwnedFd,
+    reports: Arc<Mutex<VecDeque<Hangup>>>,
+    serial: u32,
+}
+
+impl Keeper {
+    /// Starts a keeper thread. It ends when the value is dropped.
+    pub fn start(index: usize) -> io::Result<Keeper> {
+        let (requests, theirs) = fds::pair(libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC)?;
+        let wake = fds::eventfd()?;
+        let reports = Arc::new(Mutex::new(VecDeque::new()));
+        let (ready, begun) = mpsc::channel();
+        let numbers = (theirs.as_raw_fd(), wake.as_raw_fd());
+        let queue = Arc::clone(&reports);
+        std::thread::Builder::new().name(format!("nk-keeper-{index}")).spawn(
+            move || match Table::separate(numbers.0, numbers.1, queue) {
+                Ok(table) => {
+                    let _ = ready.send(Ok(()));
+                    table.run();
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            },
+        )?;
+        // `theirs` is dropped here only when the thread has its own copy of the table.
+        begun.recv().map_err(|_| io::Error::other("the keeper thread died"))??;
+        Ok(Keeper { requests, wake, reports, serial: 0 })
+    }
+
+    /// Hands an end over; the serial number names it from now on.
+    pub fn add(&mut self, slot: u32, id: u32, end: &OwnedFd) -> io::Result<u32> {
+        self.serial = self.serial.wrapping_add(1);
+        self.request([ADD, slot, id, self.serial], &[end.as_raw_fd()])?;
+        Ok(self.serial)
+    }
+
+    pub fn wake(&self, serial: u32, count: u32) {
+        let _ = self.request([WAKE, 0, count, serial], &[]);
+    }
+
+    /// Closes all ends of a guest.
+    pub fn remove_slot(&self, slot: u32) {
+        let _ = self.request([REMOVE_SLOT, slot, 0, 0], &[]);
+    }
+
+    pub fn take(&self) -> VecDeque<Hangup> {
+        std::mem::take(&mut *lock(&self.reports))
+    }
+
+    /// Blocks while the keeper is behind; it never waits for this thread.
+    fn request(&self, words: [u32; 4], ends: &[RawFd]) -> io::Result<()> {
+        let mut bytes = [0; 16];
+        for (chunk, word) in bytes.chunks_exact_mut(4).zip(words) {
+            chunk.copy_from_slice(&word.to_ne_bytes());
+        }
+        loop {
+            match fds::send(self.requests.as_raw_fd(), &bytes, ends, 0) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+struct End {
+    fd: OwnedFd,
+    slot: u32,
+    id: u32,
+}
+
+/// The keeper thread's side.
+struct Table {
+    requests: OwnedFd,
+    wake: OwnedFd,
+    epoll: OwnedFd,
+    reports: Arc<Mutex<VecDeque<Hangup>>>,
+    ends: HashMap<u32, End>,
+}
+
+/// Epoll data of the request socket; serial numbers are 32 bits.
+const REQUESTS: u64 = 1 << 40;
+
+impl Table {
+    /// Gives the calling thread a descriptor table of its own, with nothing in it but what it needs.
+    fn separate(requests: RawFd, wake: RawFd, reports: Arc<Mutex<VecDeque<Hangup>>>) -> io::Result<Table> {
+        // SAFETY: from here on the descriptors of this thread are its own copies; the rest of the process keeps its own.
+        if unsafe { libc::unshare(libc::CLONE_FILES) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mut keep = [2, requests, wake];
+        keep.sort_unstable();
+        let mut from = 0;
+        for fd in keep.into_iter().chain([RawFd::MAX]) {
+            if fd > from {
+                // SAFETY: closes copies in this thread's own table, which nothing in this thread refers to.
+                unsafe { libc::syscall(libc::SYS_close_range, from as u32, fd as u32 - 1, 0) };
+            }
+            from = fd.saturating_add(1);
+        }
+        // SAFETY: plain system call; the result is checked.
+        let epoll = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+        if epoll < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: all three are open in this thread's own table and owned by nobody else in it.
+        let (requests, wake, epoll) = unsafe {
+            (OwnedFd::from_raw_fd(requests), OwnedFd::from_raw_fd(wake), OwnedFd::from_raw_fd(epoll))
+        };
+        let table = Table { requests, wake, epoll, reports, ends: HashMap::new() };
+        table.watch(table.requests.as_raw_fd(), libc::EPOLLIN, REQUESTS)?;
+        Ok(table)
+    }
+
+    fn watch(&self, fd: RawFd, interest: i32, data: u64) -> io::Result<()> {
+        let mut event = libc::epoll_event { events: interest as u32, u64: data };
+        // SAFETY: event is valid for reads; a bad descriptor is an error.
+        let r = unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event) };
+        if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn run(mut self) {
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 256];
+        loop {
+            // SAFETY: events is valid for its length.
+            let n = unsafe {
+                libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), events.len() as i32, -1)
+            };
+            let mut hung = Vec::new();
+            let mut requests = false;
+            for event in &events[..n.max(0) as usize] {
+                match event.u64 {
+                    REQUESTS => requests = true,
+                    serial => hung.push(serial as u32),
+                }
+            }
+            if requests && !self.requests(&mut hung) {
+                return;
+            }
+            self.report(&hung);
+        }
+    }
+
+    /// Takes what was asked; `false`: the switch thread is gone.
+    fn requests(&mut self, hung: &mut Vec<u32>) -> bool {
+        for _ in 0..256 {
+            let mut bytes = [0; 16];
+            let (n, mut received) =
+                match fds::receive(self.requests.as_raw_fd(), &mut bytes, libc::MSG_DONTWAIT) {
+                    Ok(message) => message,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
+                };
+            if n == 0 {
+                return false;
+            }
+            let word = |i: usize| {
+                u32::from_ne_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
+            };
+            let (slot, second, serial) = (word(1), word(2), word(3));
+            match word(0) {
+                ADD => {
+                    let Some(fd) = received.pop() else {
+                        // This table is full, too: the socket is closed.
+                        lock(&self.reports).push_back(Hangup { slot, id: second, serial });
+                        write_eventfd(self.wake.as_raw_fd());
+                        continue;
+                    };
+                    let interest = libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLET;
+                    if self.watch(fd.as_raw_fd(), interest, serial as u64).is_err() {
+                        hung.push(serial);
+                    }
+                    self.ends.insert(serial, End { fd, slot, id: second });
+                }
+                WAKE => {
+                    if let Some(end) = self.ends.get(&serial) {
+                        send_wakes(end.fd.as_raw_fd(), second);
+                    }
+                }
+                REMOVE_SLOT => self.ends.retain(|_, end| end.slot != slot),
+                _ => {}
+            }
+        }
+        true
+    }
+
+    fn report(&mut self, hung: &[u32]) {
+        if hung.is_empty() {
+            return;
+        }
+        {
+            let mut reports = lock(&self.reports);
+            for &serial in hung {
+                if let Some(end) = self.ends.remove(&serial) {
+                    reports.push_back(Hangup { slot: end.slot, id: end.id, serial });
+                }
+            }
+        }
+        write_eventfd(self.wake.as_raw_fd());
+    }
+}
+
+/// Puts `count` wake-up bytes into a placeholder pair. A full pair means that there are enough.
+pub fn send_wakes(fd: RawFd, count: u32) {
+    let bytes = [0u8; 64];
+    let n = (count as usize).min(bytes.len());
+    // SAFETY: n bytes, valid for reads.
+    unsafe { libc::send(fd, bytes.as_ptr().cast(), n, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kept_ends_are_woken_and_reported_and_use_no_descriptor_here() {
+        let count = || std::fs::read_dir("/proc/thread-self/fd").unwrap().count();
+        let mut keeper = Keeper::start(0).unwrap();
+        let before = count();
+        let mut ours = Vec::new();
+        for id in 0..100 {
+            let (our, their) = fds::pair(libc::SOCK_STREAM | libc::SOCK_CLOEXEC).unwrap();
+            assert_eq!(keeper.add(7, id, &their).unwrap(), id + 1);
+            ours.push(our);
+        }
+        assert_eq!(count(), before + 100);
+        keeper.wake(5, 3);
+        let mut bytes = [0; 8];
+        // SAFETY: eight bytes, valid for writes.
+        let n = unsafe { libc::recv(ours[4].as_raw_fd(), bytes.as_mut_ptr().cast(), 8, 0) };
+        assert_eq!(n, 3);
+        drop(ours.drain(..50));
+        let mut hung = Vec::new();
+        while hung.len() < 50 {
+            hung.extend(keeper.take());
+            std::thread::yield_now();
+        }
+        hung.sort_by_key(|hangup| hangup.id);
+        assert_eq!(hung[9], Hangup { slot: 7, id: 9, serial: 10 });
+        keeper.remove_slot(7);
+        // SAFETY: as above; the end of the stream comes when the keeper has closed its end.
+        let n = unsafe { libc::recv(ours[0].as_raw_fd(), bytes.as_mut_ptr().cast(), 8, 0) };
+        assert_eq!(n, 0);
+    }
+}

@@ -12,6 +12,7 @@ mod keeper;
 mod kinds;
 mod poller;
 mod status;
+mod watch;
 mod worker;
 
 pub use config::{EngineConfig, EngineError, GuestFds, GuestSpec, NsmConfig};

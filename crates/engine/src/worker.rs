@@ -20,9 +20,11 @@ use netkernel_service::{Host, Ready, Service, Stack, Table, Violation};
 use netkernel_shm::{Region, fds};
 
 use crate::EngineError;
-use crate::engine::{Command, Shared, write_eventfd};
+use crate::engine::{Command, Shared};
+use crate::keeper::{Keeper, send_wakes};
 use crate::poller::{Poller, Source};
 use crate::status::{GuestStatus, SocketStatus};
+use crate::watch::Watch;
 
 /// Elements of one guest in one turn.
 const GUEST_BATCH: usize = 256;
@@ -48,6 +50,8 @@ pub(crate) struct NewGuest {
     pub id: u32,
     pub region: Region,
     pub nsm: usize,
+    /// May bind to ports below 1024.
+    pub privileged: bool,
     pub channel: OwnedFd,
     pub doorbell: OwnedFd,
 }
@@ -74,10 +78,26 @@ struct Process {
     _pair: OwnedFd,
 }
 
+/// The engine's end of a placeholder.
+#[derive(Default)]
+enum End {
+    #[default]
+    None,
+    Here(OwnedFd),
+    /// With the keeper, under this serial number.
+    Kept(u32),
+}
+
 /// What a guest is woken by.
 struct Ends {
-    placeholders: Table<Option<OwnedFd>>,
+    placeholders: Table<End>,
     placeholder_count: usize,
+    /// Those to be woken by the keeper: serial number and count.
+    kept_wakes: Vec<(u32, u32)>,
+    /// Guards writes to descriptors that come from the guest.
+    watch: Arc<Watch>,
+    /// A doorbell would not let go; the guest made it block.
+    blocked: bool,
     doorbells: Vec<Option<OwnedFd>>,
     rings: u64,
     wakes: u64,
@@ -85,21 +105,28 @@ struct Ends {
 
 impl Host for Ends {
     fn wake(&mut self, socket: u32, count: u32) {
-        if let Some(Some(fd)) = self.placeholders.get(socket) {
-            self.wakes += 1;
-            let bytes = [0u8; 64];
-            let n = (count as usize).min(bytes.len());
-            // SAFETY: n bytes, valid for reads. A full pair means that there are wake-ups enough.
-            unsafe {
-                libc::send(fd.as_raw_fd(), bytes.as_ptr().cast(), n, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
-            };
+        match self.placeholders.get(socket) {
+            Some(End::Here(fd)) => {
+                self.wakes += 1;
+                send_wakes(fd.as_raw_fd(), count);
+            }
+            Some(&End::Kept(serial)) => {
+                self.wakes += 1;
+                self.kept_wakes.push((serial, count));
+            }
+            _ => {}
         }
     }
 
     fn ring(&mut self, queue_set: u32) {
+        if self.blocked {
+            return;
+        }
         if let Some(Some(fd)) = self.doorbells.get(queue_set as usize) {
             self.rings += 1;
-            write_eventfd(fd.as_raw_fd());
+            if !self.watch.write(fd.as_raw_fd()) {
+                self.blocked = true;
+            }
         }
     }
 }
@@ -114,6 +141,11 @@ pub(crate) struct Worker {
     shared: Arc<Shared>,
     index: usize,
     poller: Poller,
+    watch: Arc<Watch>,
+    /// Placeholder ends in this thread's own table, and how many there may be; the others go to the keeper.
+    ends_here: usize,
+    most_ends_here: usize,
+    keeper: Option<Keeper>,
     modules: Vec<Option<Module>>,
     guests: Vec<Option<Box<Guest>>>,
     /// Slots of the hot guests.
@@ -137,10 +169,19 @@ impl Worker {
         poller.add_readable(shared.link(index).wake.as_raw_fd(), Source::Control)?;
         let modules = shared.config.nsms.iter().map(|_| None).collect();
         let spin = Spin::new(shared.config.spin_us.saturating_mul(1000));
+        let watch = shared.watch(index);
+        let most_ends_here = shared.config.placeholders_in_main_table.unwrap_or_else(|| {
+            // A quarter of the table for all threads together.
+            (descriptor_limit() / 4).min(4096) / shared.config.switch_threads
+        });
         Ok(Worker {
             shared,
             index,
             poller,
+            watch,
+            ends_here: 0,
+            most_ends_here,
+            keeper: None,
             modules,
             guests: Vec::new(),
             hot: Vec::new(),
@@ -158,6 +199,7 @@ impl Worker {
     }
 
     pub fn run(mut self) {
+        self.watch.begin();
         let mut since_epoll = 0;
         while !self.stop {
             if self.turn() {
@@ -199,12 +241,26 @@ impl Worker {
         worked |= self.poll_stacks();
         let mut i = 0;
         while i < self.hot.len() {
-            if let Some(Some(guest)) = self.guests.get_mut(self.hot[i] as usize) {
-                guest.service.flush(&mut guest.ends);
-            }
+            let slot = self.hot[i];
+            self.flush(slot);
             i += 1;
         }
         worked
+    }
+
+    fn flush(&mut self, slot: u32) {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        guest.service.flush(&mut guest.ends);
+        if !guest.ends.kept_wakes.is_empty()
+            && let Some(keeper) = &self.keeper
+        {
+            for (serial, count) in guest.ends.kept_wakes.drain(..) {
+                keeper.wake(serial, count);
+            }
+        }
+        if guest.ends.blocked {
+            self.violation(slot, Violation("a doorbell that blocks"));
+        }
     }
 
     /// Takes what the guest pushed, and goes on with its sockets.
@@ -339,7 +395,7 @@ impl Worker {
                     self.hung.push(slot);
                 }
             }
-            Source::Keeper => {}
+            Source::Keeper => self.keeper_reports(),
         }
     }
 
@@ -357,9 +413,12 @@ impl Worker {
             let Some(module) = &mut self.modules[guest.nsm] else { continue };
             let mut result = Ok(());
             for id in std::mem::take(&mut guest.hangups) {
-                if let Some(end) = guest.ends.placeholders.get_mut(id)
-                    && end.take().is_some()
-                {
+                if let Some(end) = guest.ends.placeholders.get_mut(id) {
+                    match std::mem::take(end) {
+                        End::None => continue,
+                        End::Here(_) => self.ends_here -= 1,
+                        End::Kept(_) => {}
+                    }
                     guest.ends.placeholder_count -= 1;
                     result = result.and(guest.service.close(&mut *module.stack, id));
                 }
@@ -563,10 +622,13 @@ impl Worker {
         self.guests[slot] = Some(Box::new(Guest {
             id: new.id,
             nsm: new.nsm,
-            service: Service::new(new.region, slot as u32),
+            service: Service::new(new.region, slot as u32, new.privileged),
             ends: Ends {
                 placeholders: Table::new(limits.sockets),
                 placeholder_count: 0,
+                kept_wakes: Vec::new(),
+                watch: Arc::clone(&self.watch),
+                blocked: false,
                 doorbells,
                 rings: 0,
                 wakes: 0,
@@ -727,18 +789,58 @@ impl Worker {
 
     /// Holds the engine's end of a placeholder until the guest's last descriptor for it is closed.
     fn keep_placeholder(&mut self, slot: u32, id: u32, fd: OwnedFd) -> Result<(), Violation> {
+        let end = if self.ends_here < self.most_ends_here {
+            match self.poller.add_hangup(fd.as_raw_fd(), Source::Placeholder(slot, id)) {
+                Ok(()) => End::Here(fd),
+                Err(_) => End::None,
+            }
+        } else {
+            self.hand_over(slot, id, &fd).map_or(End::None, End::Kept)
+        };
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
-        if self.poller.add_hangup(fd.as_raw_fd(), Source::Placeholder(slot, id)).is_err() {
-            // No memory for one more: the socket is closed, the guest sees its placeholder's end.
-            let Some(module) = &mut self.modules[guest.nsm] else { return Ok(()) };
-            return guest.service.close(&mut *module.stack, id);
+        let Some(module) = &mut self.modules[guest.nsm] else { return Ok(()) };
+        match (end, guest.ends.placeholders.make(id)) {
+            // No memory or no descriptor for one more: the socket is closed, the guest sees its placeholder's end.
+            (End::None, _) | (_, None) => guest.service.close(&mut *module.stack, id),
+            (end, Some(place)) => {
+                if matches!(end, End::Here(_)) {
+                    self.ends_here += 1;
+                }
+                match std::mem::replace(place, end) {
+                    End::None => guest.ends.placeholder_count += 1,
+                    End::Here(_) => self.ends_here -= 1,
+                    End::Kept(_) => {}
+                }
+                Ok(())
+            }
         }
-        if let Some(end) = guest.ends.placeholders.make(id)
-            && end.replace(fd).is_none()
-        {
-            guest.ends.placeholder_count += 1;
+    }
+
+    /// Gives an end to the keeper, which is started when it is needed first.
+    fn hand_over(&mut self, slot: u32, id: u32, fd: &OwnedFd) -> io::Result<u32> {
+        if self.keeper.is_none() {
+            let keeper = Keeper::start(self.index)?;
+            self.poller.add_readable(keeper.wake.as_raw_fd(), Source::Keeper)?;
+            self.keeper = Some(keeper);
         }
-        Ok(())
+        match &mut self.keeper {
+            Some(keeper) => keeper.add(slot, id, fd),
+            None => Err(io::Error::other("no keeper")),
+        }
+    }
+
+    fn keeper_reports(&mut self) {
+        let Some(keeper) = &self.keeper else { return };
+        read_eventfd(keeper.wake.as_raw_fd());
+        for hangup in keeper.take() {
+            let Some(Some(guest)) = self.guests.get_mut(hangup.slot as usize) else { continue };
+            // Not an end of a guest that had this slot before.
+            let same = |end: &End| matches!(end, End::Kept(serial) if *serial == hangup.serial);
+            if guest.ends.placeholders.get(hangup.id).is_some_and(same) {
+                guest.hangups.push(hangup.id);
+                self.hung.push(hangup.slot);
+            }
+        }
     }
 
     fn process_over(&mut self, slot: u32, number: u32) {
@@ -800,6 +902,18 @@ impl Worker {
             module.guests -= 1;
         }
         guest.service.say_gone(&mut guest.ends);
+        let (mut here, mut kept) = (0, false);
+        for (_, end) in guest.ends.placeholders.iter() {
+            match end {
+                End::None => {}
+                End::Here(_) => here += 1,
+                End::Kept(_) => kept = true,
+            }
+        }
+        self.ends_here -= here;
+        if kept && let Some(keeper) = &self.keeper {
+            keeper.remove_slot(slot);
+        }
         self.shared.counters.doorbells.fetch_add(guest.ends.rings, Relaxed);
         self.shared.counters.wakes.fetch_add(guest.ends.wakes, Relaxed);
         let id = guest.id;
@@ -839,6 +953,13 @@ pub(crate) fn now_ns() -> u64 {
     // SAFETY: time is valid for writes.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+fn descriptor_limit() -> usize {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: limit is valid for writes.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
+    usize::try_from(limit.rlim_cur).unwrap_or(1024).clamp(64, 1 << 20)
 }
 
 fn read_eventfd(fd: i32) {

@@ -7,7 +7,7 @@ use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::Ordering::{Acquire, SeqCst};
 use std::time::Duration;
 
-use common::{Guest, WATCHDOG, engine, open_descriptors, pattern, until};
+use common::{Guest, WATCHDOG, engine, pattern, until};
 use netkernel_abi::control::{Message, kind};
 use netkernel_abi::socket::state;
 use netkernel_abi::{Nqe, Op};
@@ -317,38 +317,6 @@ fn events_reach_watchers_once_until_taken_and_sleepers_are_woken() {
 }
 
 #[test]
-fn the_end_of_a_guest_leaves_nothing() {
-    let engine = engine();
-    // What the engine keeps for good (the stack of the module) exists after the first guest.
-    drop(Guest::new(&engine, "kernel"));
-    assert!(engine.wait_idle_timeout(WATCHDOG));
-    let before = open_descriptors();
-    for round in 0..3 {
-        let guest = Guest::new(&engine, "kernel");
-        let (listener, address) = guest.listen("127.0.0.1:0", 64);
-        let streams: Vec<_> = (0..30).map(|_| timed(TcpStream::connect(address).unwrap())).collect();
-        let accepted: Vec<_> = (0..10).map(|_| guest.accept(listener.id)).collect();
-        // Taken from the ring by a process that dies before it sends ACCEPTED.
-        let lost = guest.take_accepted(listener.id);
-        assert_ne!(lost.0, 0);
-        let other = TcpListener::bind("127.0.0.1:0").unwrap();
-        let connected: Vec<_> = (0..10).map(|_| guest.connect(other.local_addr().unwrap())).collect();
-        assert_eq!(engine.status().guests.len(), 1);
-        assert!(engine.sockets(guest.id).len() > 20);
-        drop((listener, accepted, connected));
-        drop(guest);
-        assert!(engine.wait_idle_timeout(WATCHDOG));
-        for mut stream in streams {
-            let mut byte = [0];
-            assert!(matches!(stream.read(&mut byte), Ok(0) | Err(_)), "round {round}");
-        }
-        drop(other);
-    }
-    until("descriptors are back", || open_descriptors() <= before);
-    assert_eq!(engine.guest_count(), 0);
-}
-
-#[test]
 fn a_dead_process_gives_its_queue_sets_and_taken_connections_back() {
     let engine = engine();
     let guest = Guest::new(&engine, "kernel");
@@ -476,4 +444,39 @@ fn clear_errors() {
     let error = engine.create_guest(spec("far")).unwrap_err().to_string();
     assert!(error.contains("no network namespace `no-such-namespace`"), "{error}");
     assert!(engine.stacks().iter().all(|stack| !stack.available));
+}
+
+#[test]
+fn a_doorbell_that_blocks_ends_its_guest() {
+    use std::os::fd::AsRawFd;
+    let engine = engine();
+    let good = Guest::new(&engine, "kernel");
+    let bad = Guest::new(&engine, "kernel");
+    let (listener, address) = bad.listen("127.0.0.1:0", 4);
+    let bell = netkernel_shm::fds::eventfd().unwrap();
+    let full = u64::MAX - 1;
+    // SAFETY: plain system calls on an own descriptor; eight bytes, valid for reads.
+    unsafe {
+        assert_eq!(libc::write(bell.as_raw_fd(), (&raw const full).cast(), 8), 8);
+        assert_eq!(libc::fcntl(bell.as_raw_fd(), libc::F_SETFL, 0), 0);
+    }
+    bad.tell(Message { kind: kind::DOORBELL, a: 1, ..Message::default() }, &bell);
+    let probe = bad.socket(libc::SOCK_STREAM);
+    assert_eq!(bad.job(Op::LocalName, probe.id, 0, &[], 0).0, 0);
+    bad.entry(listener.id).watchers[0].store(2, SeqCst);
+    bad.region.queue_set(1).unwrap().armed.store(1, SeqCst);
+    let _client = TcpStream::connect(address).unwrap();
+    until("the guest is ended", || engine.guest_count() == 1);
+    let echo = TcpListener::bind("127.0.0.1:0").unwrap();
+    good.connect(echo.local_addr().unwrap());
+}
+
+#[test]
+fn low_ports_are_for_roots_guests() {
+    let engine = engine();
+    let spec = netkernel_engine::GuestSpec { uid: 1000, ..Default::default() };
+    let guest = Guest::from_fds(engine.create_guest(spec).unwrap(), 0);
+    let socket = guest.socket(libc::SOCK_STREAM);
+    let low = netkernel_service::SocketAddress::from("127.0.0.1:81".parse::<std::net::SocketAddr>().unwrap());
+    assert_eq!(guest.job(Op::Bind, socket.id, 0, low.as_bytes(), 0).0, -libc::EACCES);
 }

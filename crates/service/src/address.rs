@@ -30,6 +30,14 @@ impl SocketAddress {
         if self.len < 2 { 0 } else { u16::from_ne_bytes([self.bytes[0], self.bytes[1]]) }
     }
 
+    /// Port of an IPv4 or IPv6 address, else 0.
+    pub fn port(&self) -> u16 {
+        match self.family() {
+            AF_INET | AF_INET6 if self.len >= 4 => u16::from_be_bytes([self.bytes[2], self.bytes[3]]),
+            _ => 0,
+        }
+    }
+
     /// As the seven words of a socket entry.
     pub fn to_words(&self) -> [u32; 7] {
         let mut words = [0; 7];

@@ -164,6 +164,7 @@ pub struct Service {
 struct Core {
     /// Guest part of the keys.
     guest: u32,
+    privileged: bool,
     guest_sockets: u32,
     /// End of the socket table.
     limit: u32,
@@ -198,13 +199,15 @@ struct Cx<'a> {
 }
 
 impl Service {
-    /// Serves `region`; `guest` is the upper half of the keys that the stack is told.
-    pub fn new(region: Region, guest: u32) -> Service {
+    /// Serves `region`; `guest` is the upper half of the keys that the stack is told. `privileged`: may bind to ports
+    /// below 1024 (if the stack may).
+    pub fn new(region: Region, guest: u32, privileged: bool) -> Service {
         let layout = *region.layout();
         Service {
             region,
             core: Core {
                 guest,
+                privileged,
                 guest_sockets: layout.guest_sockets,
                 limit: layout.limits.sockets,
                 socks: Table::new(layout.limits.sockets),
@@ -1152,7 +1155,7 @@ impl Core {
                 sock.rx_base = sock.rx_tail;
                 entry.rx_base.store(sock.rx_base, Relaxed);
             }
-            let (handle, domain) = (sock.handle, sock.domain);
+            let (handle, domain, inherited) = (sock.handle, sock.domain, sock.bits & LINGER_0);
             let Some(id) = self.take_id() else {
                 // No ids: connections wait in the stack's own queue.
                 self.starve(listener);
@@ -1195,6 +1198,7 @@ impl Core {
             if let Some(sock) = self.socks.get_mut(id) {
                 sock.link = listener;
                 sock.record = record;
+                sock.bits |= inherited;
             }
             new += 1;
             if new == 1 {
@@ -1554,7 +1558,11 @@ impl Core {
         Ok(match op {
             Op::Bind => {
                 cx.region.read_argument(q, &mut argument[..size]);
-                match cx.stack.bind(handle, &SocketAddress::from_bytes(&argument[..size])) {
+                let address = SocketAddress::from_bytes(&argument[..size]);
+                if !self.privileged && (1..1024).contains(&address.port()) {
+                    return Ok(Done::Answer(-libc::EACCES, 0, 0));
+                }
+                match cx.stack.bind(handle, &address) {
                     Ok(()) => {
                         sock.state |= state::BOUND;
                         self.publish_state(cx, id);

@@ -15,6 +15,10 @@ pub enum Rule {
     Local,
     /// TCP_CONGESTION: the module's, nothing else.
     Congestion,
+    /// SO_LINGER: kept by the stack.
+    Linger,
+    /// SO_PRIORITY: what needs no privilege.
+    Priority,
     /// Refused with this errno, both ways.
     Deny(i32),
 }
@@ -36,8 +40,11 @@ pub fn rule(level: i32, name: i32) -> Rule {
     match level {
         SOL_SOCKET => match name {
             SO_REUSEADDR | SO_REUSEPORT | SO_KEEPALIVE | SO_BROADCAST | SO_OOBINLINE | SO_SNDBUF
-            | SO_RCVBUF | SO_PRIORITY | SO_LINGER | SO_DONTROUTE | SO_NO_CHECK | SO_MAX_PACING_RATE
-            | SO_INCOMING_CPU | SO_TXREHASH => Pass,
+            | SO_RCVBUF | SO_DONTROUTE | SO_NO_CHECK | SO_MAX_PACING_RATE | SO_INCOMING_CPU | SO_TXREHASH => {
+                Pass
+            }
+            SO_LINGER => Linger,
+            SO_PRIORITY => Priority,
             SO_TYPE | SO_PROTOCOL | SO_DOMAIN | SO_ACCEPTCONN | SO_ERROR | SO_COOKIE
             | SO_INCOMING_NAPI_ID | SO_MEMINFO => Read,
             SO_RCVLOWAT | SO_RCVTIMEO | SO_SNDTIMEO => Local,

@@ -26,6 +26,10 @@ pub struct KernelStack {
     set_congestion: Option<String>,
     congestion: Option<String>,
     events: Vec<libc::epoll_event>,
+    /// Descriptors from this number on are not given to sockets: the engine needs some to stay able to answer.
+    highest: RawFd,
+    /// The table was full; no accepts before something was closed or a while has passed.
+    full: bool,
 }
 
 #[derive(Default)]
@@ -35,6 +39,9 @@ struct Socket {
     registered: bool,
     /// The peer ended its direction, or an error came: a short read does not mean that there is nothing more.
     ended: bool,
+    /// SO_LINGER as the guest set it. The kernel is not told: `close` would wait in this thread. Flushing happens in the
+    /// background anyway, and a time of 0 comes as [`Close::Abort`].
+    linger: [i32; 2],
 }
 
 impl KernelStack {
@@ -56,11 +63,13 @@ impl KernelStack {
             set_congestion: config.congestion_control.clone().filter(|wanted| *wanted != default),
             congestion: config.congestion_control,
             events: vec![libc::epoll_event { events: 0, u64: 0 }; BATCH],
+            highest: highest_descriptor(),
+            full: false,
         })
     }
 
     fn insert(&mut self, fd: OwnedFd, key: u64) -> Handle {
-        let socket = Socket { fd: Some(fd), key, registered: false, ended: false };
+        let socket = Socket { fd: Some(fd), key, ..Socket::default() };
         match self.free.pop() {
             Some(index) => {
                 self.sockets[index as usize] = socket;
@@ -185,6 +194,11 @@ impl Stack for KernelStack {
 
     fn accept(&mut self, listener: Handle, key: u64) -> Result<Accepted, Errno> {
         let fd = self.fd(listener)?;
+        if self.full {
+            // Reported once; the next attempt is made in earnest.
+            self.full = false;
+            return Err(Errno(libc::EMFILE));
+        }
         let mut address = Address::new();
         // SAFETY: the address and its length are valid for writes.
         let new = unsafe {
@@ -193,8 +207,11 @@ impl Stack for KernelStack {
         if new < 0 {
             return Err(last());
         }
+        self.full = new >= self.highest;
+        let linger = self.sockets[listener.0 as usize].linger;
         // SAFETY: new and owned by nobody else.
         let handle = self.insert(unsafe { OwnedFd::from_raw_fd(new) }, key);
+        self.sockets[handle.0 as usize].linger = linger;
         if let Err(errno) = self.register(handle) {
             self.close(handle, Close::Abort);
             return Err(errno);
@@ -322,6 +339,20 @@ impl Stack for KernelStack {
         let fd = self.fd(handle)?;
         match rule(level, name) {
             Rule::Pass => {}
+            Rule::Linger => {
+                let Some(value) = value.get(..8) else { return Err(Errno(libc::EINVAL)) };
+                let word =
+                    |i: usize| i32::from_ne_bytes([value[i], value[i + 1], value[i + 2], value[i + 3]]);
+                self.sockets[handle.0 as usize].linger = [i32::from(word(0) != 0), word(4)];
+                return Ok(());
+            }
+            Rule::Priority => {
+                let value: [u8; 4] =
+                    value.get(..4).and_then(|v| v.try_into().ok()).ok_or(Errno(libc::EINVAL))?;
+                if !(0..=6).contains(&i32::from_ne_bytes(value)) {
+                    return Err(Errno(libc::EPERM));
+                }
+            }
             Rule::Local => return Ok(()),
             Rule::Read => return Err(Errno(libc::ENOPROTOOPT)),
             Rule::Deny(errno) => return Err(Errno(errno)),
@@ -344,6 +375,14 @@ impl Stack for KernelStack {
         let fd = self.fd(handle)?;
         match rule(level, name) {
             Rule::Deny(errno) => Err(Errno(errno)),
+            Rule::Linger => {
+                let mut bytes = [0; 8];
+                bytes[..4].copy_from_slice(&self.sockets[handle.0 as usize].linger[0].to_ne_bytes());
+                bytes[4..].copy_from_slice(&self.sockets[handle.0 as usize].linger[1].to_ne_bytes());
+                let n = out.len().min(8);
+                out[..n].copy_from_slice(&bytes[..n]);
+                Ok(n)
+            }
             _ => option(fd, level, name, out),
         }
     }
@@ -410,6 +449,15 @@ impl Stack for KernelStack {
     fn wake_fd(&self) -> Option<RawFd> {
         Some(self.epoll.as_raw_fd())
     }
+}
+
+/// Leaves a sixteenth of the table, at most 256 descriptors, for everything but sockets.
+fn highest_descriptor() -> RawFd {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: limit is valid for writes.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
+    let limit = RawFd::try_from(limit.rlim_cur).unwrap_or(RawFd::MAX);
+    limit - (limit / 16).min(256)
 }
 
 /// Room for a socket address that the kernel writes.
