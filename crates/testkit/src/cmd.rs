@@ -281,7 +281,7 @@ impl Proc {
             let bytes = fs::read(path).unwrap_or_default();
             let tail = tail(&bytes, 12);
             if !tail.is_empty() {
-                text.push_str("\n");
+                text.push('\n');
                 text.push_str(&tail);
             }
         }

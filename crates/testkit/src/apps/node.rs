@@ -23,11 +23,13 @@ fn http(ctx: &mut Ctx) -> Result<()> {
 }
 
 fn net(ctx: &mut Ctx) -> Result<()> {
-    let port = ctx.port()?;
+    let ports = [ctx.port()?, ctx.port()?];
     let (server, client) = (script!(ctx, "net_server.js"), script!(ctx, "net_client.js"));
-    let mut server = ctx.server("node")?.arg(server).arg(port.to_string()).spawn()?;
-    ctx.listening(&mut server, port)?;
-    says(&ctx.client("node")?.arg(client).arg(port.to_string()).run()?, "ok")?;
+    let mut server = ctx.server("node")?.arg(server).args(ports.map(|p| p.to_string())).spawn()?;
+    for port in ports {
+        ctx.listening(&mut server, port)?;
+    }
+    says(&ctx.client("node")?.arg(client).args(ports.map(|p| p.to_string())).run()?, "ok")?;
     server.stop(TERM, &[0])
 }
 

@@ -1,6 +1,6 @@
-// net_client.js PORT: 50 echoes at once with all compared, then connections that a child process serves.
+// net_client.js PORT PORT2: 50 echoes at once with all compared, then connections that a child process serves.
 const net = require('net'), crypto = require('crypto'), assert = require('assert');
-const port = +process.argv[2];
+const [port, handing] = process.argv.slice(2).map(Number);
 function echo(size) {
   return new Promise((resolve, reject) => {
     const message = crypto.randomBytes(size);
@@ -17,7 +17,7 @@ function echo(size) {
 }
 function handed(text) {
   return new Promise((resolve, reject) => {
-    const socket = net.connect(port, '127.0.0.1', () => socket.write('!'));
+    const socket = net.connect(handing, '127.0.0.1');
     let got = '', sent = false;
     socket.setTimeout(20000, () => reject(new Error('timeout')));
     socket.on('error', reject);

@@ -1,4 +1,4 @@
-// net_server.js PORT: an echo; a connection whose first byte is '!' is handed to a child process, which goes on with it.
+// net_server.js PORT PORT2: an echo, or the answer of a program; connections to PORT2 are handed to a child process.
 const net = require('net'), child_process = require('child_process');
 if (process.argv[2] === 'child') {
   process.on('message', (message, socket) => {
@@ -11,14 +11,10 @@ if (process.argv[2] === 'child') {
   process.on('disconnect', () => process.exit(0));
 } else {
   const child = child_process.fork(__filename, ['child']);
-  const server = net.createServer({ allowHalfOpen: true, pauseOnConnect: false }, socket => {
+  const server = net.createServer({ allowHalfOpen: true }, socket => {
     socket.on('error', error => { console.error(error); process.exit(1); });
     socket.once('data', first => {
-      if (first[0] === 0x21) {
-        socket.pause();
-        socket.removeAllListeners();
-        child.send('socket', socket);
-      } else if (first[0] === 0x24) {
+      if (first[0] === 0x24) {
         // A program of its own answers.
         child_process.execFile('sh', ['-c', 'echo $((6 * 7))'], (error, out) => socket.end(error ? 'error' : out));
       } else {
@@ -28,9 +24,13 @@ if (process.argv[2] === 'child') {
     });
   });
   server.listen(+process.argv[2], '127.0.0.1', 256);
+  // Paused: what comes is for the child to read.
+  const handing = net.createServer({ pauseOnConnect: true }, socket => child.send('socket', socket));
+  handing.listen(+process.argv[3], '127.0.0.1');
   process.on('SIGTERM', () => {
     child.on('exit', code => process.exit(code));
     child.disconnect();
     server.close();
+    handing.close();
   });
 }
