@@ -234,7 +234,8 @@ impl Proc {
                 return Ok(code_of(status));
             }
             if Instant::now() > self.limit {
-                bail!("{} does not end (watchdog){}", self.label, self.complaints());
+                let tree = process::tree(self.child.id()).join("\n");
+                bail!("{} does not end (watchdog)\n{tree}{}", self.label, self.complaints());
             }
             sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(10));

@@ -30,6 +30,14 @@ pub struct Guest {
     pub sockets: u64,
 }
 
+/// What `ps` says.
+#[derive(Clone, Debug)]
+pub struct State {
+    pub guests: Vec<Guest>,
+    /// Rules of the ring protocol that guests broke. Real programs break none.
+    pub violations: u64,
+}
+
 impl Engine {
     pub fn start(netkernel: &Path, dir: &Path) -> Result<Engine> {
         let socket = dir.join("engine.sock");
@@ -70,15 +78,22 @@ impl Engine {
         &self.socket
     }
 
-    /// The one place that knows what `ps --json` looks like.
     pub fn guests(&self) -> Result<Vec<Guest>> {
+        Ok(self.state()?.guests)
+    }
+
+    /// The one place that knows what `ps --json` looks like:
+    /// `{"engines": [{"guests": [{"id": 1, "name": "curl", "sockets": 0}], "counters": {"violations": 0}}]}`.
+    pub fn state(&self) -> Result<State> {
         let text = self.ask("ps")?;
         let value: Value =
             serde_json::from_str(&text).with_context(|| format!("`ps --json` said: {text}"))?;
-        let Some(list) = value.get("guests").and_then(Value::as_array) else {
+        let engine = value.pointer("/engines/0").unwrap_or(&value);
+        let Some(list) = engine.get("guests").and_then(Value::as_array) else {
             bail!("`ps --json` names no guests: {text}");
         };
-        list.iter()
+        let guests = list
+            .iter()
             .map(|guest| {
                 let number = |key: &str| {
                     guest.get(key).and_then(Value::as_u64).with_context(|| format!("no `{key}` in {guest}"))
@@ -86,7 +101,9 @@ impl Engine {
                 let name = guest.get("name").and_then(Value::as_str).unwrap_or("?").to_owned();
                 Ok(Guest { id: number("id")?, name, sockets: number("sockets")? })
             })
-            .collect()
+            .collect::<Result<_>>()?;
+        let violations = engine.pointer("/counters/violations").and_then(Value::as_u64).unwrap_or(0);
+        Ok(State { guests, violations })
     }
 
     fn ask(&self, what: &str) -> Result<String> {
@@ -123,7 +140,10 @@ impl Engine {
             if let Some(status) = self.child.try_wait()? {
                 bail!("the engine died ({status})");
             }
-            let guests = self.guests()?;
+            let State { guests, violations } = self.state()?;
+            if violations > 0 {
+                bail!("the engine counts {violations} violations of the protocol");
+            }
             let sockets: u64 = guests.iter().map(|g| g.sockets).sum();
             let descriptors = process::open_descriptors(self.pid()).unwrap_or(0);
             // Idle threads of the control API may keep a few.

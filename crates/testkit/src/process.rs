@@ -110,6 +110,11 @@ pub fn snapshot(except: &[u32]) -> Vec<String> {
     descendants(std::process::id(), except).iter().map(describe).collect()
 }
 
+/// The same for a process and those below it.
+pub fn tree(pid: u32) -> Vec<String> {
+    info(pid).iter().chain(&descendants(pid, &[])).map(describe).collect()
+}
+
 fn describe(info: &Info) -> String {
     let read = |what: &str| fs::read_to_string(format!("/proc/{}/{what}", info.pid)).unwrap_or_default();
     let mut line = read("cmdline").replace('\0', " ").trim().to_owned();
@@ -119,7 +124,9 @@ fn describe(info: &Info) -> String {
     if let Some((at, _)) = line.char_indices().nth(120) {
         line.truncate(at);
     }
-    format!("{} {} {} {line}", info.pid, info.state, read("wchan"))
+    let call = read("syscall");
+    let call = call.split(' ').next().unwrap_or_default().trim();
+    format!("{} {} {} (call {call}) {line}", info.pid, info.state, read("wchan"))
 }
 
 pub fn open_descriptors(pid: u32) -> Option<usize> {

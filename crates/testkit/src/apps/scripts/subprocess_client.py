@@ -27,6 +27,7 @@ for size in (10, 300_000):
     assert answer == message, ("cat", len(answer), size)
     answer = ask(b"p", message)
     assert answer == message, ("pass_fds", len(answer), size)
-descriptors = ask(b"f", b"").split()
-assert sorted(map(int, descriptors)) == [0, 1, 2, 3], descriptors
+# A guest's library may keep descriptors of its own, far above those that programs get.
+descriptors = sorted(int(d) for d in ask(b"f", b"").split())
+assert [d for d in descriptors if d < 256] == [0, 1, 2, 3], descriptors
 print("ok")
