@@ -40,6 +40,10 @@ pub mod gflag {
     pub const SHUT_WR: u32 = 1 << 4;
     /// IPV6 socket.
     pub const V6: u32 = 1 << 5;
+    /// A connect was begun that no call has told the end of.
+    pub const CONNECT_BEGUN: u32 = 1 << 6;
+    /// SO_BROADCAST is set.
+    pub const BROADCAST: u32 = 1 << 7;
 }
 
 /// How many epoll instances a socket can name; with more, [`SocketEntry::broadcast`] makes every event go to all

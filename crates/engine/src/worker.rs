@@ -811,6 +811,11 @@ impl Worker {
                     End::Here(_) => self.ends_here -= 1,
                     End::Kept(_) => {}
                 }
+                // Who went to sleep on the placeholder before its other end was here missed what happened meanwhile.
+                let waiters = guest.service.region().socket(id).map_or(0, |entry| entry.waiters.load(SeqCst));
+                if waiters != 0 {
+                    guest.ends.wake(id, waiters.min(netkernel_service::MAX_WAKE));
+                }
                 Ok(())
             }
         }

@@ -57,6 +57,8 @@ struct Inner {
     /// Descriptors of the kernel's in the real set (a hint: it may be too high).
     kernel: u32,
     last_kernel_poll_ns: u64,
+    /// The last call was filled by guest sockets: the kernel's descriptors come first now.
+    kernel_turn: bool,
     /// Descriptors of this process for the instance.
     references: u32,
 }
@@ -124,15 +126,17 @@ pub fn has_instances() -> bool {
     !ALL.lock().is_empty()
 }
 
-fn instance_for(guest: &'static Guest, epfd: i32) -> Result<&'static Epoll, i32> {
+/// The instance behind `epfd`, made if there is none: at epoll_create, so that duplicates are known as such, or late,
+/// for a descriptor that came from elsewhere.
+pub fn instance_for(epfd: i32) -> &'static Epoll {
     if let Some(e) = find(epfd) {
-        return Ok(e);
+        return e;
     }
     let mut all = ALL.lock();
     if let Slot::Epoll(index) = table::slot(epfd) {
-        return Ok(all[index as usize]);
+        return all[index as usize];
     }
-    let mut inner = Inner {
+    let inner = Inner {
         interests: Vec::new(),
         free: Vec::new(),
         by_fd: Vec::new(),
@@ -142,12 +146,11 @@ fn instance_for(guest: &'static Guest, epfd: i32) -> Result<&'static Epoll, i32>
         queue_set: NONE,
         tag: 0,
         doorbell: -1,
-        // What was added before the first guest socket is not known.
-        kernel: 1,
+        kernel: 0,
         last_kernel_poll_ns: 0,
+        kernel_turn: false,
         references: 1,
     };
-    inner.join(guest, epfd)?;
     // Reuse the place of an instance that is gone.
     for (index, e) in all.iter().enumerate() {
         let mut old = e.inner.lock();
@@ -156,7 +159,7 @@ fn instance_for(guest: &'static Guest, epfd: i32) -> Result<&'static Epoll, i32>
             e.watched.store(0, Ordering::Relaxed);
             table::set(epfd, Slot::Epoll(index as u32));
             drop(old);
-            return Ok(e);
+            return e;
         }
     }
     let e: &'static Epoll = Box::leak(Box::new(Epoll {
@@ -166,7 +169,7 @@ fn instance_for(guest: &'static Guest, epfd: i32) -> Result<&'static Epoll, i32>
     }));
     all.push(e);
     table::set(epfd, Slot::Epoll(all.len() as u32 - 1));
-    Ok(e)
+    e
 }
 
 impl Inner {
@@ -521,13 +524,16 @@ fn ctl_guest(
         // SAFETY: the caller's event, not null, read as the packed struct that it is.
         unsafe { event.read_unaligned() }
     };
-    if wanted.events & libc::EPOLLEXCLUSIVE as u32 != 0
-        && (op == libc::EPOLL_CTL_MOD || wanted.events & EPOLLONESHOT as u32 != 0 || nested != NONE)
+    const EXCLUSIVE: u32 = libc::EPOLLEXCLUSIVE as u32;
+    const WITH_EXCLUSIVE: u32 = EXCLUSIVE | (EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLET | libc::EPOLLWAKEUP) as u32;
+    if wanted.events & EXCLUSIVE != 0
+        && (op == libc::EPOLL_CTL_MOD || wanted.events & !WITH_EXCLUSIVE != 0 || nested != NONE)
     {
         return Err(libc::EINVAL);
     }
-    let e = instance_for(guest, epfd)?;
+    let e = instance_for(epfd);
     let mut inner = e.inner.lock();
+    let first = inner.queue_set == NONE;
     inner.join(guest, epfd)?;
     let existing = inner.slot_of_fd(fd).filter(|&s| {
         let i = &inner.interests[s as usize];
@@ -564,6 +570,9 @@ fn ctl_guest(
         }
         libc::EPOLL_CTL_MOD => {
             let slot = existing.ok_or(libc::ENOENT)?;
+            if inner.interests[slot as usize].events & EXCLUSIVE != 0 {
+                return Err(libc::EINVAL);
+            }
             inner.interests[slot as usize].events = wanted.events;
             inner.interests[slot as usize].data = wanted.u64;
             inner.queue_up(slot);
@@ -586,8 +595,9 @@ fn ctl_guest(
         }
         _ => return Err(libc::EINVAL),
     }
-    let wake =
-        (e.sleepers.load(Ordering::SeqCst) > 0 || e.watched.load(Ordering::Relaxed) > 0) && inner.any_ready();
+    // Threads that went to sleep before there were guest sockets are in the kernel, uncounted.
+    let wake = first
+        || (e.sleepers.load(Ordering::SeqCst) > 0 || e.watched.load(Ordering::Relaxed) > 0) && inner.any_ready();
     let doorbell = inner.doorbell;
     drop(inner);
     if wake {
@@ -620,14 +630,16 @@ impl Epoll {
     pub fn has_ready(&self, epfd: i32) -> bool {
         let Some(guest) = guest::guest() else { return false };
         let mut inner = self.inner.lock();
-        if inner.join(guest, epfd).is_err() {
-            return false;
+        if inner.queue_set != NONE {
+            if inner.join(guest, epfd).is_err() {
+                return false;
+            }
+            inner.drain(guest);
+            if inner.any_ready() {
+                return true;
+            }
+            empty_doorbell(inner.doorbell);
         }
-        inner.drain(guest);
-        if inner.any_ready() {
-            return true;
-        }
-        empty_doorbell(inner.doorbell);
         let mut p = libc::pollfd { fd: epfd, events: libc::POLLIN, revents: 0 };
         raw!(libc::SYS_poll, &mut p as *mut libc::pollfd, 1, 0) == 1
     }
@@ -651,13 +663,28 @@ impl Epoll {
         let begin = sys::now_ns();
         let mut polled = false;
         loop {
+            if self.inner.lock().queue_set == NONE {
+                let spent = (sys::now_ns() - begin) as i64;
+                let left = if timeout_ns < 0 { -1 } else { (timeout_ns - spent).max(0) };
+                let n = self.kernel_events(guest, epfd, out, left, mask)?;
+                if n == 0 && self.inner.lock().queue_set != NONE && left != 0 {
+                    continue;
+                }
+                return Ok(n);
+            }
             let mut count;
             let (q, kernel_due);
             {
                 let mut inner = self.inner.lock();
                 inner.join(guest, epfd)?;
                 inner.drain(guest);
-                count = inner.collect(out);
+                let mut first = 0;
+                if inner.kernel_turn {
+                    inner.kernel_turn = false;
+                    first = self.kernel_events(guest, epfd, out, 0, core::ptr::null())?;
+                }
+                count = first + inner.collect(&mut out[first..]);
+                inner.kernel_turn = first == 0 && count == out.len() && inner.kernel > 0;
                 q = inner.queue_set;
                 let now = sys::now_ns();
                 kernel_due =

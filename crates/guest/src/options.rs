@@ -50,6 +50,8 @@ pub fn set(sock: &Sock, level: i32, name: i32, value: &[u8]) -> Result<()> {
                 sock.entry.rcv_low_water.store(v as u32, Ordering::Relaxed);
                 return Ok(());
             }
+            libc::SO_BROADCAST => sock.set_flag(gflag::BROADCAST, int()? != 0),
+            libc::SO_SNDLOWAT => return Err(libc::ENOPROTOOPT),
             libc::SO_OOBINLINE => sock.set_flag(gflag::OOB_INLINE, int()? != 0),
             libc::SO_TYPE | libc::SO_DOMAIN | libc::SO_PROTOCOL | libc::SO_ERROR | libc::SO_ACCEPTCONN => {
                 return Err(libc::ENOPROTOOPT);
@@ -119,9 +121,14 @@ pub fn get(sock: &Sock, level: i32, name: i32, wanted: usize) -> Result<Vec<u8>>
             libc::SO_SNDTIMEO | SO_SNDTIMEO_NEW => {
                 return Ok(time(sock.entry.snd_timeout_us.load(Ordering::Relaxed), wanted));
             }
+            libc::SO_SNDLOWAT => return int(1),
             libc::SO_RCVLOWAT => return int(sock.entry.rcv_low_water.load(Ordering::Relaxed).max(1) as i32),
             _ => {}
         }
+    }
+    let known = [SOL_SOCKET, libc::IPPROTO_IP, IPPROTO_TCP, libc::IPPROTO_UDP, libc::IPPROTO_IPV6, libc::IPPROTO_RAW];
+    if !known.contains(&level) {
+        return Err(libc::EOPNOTSUPP);
     }
     let mut out = [0u8; 512];
     let size = wanted.min(out.len());
@@ -157,6 +164,7 @@ pub fn ioctl(sock: &Sock, request: u64, argument: *mut i32) -> Result<Ioctl> {
         Ok(unsafe { *argument } != 0)
     };
     const SIOCATMARK: u64 = 0x8905;
+    const SIOCOUTQNSD: u64 = 0x894B;
     match request {
         libc::FIONBIO => {
             sock.set_flag(gflag::NONBLOCK, on()?);
@@ -176,8 +184,9 @@ pub fn ioctl(sock: &Sock, request: u64, argument: *mut i32) -> Result<Ioctl> {
             if sock.state() & state::LISTENING != 0 {
                 return Err(libc::EINVAL);
             }
-            Ok(Ioctl::Int(sock.ioctl_job(request)?.saturating_add(sock.tx_used() as i32)))
+            Ok(Ioctl::Int(sock.ioctl_job(request)?))
         }
+        SIOCOUTQNSD => Ok(Ioctl::Int(sock.ioctl_job(request)?.saturating_add(sock.tx_used() as i32))),
         SIOCATMARK => Ok(Ioctl::Int(sock.at_mark() as i32)),
         libc::FIOCLEX | libc::FIONCLEX => Ok(Ioctl::Bypass),
         // Queries of interfaces work on any socket.

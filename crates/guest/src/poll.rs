@@ -5,6 +5,7 @@ use core::sync::atomic::{Ordering, fence};
 use libc::{POLLERR, POLLHUP, POLLIN, POLLNVAL, pollfd};
 
 use crate::guest::{self, Guest};
+use crate::next::next;
 use crate::socket::{self, Sock};
 use crate::sys::{self, raw};
 use crate::table::{self, Slot};
@@ -129,8 +130,9 @@ fn real_poll(real: &mut [pollfd], timeout_ns: i64, mask: *const libc::sigset_t) 
         tv_nsec: timeout_ns.max(0) % 1_000_000_000,
     };
     let timeout = if timeout_ns < 0 { core::ptr::null_mut() } else { &mut t as *mut libc::timespec };
-    let n = raw!(libc::SYS_ppoll, real.as_mut_ptr(), real.len(), timeout, mask, 8);
-    if n < 0 { Err(-n as i32) } else { Ok(Real(n as i32)) }
+    let n = next!(ppoll(real.as_mut_ptr() => *mut pollfd, real.len() => usize, timeout => *mut libc::timespec,
+        mask => *const libc::sigset_t) -> i32);
+    if n < 0 { Err(sys::errno()) } else { Ok(Real(n)) }
 }
 
 fn sleep(

@@ -149,11 +149,12 @@ unsafe extern "C" fn thread_exit(_: *mut libc::c_void) {
     }
 }
 
-/// Pushes a Send or Credit element.
-pub fn send(guest: &Guest, op: Op, socket: u32, flags: u8) {
+/// Pushes a Send or Credit element. `position`: end of urgent data, where there is some.
+pub fn send(guest: &Guest, op: Op, socket: u32, flags: u8, position: u32) {
     let _ = with_queue(guest, |q| {
         let mut element = Nqe::new(op, q as u16, socket);
         element.flags = flags;
+        element.position = position;
         push(guest, q, true, element);
     });
 }

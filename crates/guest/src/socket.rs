@@ -1,7 +1,7 @@
 //! Socket calls on guest sockets. Every function returns what Linux would, as `Err(errno)` where it fails.
 
 use core::sync::atomic::{AtomicU32, Ordering, fence};
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use netkernel_abi::control::{Message, kind};
 use netkernel_abi::nqe::flag;
@@ -70,6 +70,7 @@ pub fn create(guest: &'static Guest, domain: i32, kind_flags: i32, protocol: i32
         return Err(libc::ENETDOWN);
     }
     guest.process()?;
+    let pair = make_pair(kind_flags & libc::SOCK_CLOEXEC != 0)?;
     let id = take_id(guest)?;
     let entry = guest.region.socket(id).ok_or(libc::ENFILE)?;
     reset_guest_lines(entry);
@@ -88,7 +89,7 @@ pub fn create(guest: &'static Guest, domain: i32, kind_flags: i32, protocol: i32
         d: protocol as u32,
         ..Message::default()
     };
-    match place(guest, entry, id, kind_flags & libc::SOCK_CLOEXEC != 0, message) {
+    match place(guest, entry, id, pair, message) {
         Ok(fd) => Ok(fd),
         Err(e) => {
             give_id_back(guest, id, entry);
@@ -97,24 +98,25 @@ pub fn create(guest: &'static Guest, domain: i32, kind_flags: i32, protocol: i32
     }
 }
 
-/// Makes the placeholder pair, tells the engine, and enters the descriptor in the table.
-fn place(guest: &Guest, entry: &SocketEntry, id: u32, cloexec: bool, message: Message) -> Result<i32> {
+/// A placeholder pair: the program's end, which has the lowest free number, and the engine's.
+fn make_pair(cloexec: bool) -> Result<(OwnedFd, OwnedFd)> {
     let mut pair = [0i32; 2];
     let kind = libc::SOCK_STREAM | if cloexec { libc::SOCK_CLOEXEC } else { 0 };
     let r = raw!(libc::SYS_socketpair, libc::AF_UNIX, kind, 0, pair.as_mut_ptr());
     if r < 0 {
         return Err(-r as i32);
     }
-    let fd = pair[0];
     // SAFETY: just made, ours alone.
-    let theirs = unsafe { OwnedFd::from_raw_fd(pair[1]) };
-    entry.inode.store(sys::socket_inode(fd).unwrap_or(0), Ordering::Relaxed);
-    let sent = guest.channel_send(message, &theirs);
-    sys::close(theirs.into_raw_fd());
-    if let Err(e) = sent {
-        sys::close(fd);
-        return Err(e);
-    }
+    Ok(unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) })
+}
+
+/// Tells the engine of a socket's placeholder and enters its descriptor in the table.
+fn place(guest: &Guest, entry: &SocketEntry, id: u32, pair: (OwnedFd, OwnedFd), message: Message) -> Result<i32> {
+    let (ours, theirs) = pair;
+    entry.inode.store(sys::socket_inode(ours.as_raw_fd()).unwrap_or(0), Ordering::Relaxed);
+    guest.channel_send(message, &theirs)?;
+    drop(theirs);
+    let fd = ours.into_raw_fd();
     if !table::set(fd, Slot::Socket(id)) {
         sys::close(fd);
         return Err(libc::EMFILE);
@@ -435,8 +437,11 @@ impl Sock {
         }
         let s = self.state();
         if s & state::DATAGRAM == 0 {
+            // A connect that was begun without blocking is told of once more, by the next call.
+            let begun = self.flags() & gflag::CONNECT_BEGUN != 0;
             if s & state::CONNECTED != 0 {
-                return Err(libc::EISCONN);
+                self.set_flag(gflag::CONNECT_BEGUN, false);
+                return if begun { Ok(()) } else { Err(libc::EISCONN) };
             }
             if s & state::CONNECTING != 0 {
                 if self.nonblock(0) {
@@ -444,16 +449,18 @@ impl Sock {
                 }
                 return self.finish_connect();
             }
-            if s & state::CONNECT_FAILED != 0 {
+            if s & state::CONNECT_FAILED != 0 && begun {
+                self.set_flag(gflag::CONNECT_BEGUN, false);
                 let error = self.take_error();
-                if error != 0 {
-                    return Err(error);
-                }
+                return Err(if error != 0 { error } else { libc::ECONNABORTED });
             }
         }
         match self.job(Op::Connect, 0, address, 0, &mut []) {
             Ok(_) => Ok(()),
-            Err(libc::EINPROGRESS) if !self.nonblock(0) => self.finish_connect(),
+            Err(libc::EINPROGRESS) => {
+                self.set_flag(gflag::CONNECT_BEGUN, true);
+                if self.nonblock(0) { Err(libc::EINPROGRESS) } else { self.finish_connect() }
+            }
             Err(e) => Err(e),
         }
     }
@@ -465,6 +472,7 @@ impl Sock {
             Err(libc::EAGAIN) => return Err(libc::EINPROGRESS),
             other => other?,
         }
+        self.set_flag(gflag::CONNECT_BEGUN, false);
         if self.state() & (state::CONNECT_FAILED | state::DEAD) != 0 || guest::engine_gone() {
             let error = self.take_error();
             return Err(if error != 0 { error } else { libc::ECONNABORTED });
@@ -487,7 +495,10 @@ impl Sock {
             if self.state() & state::LISTENING == 0 {
                 return Err(libc::EINVAL);
             }
-            if let Some((id, generation)) = self.take_accepted() {
+            if self.rx_used() > 0 {
+                // The descriptors come first: a process at its limit leaves the connection queued, as on Linux.
+                let pair = make_pair(flags & libc::SOCK_CLOEXEC != 0)?;
+                let Some((id, generation)) = self.take_accepted() else { continue };
                 let Some(entry) = self.guest.region.socket(id) else { continue };
                 let nonblock = if flags & libc::SOCK_NONBLOCK != 0 { gflag::NONBLOCK } else { 0 };
                 let inherited = self.flags() & (gflag::V6 | gflag::OOB_INLINE);
@@ -498,7 +509,7 @@ impl Sock {
                     .snd_timeout_us
                     .store(self.entry.snd_timeout_us.load(Ordering::Relaxed), Ordering::Relaxed);
                 let message = Message { kind: kind::ACCEPTED, a: id, b: generation, ..Message::default() };
-                let fd = place(self.guest, entry, id, flags & libc::SOCK_CLOEXEC != 0, message)?;
+                let fd = place(self.guest, entry, id, pair, message)?;
                 return Ok(Sock { guest: self.guest, entry, id, fd });
             }
             if self.nonblock(0) {
@@ -528,7 +539,7 @@ impl Sock {
                 .is_ok()
             {
                 if e.rx_stalled.load(Ordering::SeqCst) == 1 && e.rx_stalled.swap(0, Ordering::SeqCst) == 1 {
-                    queue::send(self.guest, Op::Credit, self.id, 0);
+                    queue::send(self.guest, Op::Credit, self.id, 0, 0);
                 }
                 let word =
                     |i: usize| u32::from_le_bytes([record[i], record[i + 1], record[i + 2], record[i + 3]]);
@@ -731,7 +742,7 @@ impl Sock {
             nqe_flags |= flag::OOB;
         }
         if self.entry.tx_pending.swap(1, Ordering::SeqCst) == 0 || nqe_flags & flag::OOB != 0 {
-            queue::send(self.guest, Op::Send, self.id, nqe_flags);
+            queue::send(self.guest, Op::Send, self.id, nqe_flags, self.entry.tx_tail.load(Ordering::Relaxed));
         }
     }
 
@@ -796,7 +807,7 @@ impl Sock {
         }
         let used = e.rx_tail.load(Ordering::Acquire).wrapping_sub(head);
         if used <= size / 2 && e.rx_stalled.swap(0, Ordering::SeqCst) == 1 {
-            queue::send(self.guest, Op::Credit, self.id, 0);
+            queue::send(self.guest, Op::Credit, self.id, 0, 0);
         }
     }
 
@@ -847,9 +858,6 @@ impl Sock {
                     }
                     let error = self.take_error();
                     return if error != 0 { Err(error) } else { Ok(0) };
-                }
-                if len == 0 {
-                    return Ok(0);
                 }
                 if self.nonblock(flags) {
                     return Err(libc::EAGAIN);
@@ -949,6 +957,9 @@ impl Sock {
         if guest::engine_gone() {
             return Err(libc::ENETDOWN);
         }
+        if flags & libc::MSG_OOB != 0 {
+            return Err(libc::EOPNOTSUPP);
+        }
         if len > 65507 + if self.flags() & gflag::V6 != 0 { 20 } else { 0 } {
             return Err(libc::EMSGSIZE);
         }
@@ -964,6 +975,12 @@ impl Sock {
             return Err(libc::EDESTADDRREQ);
         }
         let header = encode_address(address, len as u32, self.flags() & gflag::V6 != 0)?;
+        if header.address_len != 0 && header.address[0] >> 16 == 0 {
+            return Err(libc::EINVAL);
+        }
+        if header.address_len == 16 && header.address[1] == u32::MAX && self.flags() & gflag::BROADCAST == 0 {
+            return Err(libc::EACCES);
+        }
         let record = datagram_record(len as u32);
         if e.tx_size.load(Ordering::Acquire) == 0 {
             self.job(Op::SendRing, 0, &[], 0, &mut [])?;
@@ -1099,6 +1116,11 @@ impl Sock {
     pub fn at_mark(&self) -> bool {
         self.state() & state::OOB_MARK != 0
             && self.entry.oob_position.load(Ordering::Relaxed) == self.entry.rx_head.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the engine has seen everything that happened before, hang-ups included.
+    pub fn fence(guest: &Guest, id: u32) {
+        let _ = queue::job(guest, Op::Fence, id, 0, &[], 0, &mut []);
     }
 
     pub fn ioctl_job(&self, request: u64) -> Result<i32> {

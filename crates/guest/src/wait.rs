@@ -5,6 +5,7 @@ use core::sync::atomic::{Ordering, fence};
 use netkernel_abi::SocketEntry;
 
 use crate::guest::{self, Guest};
+use crate::next::next;
 use crate::queue;
 use crate::sys::{self, raw};
 
@@ -84,7 +85,9 @@ fn sleep(fd: i32, begin: u64, timeout_us: u64) -> Result<(), i32> {
         }
     }
     let flags = if timeout_us != 0 { libc::MSG_DONTWAIT } else { 0 };
-    let n = raw!(libc::SYS_recvfrom, fd, &mut byte as *mut u8, 1, flags, 0, 0);
+    // libc's own recv, not the bare system call: a blocked thread can be cancelled here.
+    let n = next!(recv(fd => i32, &mut byte as *mut u8 => *mut u8, 1usize => usize, flags => i32) -> isize);
+    let n = if n < 0 { -(sys::errno() as isize) } else { n };
     match n {
         0 => {
             guest::engine_is_gone();

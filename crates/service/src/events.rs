@@ -13,7 +13,7 @@ use crate::memory::futex_wake;
 use crate::service::{Host, Violation};
 
 /// Most wake-up bytes for one socket and batch.
-const MAX_WAKE: u32 = 64;
+pub const MAX_WAKE: u32 = 64;
 
 /// The engine's own positions in the rings of a queue set.
 #[derive(Clone, Copy, Debug, Default)]

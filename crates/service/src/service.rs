@@ -1475,7 +1475,8 @@ impl Core {
                 self.events.queues[q as usize].releasing = true;
                 return Ok(());
             }
-            Op::Fence => Done::Answer(0, 0, 0),
+            // Hang-ups and channel messages of before are seen first.
+            Op::Fence => Done::Again(0),
             Op::Complete | Op::Event | Op::Reserved => return Err(Violation("not an operation of guests")),
             _ => {
                 if cx.region.socket(id).is_none() {
@@ -1549,6 +1550,11 @@ impl Core {
         let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else {
             return Ok(Done::Answer(-libc::EBADF, 0, 0));
         };
+        if sock.kind == Kind::Datagram {
+            // What was sent before goes out before: it gives the socket its port, and errors their order.
+            self.send(cx, id, false)?;
+        }
+        let Some(sock) = self.socks.get_mut(id) else { return Ok(Done::Answer(-libc::EBADF, 0, 0)) };
         let handle = sock.handle;
         let mut argument = [0u8; ARGUMENT_BYTES];
         let size = nqe.size as usize;
@@ -1581,7 +1587,13 @@ impl Core {
                     return Ok(Done::Answer(-libc::EISCONN, 0, 0));
                 }
                 cx.region.read_argument(q, &mut argument[..size]);
-                match cx.stack.connect(handle, &SocketAddress::from_bytes(&argument[..size])) {
+                let address = SocketAddress::from_bytes(&argument[..size]);
+                let mut result = cx.stack.connect(handle, &address);
+                if sock.state & state::CONNECT_FAILED != 0 && matches!(result, Err(Errno(libc::ECONNABORTED))) {
+                    // The kernel tells the end of the connect before (whose SO_ERROR was taken) once more; now it is told.
+                    result = cx.stack.connect(handle, &address);
+                }
+                match result {
                     Ok(Connect::Done) => {
                         sock.state |= state::CONNECTED | state::BOUND;
                         sock.state &= !state::CONNECT_FAILED;

@@ -239,7 +239,9 @@ fn map(fd: RawFd, bytes: u64) -> io::Result<*mut u8> {
             std::ptr::null_mut(),
             bytes as usize,
             libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED | libc::MAP_NORESERVE,
+            // No MAP_NORESERVE: huge pages that are not there must fail here, not by SIGBUS at the first touch. A
+            // shared mapping of an ordinary memfd reserves nothing either way.
+            libc::MAP_SHARED,
             fd,
             0,
         )

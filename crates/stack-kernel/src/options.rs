@@ -19,6 +19,8 @@ pub enum Rule {
     Linger,
     /// SO_PRIORITY: what needs no privilege.
     Priority,
+    /// May be read; setting is refused with EPERM.
+    Guarded,
     /// Refused with this errno, both ways.
     Deny(i32),
 }
@@ -49,10 +51,8 @@ pub fn rule(level: i32, name: i32) -> Rule {
             | SO_INCOMING_NAPI_ID | SO_MEMINFO => Read,
             SO_RCVLOWAT | SO_RCVTIMEO | SO_SNDTIMEO => Local,
             SO_DEBUG => Deny(EACCES),
-            SO_MARK
-            | SO_BINDTODEVICE
-            | SO_BINDTOIFINDEX
-            | SO_SNDBUFFORCE
+            SO_MARK | SO_BINDTODEVICE | SO_BINDTOIFINDEX | SO_BUSY_POLL => Guarded,
+            SO_SNDBUFFORCE
             | SO_RCVBUFFORCE
             | SO_ATTACH_FILTER
             | SO_ATTACH_BPF
@@ -60,7 +60,6 @@ pub fn rule(level: i32, name: i32) -> Rule {
             | SO_ATTACH_REUSEPORT_EBPF
             | SO_DETACH_FILTER
             | SO_LOCK_FILTER
-            | SO_BUSY_POLL
             | SO_RESERVE_MEM => Deny(EPERM),
             _ => Deny(ENOPROTOOPT),
         },

@@ -355,6 +355,7 @@ impl Stack for KernelStack {
             }
             Rule::Local => return Ok(()),
             Rule::Read => return Err(Errno(libc::ENOPROTOOPT)),
+            Rule::Guarded => return Err(Errno(libc::EPERM)),
             Rule::Deny(errno) => return Err(Errno(errno)),
             Rule::Congestion => {
                 let wanted = host::text(value);
@@ -362,7 +363,12 @@ impl Stack for KernelStack {
                 let n = option(fd, level, name, &mut current)?;
                 let same = host::text(&current[..n]) == wanted && self.congestion.is_none()
                     || self.congestion.as_deref() == Some(&wanted);
-                return if same { Ok(()) } else { Err(Errno(libc::EPERM)) };
+                if same {
+                    return Ok(());
+                }
+                // The stack is what the tenant chose; a name that no kernel knows is told as such.
+                let known = host::available_congestion_controls().contains(&wanted);
+                return Err(Errno(if known { libc::EPERM } else { libc::ENOENT }));
             }
         }
         // SAFETY: the value is valid for reads of its length; the rule says that the kernel takes it as flat bytes.

@@ -6,7 +6,7 @@ use libc::{epoll_event, fd_set, nfds_t, pollfd, sigset_t, timespec, timeval};
 
 use super::finish_int;
 use crate::next::next;
-use crate::{epoll, poll};
+use crate::{epoll, guest, poll};
 
 /// A program's poll set.
 ///
@@ -127,6 +127,24 @@ unsafe extern "C" fn pselect(
     }
     next!(pselect(n => c_int, r => *mut fd_set, w => *mut fd_set, e => *mut fd_set, t => *const timespec,
         mask => *const sigset_t) -> c_int)
+}
+
+/// Enters a new epoll descriptor in the books.
+fn created(epfd: c_int) -> c_int {
+    if epfd >= 0 && guest::guest().is_some() {
+        epoll::instance_for(epfd);
+    }
+    epfd
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn epoll_create(size: c_int) -> c_int {
+    created(next!(epoll_create(size => c_int) -> c_int))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn epoll_create1(flags: c_int) -> c_int {
+    created(next!(epoll_create1(flags => c_int) -> c_int))
 }
 
 #[unsafe(no_mangle)]

@@ -2,7 +2,7 @@
 
 use core::ffi::{c_int, c_long, c_ulong, c_void};
 
-use netkernel_abi::socket::gflag;
+use netkernel_abi::socket::{gflag, state};
 
 use super::{done, finish_int, guest_socket};
 use crate::next::next;
@@ -47,11 +47,23 @@ fn joined(slot: Slot, to: c_int) {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn close(fd: c_int) -> c_int {
+    // A listener, or what else holds a port without being connected, is really closed when close returns: the next
+    // bind to the port, or connect to it, must find it so.
+    let holds_port = guest_socket(fd).filter(|s| {
+        let state = s.state();
+        state & (state::LISTENING | state::BOUND) != 0 && state & state::CONNECTED == 0 && !guest::engine_gone()
+    });
     if !leave(fd) {
         sys::set_errno(libc::EBADF);
         return -1;
     }
-    next!(close(fd => c_int) -> c_int)
+    let r = next!(close(fd => c_int) -> c_int);
+    if let Some(s) = holds_port
+        && table::references(s.id) == 0
+    {
+        crate::socket::Sock::fence(s.guest, s.id);
+    }
+    r
 }
 
 #[unsafe(no_mangle)]
@@ -186,6 +198,9 @@ unsafe fn fcntl_common(fd: c_int, command: c_int, argument: c_long) -> c_int {
             libc::F_SETFL => {
                 s.set_flag(gflag::NONBLOCK, argument as c_int & libc::O_NONBLOCK != 0);
                 s.set_flag(gflag::ASYNC, argument as c_int & libc::O_ASYNC != 0);
+                // The placeholder itself stays blocking: sleeping on it is how this library waits.
+                let rest = argument & !((libc::O_NONBLOCK | libc::O_ASYNC) as c_long);
+                raw!(libc::SYS_fcntl, fd, libc::F_SETFL, rest);
                 return 0;
             }
             _ => {}

@@ -187,3 +187,24 @@ no_position! {
     pwrite(buf: *const c_void, n: size_t, at: off_t);
     pwrite64(buf: *const c_void, n: size_t, at: off_t);
 }
+
+type Vectors = *const iovec;
+
+/// Offset -1 means "at the current position", which a socket has.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn preadv2(fd: c_int, iov: Vectors, n: c_int, at: off_t, flags: c_int) -> ssize_t {
+    if at == -1 && guest_socket(fd).is_some() {
+        // SAFETY: the same contract.
+        return unsafe { readv(fd, iov, n) };
+    }
+    next!(preadv2(fd => c_int, iov => Vectors, n => c_int, at => off_t, flags => c_int) -> ssize_t)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn pwritev2(fd: c_int, iov: Vectors, n: c_int, at: off_t, flags: c_int) -> ssize_t {
+    if at == -1 && guest_socket(fd).is_some() {
+        // SAFETY: the same contract.
+        return unsafe { writev(fd, iov, n) };
+    }
+    next!(pwritev2(fd => c_int, iov => Vectors, n => c_int, at => off_t, flags => c_int) -> ssize_t)
+}

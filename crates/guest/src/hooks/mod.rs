@@ -7,6 +7,7 @@ mod net;
 mod process;
 mod raw;
 pub mod stdio;
+mod variadic;
 
 use crate::socket::{self, Sock};
 use crate::sys;
@@ -67,6 +68,19 @@ unsafe fn address<'a>(address: *const libc::sockaddr, len: libc::socklen_t) -> R
     }
     // SAFETY: the caller vouches for the bytes.
     Ok(unsafe { core::slice::from_raw_parts(address.cast(), len as usize) })
+}
+
+/// The address that bind and connect demand.
+///
+/// # Safety
+/// As for [`address`].
+unsafe fn needed_address<'a>(from: *const libc::sockaddr, len: libc::socklen_t) -> Result<&'a [u8], i32> {
+    match len {
+        129.. => Err(libc::EINVAL),
+        1.. if from.is_null() => Err(libc::EFAULT),
+        // SAFETY: the same contract.
+        _ => unsafe { address(from, len) },
+    }
 }
 
 /// Gives an address out as accept, getsockname and recvfrom do: truncated, with the true length.

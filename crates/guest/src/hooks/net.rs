@@ -5,7 +5,7 @@ use core::ffi::{c_int, c_void};
 use libc::{iovec, msghdr, size_t, sockaddr, socklen_t, ssize_t};
 use netkernel_abi::Op;
 
-use super::{address, buffers, done, finish, finish_int, give_address, guest_socket, one};
+use super::{address, buffers, needed_address, done, finish, finish_int, give_address, guest_socket, one};
 use crate::next::next;
 use crate::{guest, options, socket, sys, table};
 
@@ -33,7 +33,7 @@ unsafe extern "C" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_in
 unsafe extern "C" fn bind(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {
     match guest_socket(fd) {
         // SAFETY: the program's own address.
-        Some(s) => done(unsafe { address(addr, len) }.and_then(|a| s.bind(a))),
+        Some(s) => done(unsafe { needed_address(addr, len) }.and_then(|a| s.bind(a))),
         None => next!(bind(fd => c_int, addr => *const sockaddr, len => socklen_t) -> c_int),
     }
 }
@@ -50,7 +50,7 @@ unsafe extern "C" fn listen(fd: c_int, backlog: c_int) -> c_int {
 unsafe extern "C" fn connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {
     match guest_socket(fd) {
         // SAFETY: the program's own address.
-        Some(s) => done(unsafe { address(addr, len) }.and_then(|a| s.connect(a))),
+        Some(s) => done(unsafe { needed_address(addr, len) }.and_then(|a| s.connect(a))),
         None => next!(connect(fd => c_int, addr => *const sockaddr, len => socklen_t) -> c_int),
     }
 }

@@ -216,20 +216,3 @@ unsafe extern "C" fn vfork() -> libc::pid_t {
     // SAFETY: no obligations.
     unsafe { libc::fork() }
 }
-
-/// The exec functions with variable arguments are C's (`c/shim.c`); these are only their exported names.
-macro_rules! trampoline {
-    ($($name:ident -> $target:ident;)*) => {$(
-        #[unsafe(naked)]
-        #[unsafe(no_mangle)]
-        unsafe extern "C" fn $name() {
-            core::arch::naked_asm!(concat!("jmp ", stringify!($target)))
-        }
-    )*};
-}
-
-trampoline! {
-    execl -> nk_c_execl;
-    execlp -> nk_c_execlp;
-    execle -> nk_c_execle;
-}

@@ -48,3 +48,13 @@ unsafe extern "C" fn nk_stdio_close(fd: c_int) -> c_int {
     // SAFETY: a plain number.
     unsafe { super::fd::close(fd) }
 }
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn nk_is_guest(fd: c_int) -> c_int {
+    guest_socket(fd).is_some() as c_int
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn nk_next_vdprintf(fd: c_int, format: *const c_char, list: *mut c_void) -> c_int {
+    next!(vdprintf(fd => c_int, format => *const c_char, list => *mut c_void) -> c_int)
+}

@@ -1,0 +1,333 @@
+//! `netkernel bench`: NetKernel beside the plain kernel, measured on this machine, in one run.
+//!
+//! Each benchmark runs natively (A) and as a guest (B) by turns, each round starting with the other one; what is quoted is the
+//! ratio of the medians. The raw series go to a JSON file.
+
+mod bench;
+mod machine;
+mod plot;
+mod process;
+mod report;
+mod session;
+mod sys;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use bench::Benchmark;
+use report::{Outcome, Record, Results};
+use session::{Session, Settings, Side, find_program};
+
+/// Measure NetKernel beside the plain kernel: a table with a verdict for each promise.
+#[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct BenchArgs {
+    /// The netkernel to measure [default: this program]
+    #[arg(long, value_name = "PATH")]
+    pub netkernel: Option<PathBuf>,
+
+    /// Only these benchmarks (see --list); a name also stands for all that begin with it
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub only: Vec<String>,
+
+    /// How often each is measured on each side [default: 5, with --quick 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: Option<u32>,
+
+    /// Seconds of one measurement [default: 3, with --quick 1]
+    #[arg(long, value_name = "S", value_parser = parse_seconds)]
+    pub seconds: Option<f64>,
+
+    /// Idle connections whose memory is measured [default: 15000, with --quick 2000]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=50_000))]
+    pub connections: Option<u32>,
+
+    /// The guests' stack; a congestion control of the kernel, which the native side then uses too
+    #[arg(long, value_name = "NAME", default_value = "cubic")]
+    pub stack: String,
+
+    /// Write the raw series, the results and the facts about the machine to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// Draw the ratios to this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+
+    /// List the benchmarks, and measure nothing
+    #[arg(long)]
+    pub list: bool,
+
+    /// Fewer, shorter measurements: a look, not a result
+    #[arg(long)]
+    pub quick: bool,
+
+    /// Exit with 1 unless every promise is kept and nothing was left out
+    #[arg(long)]
+    pub check: bool,
+
+    #[command(subcommand)]
+    pub helper: Option<Helper>,
+}
+
+/// What the benchmarks need of this program in processes of their own.
+#[derive(Subcommand, Debug)]
+pub enum Helper {
+    /// Accept connections, and send back what comes.
+    #[command(hide = true)]
+    IdleServer { port: u16 },
+    /// Hold connections open.
+    #[command(hide = true)]
+    IdleClient { port: u16, count: usize },
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("a number of seconds from 0.1 to 3600 is needed".into()),
+    }
+}
+
+/// Runs the benchmarks as the subcommand `bench` of the current executable.
+pub fn run(args: BenchArgs) -> Result<()> {
+    run_as(args, &["bench"])
+}
+
+/// The same for an executable that takes [`BenchArgs`] after the arguments `prefix`.
+pub fn run_as(args: BenchArgs, prefix: &[&str]) -> Result<()> {
+    match args.helper {
+        Some(Helper::IdleServer { port }) => return bench::idle_server(port),
+        Some(Helper::IdleClient { port, count }) => return bench::idle_client(port, count),
+        None => {}
+    }
+    let mut settings = settings(&args, prefix)?;
+    let most = (sys::descriptor_limit().saturating_sub(1000)).max(1) as usize;
+    let fewer = (settings.connections > most).then(|| {
+        format!(
+            "{} idle connections instead of {}: the limit of descriptors allows no more",
+            most, settings.connections
+        )
+    });
+    settings.connections = settings.connections.min(most);
+
+    let chosen = choose(bench::catalog(&settings), &args.only)?;
+    if args.list {
+        for benchmark in &chosen {
+            println!("{:17} {}", benchmark.id, benchmark.about);
+        }
+        return Ok(());
+    }
+    for file in args.json.iter().chain(&args.plot) {
+        // Found out now, not after ten minutes.
+        std::fs::OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(file)
+            .with_context(|| format!("cannot write {}", file.display()))?;
+    }
+
+    let rounds = args.rounds.unwrap_or(if args.quick { 2 } else { 5 });
+    let mut session = Session::begin(settings)?;
+    session.surroundings.warnings.extend(fewer);
+    for warning in &session.surroundings.warnings {
+        eprintln!("warning: {warning}");
+    }
+    let progress = Progress::new(&chosen, rounds);
+    let mut records = Vec::new();
+    for benchmark in &chosen {
+        records.extend(measure(&session, benchmark, rounds, &progress)?);
+    }
+    progress.bar.finish_and_clear();
+    let results = Results {
+        machine: machine::Machine::look(&session.settings.netkernel),
+        surroundings: session.surroundings.clone(),
+        stack: session.settings.stack.clone(),
+        attachment: "queued",
+        rounds,
+        seconds: session.settings.seconds,
+        records,
+    };
+    drop(session);
+
+    print!("{}", results.table());
+    if let Some(file) = &args.json {
+        let text = serde_json::to_string_pretty(&results.json())? + "\n";
+        std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    if let Some(file) = &args.plot {
+        std::fs::write(file, plot::svg(&results))
+            .with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    if args.check && !results.all_kept() {
+        bail!("not every promise was shown to be kept");
+    }
+    Ok(())
+}
+
+fn settings(args: &BenchArgs, prefix: &[&str]) -> Result<Settings> {
+    let netkernel = match &args.netkernel {
+        Some(path) => {
+            std::fs::canonicalize(path).with_context(|| format!("no netkernel at {}", path.display()))?
+        }
+        None => std::env::current_exe().context("this program's own file")?,
+    };
+    Ok(Settings {
+        netkernel,
+        stack: args.stack.clone(),
+        seconds: args.seconds.unwrap_or(if args.quick { 1.0 } else { 3.0 }),
+        connections: args.connections.unwrap_or(if args.quick { 2_000 } else { 15_000 }) as usize,
+        quick: args.quick,
+        helper: prefix.iter().map(|&word| word.to_owned()).collect(),
+    })
+}
+
+fn choose(all: Vec<Benchmark>, only: &[String]) -> Result<Vec<Benchmark>> {
+    if let Some(unknown) =
+        only.iter().find(|name| !all.iter().any(|benchmark| benchmark.id.starts_with(*name)))
+    {
+        let names: Vec<&str> = all.iter().map(|benchmark| benchmark.id).collect();
+        bail!("there is no benchmark {unknown:?}; there are {}", names.join(", "));
+    }
+    let wanted =
+        |benchmark: &Benchmark| only.is_empty() || only.iter().any(|name| benchmark.id.starts_with(name));
+    Ok(all.into_iter().filter(wanted).collect())
+}
+
+/// All rounds of one benchmark. What goes wrong is its result; only an interruption is an error.
+fn measure(
+    session: &Session,
+    benchmark: &Benchmark,
+    rounds: u32,
+    progress: &Progress,
+) -> Result<Vec<Record>> {
+    let rounds = rounds.min(benchmark.most_rounds);
+    let mut records: Vec<Record> = benchmark.rows.iter().cloned().map(Record::new).collect();
+    let outcome = match benchmark.needs.iter().find(|name| find_program(name).is_none()) {
+        Some(missing) => {
+            let reason = format!("not run: {missing} is not installed (run scripts/deps)");
+            progress.say(&format!("{}: {}", benchmark.id, reason.to_uppercase()));
+            progress.bar.inc(u64::from(rounds) * 2);
+            Outcome::NotRun(reason)
+        }
+        None => match turns(session, benchmark, rounds, progress, &mut records) {
+            Ok(()) => Outcome::Measured,
+            Err(_) if sys::interrupted() => bail!("interrupted"),
+            Err(error) => {
+                progress.say(&format!("{}: FAILED: {error:#}", benchmark.id));
+                Outcome::Failed(format!("failed: {error:#}"))
+            }
+        },
+    };
+    for record in &mut records {
+        record.outcome = outcome.clone();
+    }
+    Ok(records)
+}
+
+fn turns(
+    session: &Session,
+    benchmark: &Benchmark,
+    rounds: u32,
+    progress: &Progress,
+    records: &mut [Record],
+) -> Result<()> {
+    progress.start(benchmark);
+    let mut live = (benchmark.start)(session)?;
+    for round in 0..rounds {
+        // Whoever comes second finds a warmer or a more tired machine: each is second as often.
+        let order = match round % 2 {
+            0 => [Side::Native, Side::Netkernel],
+            _ => [Side::Netkernel, Side::Native],
+        };
+        for side in order {
+            let sample =
+                live.measure(session, side).with_context(|| format!("{side:?}, round {}", round + 1))?;
+            for (record, &value) in records.iter_mut().zip(&sample.values) {
+                record.add(side, value);
+            }
+            if let Some(first) = records.first_mut() {
+                first.details.push(report::Detail { round, side, detail: sample.detail });
+                for remark in sample
+                    .remarks
+                    .into_iter()
+                    .filter(|remark| !first.remarks.contains(remark))
+                    .collect::<Vec<_>>()
+                {
+                    first.remarks.push(remark);
+                }
+            }
+            progress.bar.inc(1);
+        }
+    }
+    Ok(())
+}
+
+/// A bar on stderr for people; a line for each benchmark where nobody looks.
+struct Progress {
+    bar: ProgressBar,
+}
+
+impl Progress {
+    fn new(chosen: &[Benchmark], rounds: u32) -> Progress {
+        let steps = chosen.iter().map(|benchmark| 2 * u64::from(rounds.min(benchmark.most_rounds))).sum();
+        let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
+        if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} {msg:18}") {
+            bar.set_style(style);
+        }
+        Progress { bar }
+    }
+
+    fn start(&self, benchmark: &Benchmark) {
+        if self.bar.is_hidden() {
+            eprintln!("{} ...", benchmark.id);
+        }
+        self.bar.set_message(benchmark.id);
+        self.bar.tick();
+    }
+
+    fn say(&self, text: &str) {
+        if self.bar.is_hidden() {
+            eprintln!("{text}");
+        } else {
+            self.bar.println(text);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        bench: BenchArgs,
+    }
+
+    fn parse(words: &[&str]) -> BenchArgs {
+        Cli::try_parse_from([&["bench"], words].concat()).unwrap().bench
+    }
+
+    #[test]
+    fn a_name_stands_for_all_that_begin_with_it() {
+        let args = parse(&["--only", "redis,nginx-close"]);
+        let settings = settings(&parse(&["--quick"]), &[]).unwrap();
+        let chosen = choose(bench::catalog(&settings), &args.only).unwrap();
+        let names: Vec<&str> = chosen.iter().map(|benchmark| benchmark.id).collect();
+        assert_eq!(names, ["redis-p1", "redis-p16", "redis-c1", "nginx-close"]);
+        assert!(choose(bench::catalog(&settings), &["nothing".into()]).is_err());
+    }
+
+    #[test]
+    fn the_helpers_are_subcommands() {
+        assert!(matches!(
+            parse(&["idle-client", "5200", "7"]).helper,
+            Some(Helper::IdleClient { port: 5200, count: 7 })
+        ));
+        assert!(Cli::try_parse_from(["bench", "--seconds", "0"]).is_err());
+    }
+}

@@ -1,0 +1,220 @@
+//! What all benchmarks share: where they run, the engine, ports, and how each side's programs are started.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+
+use crate::process::{self, Process};
+use crate::sys;
+
+/// How long a server may take until it listens, and the engine until it answers.
+const START: Duration = Duration::from_secs(20);
+
+/// Which of the two things that are compared.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// A: on the plain kernel.
+    Native,
+    /// B: as a guest of NetKernel.
+    Netkernel,
+}
+
+/// The choices of the command line that the benchmarks need.
+#[derive(Clone)]
+pub struct Settings {
+    pub netkernel: PathBuf,
+    pub stack: String,
+    pub seconds: f64,
+    pub connections: usize,
+    pub quick: bool,
+    /// How this program is asked for one of its hidden helpers.
+    pub helper: Vec<String>,
+}
+
+/// How the measured programs are kept apart from the rest of the machine.
+#[derive(Clone, Serialize)]
+pub struct Surroundings {
+    /// In a network namespace of their own, or the reason why not.
+    pub network_namespace: String,
+    /// The congestion control that native servers inherit and native clients ask for.
+    pub native_congestion_control: String,
+    pub warnings: Vec<String>,
+}
+
+// The order of the fields is the order of their ends: the namespace is left last.
+pub struct Session {
+    pub settings: Settings,
+    pub surroundings: Surroundings,
+    directory: tempfile::TempDir,
+    next_port: AtomicU16,
+    _netns: Option<sys::PrivateNetns>,
+}
+
+impl Session {
+    pub fn begin(settings: Settings) -> Result<Session> {
+        sys::note_interrupts();
+        sys::become_subreaper().context("cannot adopt orphans")?;
+        let directory =
+            tempfile::Builder::new().prefix("nkbench-").tempdir().context("no temporary directory")?;
+        let mut warnings = Vec::new();
+        let netns = sys::PrivateNetns::enter();
+        let network_namespace = match &netns {
+            Ok(_) => {
+                // Servers stand below this, so that no client's port is ever in their way.
+                if let Err(error) = fs::write("/proc/sys/net/ipv4/ip_local_port_range", "10240 65000") {
+                    warnings.push(format!("the range of client ports stays as it is: {error}"));
+                }
+                "private".to_owned()
+            }
+            Err(error) => {
+                warnings.push(format!("no network namespace of its own ({error}): measured in the host's"));
+                format!("host ({error})")
+            }
+        };
+        let sysctl = "/proc/sys/net/ipv4/tcp_congestion_control";
+        let wanted = settings.stack.as_str();
+        if netns.is_ok()
+            && let Err(error) = fs::write(sysctl, wanted)
+        {
+            warnings.push(format!("{wanted} cannot be made the default congestion control: {error}"));
+        }
+        let default = fs::read_to_string(sysctl).unwrap_or_default().trim().to_owned();
+        if default != wanted {
+            warnings.push(format!(
+                "native servers send with {default}, guests with the stack {wanted}: these figures are not one to one"
+            ));
+        }
+        let available =
+            fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control").unwrap_or_default();
+        let native_congestion_control =
+            if available.split_whitespace().any(|name| name == wanted) { wanted.to_owned() } else { default };
+        let surroundings = Surroundings { network_namespace, native_congestion_control, warnings };
+        let next_port = AtomicU16::new(5200);
+        Ok(Session { settings, surroundings, directory, next_port, _netns: netns.ok() })
+    }
+
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// A new empty directory.
+    pub fn subdirectory(&self, name: &str) -> Result<PathBuf> {
+        let made = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir_in(self.directory())?;
+        Ok(made.keep())
+    }
+
+    /// A port that nobody listens on.
+    pub fn port(&self) -> Result<u16> {
+        for _ in 0..1000 {
+            let port = self.next_port.fetch_add(1, Ordering::Relaxed);
+            if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+                return Ok(port);
+            }
+        }
+        bail!("no free port")
+    }
+
+    pub fn engine(&self) -> Result<Engine> {
+        Engine::start(self)
+    }
+
+    /// `program` on one side; the netkernel side needs an engine.
+    pub fn command(&self, side: Side, engine: Option<&Engine>, program: impl AsRef<OsStr>) -> Command {
+        match (side, engine) {
+            (Side::Netkernel, Some(engine)) => {
+                let mut command = Command::new(&self.settings.netkernel);
+                command.args(["run", "--stack", &self.settings.stack, "--socket"]).arg(&engine.socket);
+                command.arg("--").arg(program);
+                command
+            }
+            _ => Command::new(program),
+        }
+    }
+
+    /// Starts a server and waits until something listens on `port`.
+    pub fn server(&self, name: &str, command: Command, port: u16) -> Result<Process> {
+        let mut server = Process::start(name, command, self.directory())?;
+        let end = Instant::now() + START;
+        while !listens(port) {
+            if Instant::now() > end {
+                bail!("{name} does not listen on port {port} after {} s", START.as_secs());
+            }
+            server.still_runs(Duration::from_millis(10))?;
+        }
+        Ok(server)
+    }
+
+    /// Runs a client of the plain kernel to its end and returns what it printed.
+    pub fn client(&self, name: &str, command: Command, limit: Duration) -> Result<(String, sys::Exit)> {
+        Process::start(name, command, self.directory())?.finish(limit)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        process::end_orphans();
+    }
+}
+
+/// A long-lived engine.
+pub struct Engine {
+    pub process: Process,
+    socket: PathBuf,
+}
+
+impl Engine {
+    fn start(session: &Session) -> Result<Engine> {
+        let socket = session.subdirectory("engine")?.join("engine.sock");
+        let mut command = Command::new(&session.settings.netkernel);
+        command.args(["up", "--socket"]).arg(&socket);
+        let mut process = Process::start("engine", command, session.directory())?;
+        let end = Instant::now() + START;
+        while !answers(&socket) {
+            if Instant::now() > end {
+                bail!("the engine does not answer after {} s", START.as_secs());
+            }
+            process.still_runs(Duration::from_millis(10))?;
+        }
+        Ok(Engine { process, socket })
+    }
+}
+
+fn answers(socket: &Path) -> bool {
+    match fs::metadata(socket) {
+        Ok(data) if data.file_type().is_socket() => UnixStream::connect(socket).is_ok(),
+        other => other.is_ok(),
+    }
+}
+
+/// Whether a TCP socket listens on `port` in this thread's network namespace. Looking does not disturb the server, as a
+/// connection would.
+fn listens(port: u16) -> bool {
+    let listener = |line: &str| {
+        let mut fields = line.split_whitespace().skip(1);
+        let local = fields.next().and_then(|local| u16::from_str_radix(local.rsplit(':').next()?, 16).ok());
+        local == Some(port) && fields.nth(1) == Some("0A")
+    };
+    ["tcp", "tcp6"].iter().any(|table| {
+        let text = fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap_or_default();
+        text.lines().any(listener)
+    })
+}
+
+/// Where a program of this name is, as a shell would find it; servers' directories are looked into also.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let own = std::env::split_paths(&path);
+    // A system's own interpreter before a version manager's wrapper of it.
+    let first = if name == "python3" { Some(PathBuf::from("/usr/bin")) } else { None };
+    let more = ["/usr/sbin", "/usr/local/sbin", "/sbin"].map(PathBuf::from);
+    first.into_iter().chain(own).chain(more).map(|directory| directory.join(name)).find(|path| path.is_file())
+}
