@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::fence;
 
 use netkernel_abi::control::{Message, kind};
-use netkernel_ring::spin::Spin;
+use netkernel_ring::spin::{Polling, Spin};
 use netkernel_service::{Host, Ready, Service, Stack, Table, Violation};
 use netkernel_shm::{Region, fds};
 
@@ -135,6 +135,8 @@ impl Host for Ends {
 struct Module {
     stack: Box<dyn Stack>,
     guests: usize,
+    /// It has a descriptor that wakes the thread.
+    wakes: bool,
 }
 
 pub(crate) struct Worker {
@@ -231,6 +233,12 @@ impl Worker {
     /// One round over the hot guests and the stacks in use. True: something was done.
     fn turn(&mut self) -> bool {
         self.turns += 1;
+        let worked = self.serve_hot() | self.poll_stacks();
+        self.flush_hot();
+        worked
+    }
+
+    fn serve_hot(&mut self) -> bool {
         let mut worked = false;
         let mut i = 0;
         while i < self.hot.len() {
@@ -238,14 +246,16 @@ impl Worker {
             worked |= self.serve(slot);
             i += 1;
         }
-        worked |= self.poll_stacks();
+        worked
+    }
+
+    fn flush_hot(&mut self) {
         let mut i = 0;
         while i < self.hot.len() {
             let slot = self.hot[i];
             self.flush(slot);
             i += 1;
         }
-        worked
     }
 
     fn flush(&mut self, slot: u32) {
@@ -366,9 +376,15 @@ impl Worker {
         for &source in &sources {
             self.source(source);
         }
-        let worked = !sources.is_empty();
+        let mut worked = !sources.is_empty();
         self.sources = sources;
         self.close_hung(true);
+        // Stacks that have no descriptor to wake us with.
+        for nsm in 0..self.modules.len() {
+            if self.modules[nsm].as_ref().is_some_and(|module| !module.wakes) {
+                worked |= self.poll_stack(nsm);
+            }
+        }
         worked
     }
 
@@ -441,18 +457,23 @@ impl Worker {
         self.now_ns = begin;
         self.housekeeping();
         let budget = self.spin.budget_ns();
-        loop {
-            if self.now_ns - begin >= budget {
-                break;
-            }
-            // The thread that we wait for may need this core.
-            std::thread::yield_now();
-            if self.turn() || self.look(0) {
+        if budget > 0 {
+            let mut polling = Polling::new(budget);
+            loop {
+                let look = self.now_ns;
+                // The thread that we wait for may need this core.
+                std::thread::yield_now();
+                if self.serve_hot() | self.look(0) {
+                    self.now_ns = now_ns();
+                    self.spin.waited(polling.spent_ns());
+                    self.flush_hot();
+                    return;
+                }
                 self.now_ns = now_ns();
-                self.spin.waited(self.now_ns - begin);
-                return;
+                if !polling.looked(self.now_ns - look) {
+                    break;
+                }
             }
-            self.now_ns = now_ns();
         }
         if !self.cool_all() || self.stop {
             return;
@@ -509,8 +530,10 @@ impl Worker {
             }
         }
         for module in self.modules.iter().flatten() {
-            if let Some(deadline) = module.stack.deadline_ns() {
-                until = until.min(deadline);
+            match module.stack.deadline_ns() {
+                Some(deadline) => until = until.min(deadline),
+                None if !module.wakes && module.guests > 0 => until = until.min(self.now_ns + 1_000_000),
+                None => {}
             }
         }
         match until {
@@ -598,10 +621,11 @@ impl Worker {
             let nsm = &self.shared.config.nsms[new.nsm];
             let unavailable = |reason| EngineError::StackUnavailable { name: nsm.name.clone(), reason };
             let stack = self.shared.config.kinds.make(nsm).map_err(unavailable)?;
+            let wakes = stack.wake_fd().is_some();
             if let Some(fd) = stack.wake_fd() {
                 self.poller.add_readable(fd, Source::Stack(new.nsm as u32)).map_err(resource)?;
             }
-            self.modules[new.nsm] = Some(Module { stack, guests: 0 });
+            self.modules[new.nsm] = Some(Module { stack, guests: 0, wakes });
         }
         let slot = match self.guests.iter().position(Option::is_none) {
             Some(slot) => slot,

@@ -535,6 +535,12 @@ fn ctl_guest(
     let mut inner = e.inner.lock();
     let first = inner.queue_set == NONE;
     inner.join(guest, epfd)?;
+    if first
+        && e.watched.load(Ordering::Relaxed) > 0
+        && let Some(set) = guest.region.queue_set(inner.queue_set)
+    {
+        set.armed.store(1, Ordering::SeqCst);
+    }
     let existing = inner.slot_of_fd(fd).filter(|&s| {
         let i = &inner.interests[s as usize];
         i.live && i.socket == socket && i.nested == nested
@@ -633,6 +639,12 @@ impl Epoll {
         if inner.queue_set != NONE {
             if inner.join(guest, epfd).is_err() {
                 return false;
+            }
+            if self.watched.load(Ordering::Relaxed) > 0
+                && let Some(set) = guest.region.queue_set(inner.queue_set)
+            {
+                set.armed.store(1, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
             }
             inner.drain(guest);
             if inner.any_ready() {
@@ -799,6 +811,10 @@ impl Epoll {
             }
             out[kept] = event;
             kept += 1;
+        }
+        if kept == 0 && n > 0 && timeout_ns == 0 {
+            // Ours took the places of the program's; they are edge-triggered and gone now.
+            return self.kernel_events(guest, epfd, out, 0, mask);
         }
         Ok(kept)
     }

@@ -389,7 +389,10 @@ impl Sock {
         if tx_end || self.writable() {
             mask |= output;
         }
-        if s & state::OOB != 0 {
+        let inline = f & gflag::OOB_INLINE != 0;
+        let to_mark = self.entry.oob_position.load(Ordering::Relaxed).wrapping_sub(self.entry.rx_head.load(Ordering::Relaxed));
+        let mark_ahead = s & state::OOB_MARK != 0 && (to_mark as i32) >= 0;
+        if self.entry.oob.load(Ordering::Acquire) & 0x100 != 0 && !inline || inline && mark_ahead {
             mask |= EPOLLPRI;
         }
         mask as u32
@@ -878,7 +881,7 @@ impl Sock {
     /// `recv(MSG_OOB)`.
     fn receive_oob(&self, buffers: Buffers, flags: i32) -> Result<usize> {
         let oob = self.entry.oob.load(Ordering::Acquire);
-        if self.flags() & gflag::OOB_INLINE != 0 || oob & 0x100 == 0 || self.state() & state::OOB == 0 {
+        if self.flags() & gflag::OOB_INLINE != 0 || oob & 0x100 == 0 {
             return Err(libc::EINVAL);
         }
         let byte = oob as u8;
@@ -888,7 +891,6 @@ impl Sock {
         });
         if flags & libc::MSG_PEEK == 0 {
             self.entry.oob.store(0, Ordering::Release);
-            self.entry.state.fetch_and(!state::OOB, Ordering::AcqRel);
         }
         Ok(1)
     }
@@ -1035,9 +1037,6 @@ impl Sock {
     }
 
     fn datagram_receive(&self, buffers: Buffers, flags: i32, from: &mut Vec<u8>) -> Result<(usize, i32)> {
-        if flags & libc::MSG_OOB != 0 {
-            return Err(libc::EOPNOTSUPP);
-        }
         let e = self.entry;
         let timeout = e.rcv_timeout_us.load(Ordering::Relaxed);
         loop {

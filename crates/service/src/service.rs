@@ -543,6 +543,13 @@ impl Core {
                 if readiness.has(Readiness::URGENT) {
                     sock.bits |= URGENT | MARK;
                 }
+                if readiness.has(Readiness::ERROR)
+                    && sock.state & (state::RX_END | state::DEAD) == state::RX_END
+                    && let Err(errno) = cx.stack.take_error(sock.handle)
+                {
+                    // RST after FIN: there is nothing to receive that would tell of it.
+                    return self.fail(cx, id, errno.0);
+                }
                 if readiness.has(Readiness::READ | Readiness::END | Readiness::ERROR | Readiness::URGENT) {
                     sock.bits |= RX_READY;
                     self.receive(cx, id)?;

@@ -51,7 +51,8 @@ pub unsafe extern "C" fn close(fd: c_int) -> c_int {
     // bind to the port, or connect to it, must find it so.
     let holds_port = guest_socket(fd).filter(|s| {
         let state = s.state();
-        state & (state::LISTENING | state::BOUND) != 0 && state & state::CONNECTED == 0 && !guest::engine_gone()
+        let connected = state & state::CONNECTED != 0 && state & state::DATAGRAM == 0;
+        state & (state::LISTENING | state::BOUND) != 0 && !connected && !guest::engine_gone()
     });
     if !leave(fd) {
         sys::set_errno(libc::EBADF);
