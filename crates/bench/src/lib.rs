@@ -29,7 +29,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "PATH")]
     pub netkernel: Option<PathBuf>,
 
-    /// Only these benchmarks (see --list); a name also stands for all that begin with it
+    /// Only these benchmarks (see --list); redis, for example, stands for all of redis-*
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     pub only: Vec<String>,
 
@@ -141,6 +141,7 @@ pub fn run_as(args: BenchArgs, prefix: &[&str]) -> Result<()> {
         records.extend(measure(&session, benchmark, rounds, &progress)?);
     }
     progress.bar.finish_and_clear();
+    session.surroundings.warnings.extend(session.warnings.take());
     let results = Results {
         machine: machine::Machine::look(&session.settings.netkernel),
         surroundings: session.surroundings.clone(),
@@ -185,14 +186,15 @@ fn settings(args: &BenchArgs, prefix: &[&str]) -> Result<Settings> {
 }
 
 fn choose(all: Vec<Benchmark>, only: &[String]) -> Result<Vec<Benchmark>> {
-    if let Some(unknown) =
-        only.iter().find(|name| !all.iter().any(|benchmark| benchmark.id.starts_with(*name)))
-    {
+    let stands_for = |name: &str, benchmark: &Benchmark| {
+        benchmark.id.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    };
+    if let Some(unknown) = only.iter().find(|name| !all.iter().any(|benchmark| stands_for(name, benchmark))) {
         let names: Vec<&str> = all.iter().map(|benchmark| benchmark.id).collect();
         bail!("there is no benchmark {unknown:?}; there are {}", names.join(", "));
     }
     let wanted =
-        |benchmark: &Benchmark| only.is_empty() || only.iter().any(|name| benchmark.id.starts_with(name));
+        |benchmark: &Benchmark| only.is_empty() || only.iter().any(|name| stands_for(name, benchmark));
     Ok(all.into_iter().filter(wanted).collect())
 }
 
@@ -213,9 +215,16 @@ fn measure(
             Outcome::NotRun(reason)
         }
         None => match turns(session, benchmark, rounds, progress, &mut records) {
-            Ok(()) => Outcome::Measured,
+            Ok(()) => match session.unserved.take() {
+                None => Outcome::Measured,
+                Some(reason) => {
+                    progress.say(&format!("{}: {}", benchmark.id, reason.to_uppercase()));
+                    Outcome::Failed(reason)
+                }
+            },
             Err(_) if sys::interrupted() => bail!("interrupted"),
             Err(error) => {
+                session.unserved.take();
                 progress.say(&format!("{}: FAILED: {error:#}", benchmark.id));
                 Outcome::Failed(format!("failed: {error:#}"))
             }
@@ -313,12 +322,13 @@ mod tests {
     }
 
     #[test]
-    fn a_name_stands_for_all_that_begin_with_it() {
+    fn a_name_stands_for_itself_or_a_family() {
         let args = parse(&["--only", "redis,nginx-close"]);
         let settings = settings(&parse(&["--quick"]), &[]).unwrap();
         let chosen = choose(bench::catalog(&settings), &args.only).unwrap();
         let names: Vec<&str> = chosen.iter().map(|benchmark| benchmark.id).collect();
         assert_eq!(names, ["redis-p1", "redis-p16", "redis-c1", "nginx-close"]);
+        assert_eq!(choose(bench::catalog(&settings), &["redis-p1".into()]).unwrap().len(), 1);
         assert!(choose(bench::catalog(&settings), &["nothing".into()]).is_err());
     }
 

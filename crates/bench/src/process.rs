@@ -139,6 +139,32 @@ impl Process {
             .sum()
     }
 
+    /// The process of this tree that holds the socket with this inode, and its descriptor.
+    fn holder(&self, inode: u64) -> Option<(i32, i32)> {
+        let wanted = format!("socket:[{inode}]");
+        tree(self.pid).iter().find_map(|member| {
+            let entries = fs::read_dir(format!("/proc/{}/fd", member.pid)).ok()?;
+            let held =
+                |path: PathBuf| fs::read_link(path).is_ok_and(|target| target.as_os_str() == wanted.as_str());
+            let entry = entries.flatten().find(|entry| held(entry.path()))?;
+            Some((member.pid, entry.file_name().to_str()?.parse().ok()?))
+        })
+    }
+
+    /// Whether the socket with this inode is one of this process or its descendants.
+    pub fn holds(&self, inode: u64) -> bool {
+        self.holder(inode).is_some()
+    }
+
+    /// Makes the listener with this inode, and the connections it will accept, use a congestion control, without the
+    /// server knowing.
+    pub fn set_congestion(&self, inode: u64, name: &str) -> Result<()> {
+        let (pid, fd) =
+            self.holder(inode).with_context(|| format!("{} does not hold its listener", self.name))?;
+        let socket = sys::descriptor_of(&sys::pidfd(pid)?, fd).context("the listener")?;
+        sys::set_congestion(&socket, name).context("the listener's congestion control")
+    }
+
     /// Memory of this process and its descendants.
     pub fn memory(&self) -> Memory {
         tree(self.pid).iter().map(|stat| Memory::of(stat.pid)).fold(Memory::default(), Memory::and)
@@ -187,9 +213,14 @@ impl Process {
             sys::signal(stat.pid, libc::SIGKILL);
         }
         let end = Instant::now() + GRACE;
-        while self.exit.is_none() && Instant::now() < end {
-            let _ = sys::readable(self.pidfd.as_raw_fd(), Duration::from_millis(100));
-            self.exit = sys::reap(self.pid).unwrap_or_default();
+        loop {
+            if self.exit.is_none() {
+                self.exit = sys::reap(self.pid).unwrap_or_default();
+            }
+            if Instant::now() >= end || (self.exit.is_some() && family.iter().all(gone)) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(5));
         }
         for stat in &family {
             // Orphans that came to us; of others' children the kernel says ECHILD.

@@ -1,5 +1,6 @@
 //! What all benchmarks share: where they run, the engine, ports, and how each side's programs are started.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -47,6 +48,8 @@ pub struct Surroundings {
     pub network_namespace: String,
     /// The congestion control that native servers inherit and native clients ask for.
     pub native_congestion_control: String,
+    /// What clients use that ask for none.
+    pub default_congestion_control: String,
     pub warnings: Vec<String>,
 }
 
@@ -54,6 +57,10 @@ pub struct Surroundings {
 pub struct Session {
     pub settings: Settings,
     pub surroundings: Surroundings,
+    /// What came to light while measuring.
+    pub warnings: RefCell<Vec<String>>,
+    /// Why what was measured as a guest was none.
+    pub unserved: RefCell<Option<String>>,
     directory: tempfile::TempDir,
     next_port: AtomicU16,
     _netns: Option<sys::PrivateNetns>,
@@ -80,26 +87,38 @@ impl Session {
                 format!("host ({error})")
             }
         };
-        let sysctl = "/proc/sys/net/ipv4/tcp_congestion_control";
         let wanted = settings.stack.as_str();
-        if netns.is_ok()
-            && let Err(error) = fs::write(sysctl, wanted)
-        {
-            warnings.push(format!("{wanted} cannot be made the default congestion control: {error}"));
-        }
-        let default = fs::read_to_string(sysctl).unwrap_or_default().trim().to_owned();
-        if default != wanted {
-            warnings.push(format!(
-                "native servers send with {default}, guests with the stack {wanted}: these figures are not one to one"
-            ));
-        }
+        let default = fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control").unwrap_or_default();
+        let default = default.trim().to_owned();
         let available =
             fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control").unwrap_or_default();
-        let native_congestion_control =
-            if available.split_whitespace().any(|name| name == wanted) { wanted.to_owned() } else { default };
-        let surroundings = Surroundings { network_namespace, native_congestion_control, warnings };
+        let native_congestion_control = if available.split_whitespace().any(|name| name == wanted) {
+            wanted.to_owned()
+        } else {
+            default.clone()
+        };
+        if native_congestion_control != wanted {
+            warnings.push(format!(
+                "{wanted} is no congestion control of this kernel: the native side uses {native_congestion_control}, \
+                 and the figures are not one to one"
+            ));
+        }
+        let surroundings = Surroundings {
+            network_namespace,
+            native_congestion_control,
+            default_congestion_control: default,
+            warnings,
+        };
         let next_port = AtomicU16::new(5200);
-        Ok(Session { settings, surroundings, directory, next_port, _netns: netns.ok() })
+        Ok(Session {
+            settings,
+            surroundings,
+            warnings: RefCell::default(),
+            unserved: RefCell::default(),
+            directory,
+            next_port,
+            _netns: netns.ok(),
+        })
     }
 
     pub fn directory(&self) -> &Path {
@@ -141,14 +160,70 @@ impl Session {
     }
 
     /// Starts a server and waits until something listens on `port`.
-    pub fn server(&self, name: &str, command: Command, port: u16) -> Result<Process> {
+    /// A guest's must be the engine's.
+    pub fn server(
+        &self,
+        name: &str,
+        engine: Option<&Engine>,
+        command: Command,
+        port: u16,
+    ) -> Result<Process> {
         let mut server = Process::start(name, command, self.directory())?;
         let end = Instant::now() + START;
-        while !listens(port) {
+        let inode = loop {
+            if let Some(inode) = listener(port) {
+                break inode;
+            }
             if Instant::now() > end {
                 bail!("{name} does not listen on port {port} after {} s", START.as_secs());
             }
             server.still_runs(Duration::from_millis(10))?;
+        };
+        if let Some(engine) = engine {
+            self.check_served(name, engine, Some(inode));
+        }
+        Ok(server)
+    }
+
+    /// A guest that the engine does not serve runs at native speed and would keep every promise: that is no result.
+    fn check_served(&self, name: &str, engine: &Engine, socket: Option<u64>) {
+        if !socket.is_some_and(|inode| engine.process.holds(inode)) {
+            self.unserved.replace(Some(format!("not served: {name}'s socket is not the engine's")));
+        }
+    }
+
+    /// Runs a guest client of a native server on `port` to its end.
+    pub fn guest_client(
+        &self,
+        name: &str,
+        engine: &Engine,
+        command: Command,
+        port: u16,
+        limit: Duration,
+    ) -> Result<(String, sys::Exit)> {
+        let mut client = Process::start(name, command, self.directory())?;
+        let end = Instant::now() + START;
+        let mut socket = connection(port);
+        while socket.is_none() && Instant::now() < end && client.still_runs(Duration::from_millis(5)).is_ok()
+        {
+            socket = connection(port);
+        }
+        self.check_served(name, engine, socket);
+        client.finish(limit)
+    }
+
+    /// Starts a native server whose connections use the same congestion control as the guests'. The host's default may be
+    /// another one, and making this one a namespace's default takes a setting of the whole machine.
+    pub fn native_server(&self, name: &str, command: Command, port: u16) -> Result<Process> {
+        let server = self.server(name, None, command, port)?;
+        let inode = listener(port).context("a listener went away")?;
+        let wanted = &self.surroundings.native_congestion_control;
+        if let Err(error) = server.set_congestion(inode, wanted) {
+            let default = fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control").unwrap_or_default();
+            self.warnings.borrow_mut().push(format!(
+                "the native {name} keeps {} instead of {wanted}, its figures are not one to one: {error:#}",
+                default.trim()
+            ));
         }
         Ok(server)
     }
@@ -195,18 +270,47 @@ fn answers(socket: &Path) -> bool {
     }
 }
 
-/// Whether a TCP socket listens on `port` in this thread's network namespace. Looking does not disturb the server, as a
-/// connection would.
-fn listens(port: u16) -> bool {
-    let listener = |line: &str| {
-        let mut fields = line.split_whitespace().skip(1);
-        let local = fields.next().and_then(|local| u16::from_str_radix(local.rsplit(':').next()?, 16).ok());
-        local == Some(port) && fields.nth(1) == Some("0A")
-    };
-    ["tcp", "tcp6"].iter().any(|table| {
-        let text = fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap_or_default();
-        text.lines().any(listener)
+/// The inode of the TCP socket that listens on `port` in this thread's network namespace. Looking does not disturb the
+/// server, as a connection would.
+fn listener(port: u16) -> Option<u64> {
+    find_socket(|socket| socket.state == LISTEN && socket.local == port)
+}
+
+/// The inode of a socket connected to `port`.
+fn connection(port: u16) -> Option<u64> {
+    find_socket(|socket| socket.state == ESTABLISHED && socket.remote == port)
+}
+
+fn find_socket(wanted: impl Fn(&Socket) -> bool) -> Option<u64> {
+    ["tcp", "tcp6"].iter().find_map(|table| {
+        let text = fs::read_to_string(format!("/proc/thread-self/net/{table}")).ok()?;
+        text.lines().filter_map(Socket::parse).find(&wanted).map(|socket| socket.inode)
     })
+}
+
+const ESTABLISHED: u8 = 1;
+const LISTEN: u8 = 10;
+
+/// A line of the kernel's table of sockets.
+#[derive(PartialEq, Debug)]
+struct Socket {
+    local: u16,
+    remote: u16,
+    state: u8,
+    inode: u64,
+}
+
+impl Socket {
+    fn parse(line: &str) -> Option<Socket> {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let port = |field: usize| u16::from_str_radix(fields.get(field)?.rsplit(':').next()?, 16).ok();
+        Some(Socket {
+            local: port(1)?,
+            remote: port(2)?,
+            state: u8::from_str_radix(fields.get(3)?, 16).ok()?,
+            inode: fields.get(9)?.parse().ok()?,
+        })
+    }
 }
 
 /// Where a program of this name is, as a shell would find it; servers' directories are looked into also.
@@ -217,4 +321,20 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
     let first = if name == "python3" { Some(PathBuf::from("/usr/bin")) } else { None };
     let more = ["/usr/sbin", "/usr/local/sbin", "/sbin"].map(PathBuf::from);
     first.into_iter().chain(own).chain(more).map(|directory| directory.join(name)).find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_the_table_of_sockets() {
+        let line = "   0: 0100007F:1450 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 0";
+        let socket = Socket { local: 0x1450, remote: 0, state: LISTEN, inode: 4711 };
+        assert_eq!(Socket::parse(line), Some(socket));
+        assert_eq!(
+            Socket::parse("  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt"),
+            None
+        );
+    }
 }

@@ -125,6 +125,25 @@ pub fn pidfd(pid: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// A copy of the descriptor `fd` of another process.
+pub fn descriptor_of(process: &OwnedFd, fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_getfd takes integers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) };
+    let fd = check(fd as libc::c_int)?;
+    // SAFETY: the descriptor was just created in this process and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+pub fn set_congestion(socket: &OwnedFd, name: &str) -> io::Result<()> {
+    let size = name.len() as libc::socklen_t;
+    // SAFETY: the pointer and the size are those of a string that outlives the call; the kernel copies it.
+    check(unsafe {
+        let value = name.as_ptr().cast();
+        libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_CONGESTION, value, size)
+    })
+    .map(drop)
+}
+
 /// Whether `fd` became readable within `timeout`; an interrupted wait is an error.
 pub fn readable(fd: RawFd, timeout: Duration) -> io::Result<bool> {
     let mut entry = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };

@@ -65,7 +65,10 @@ fn sender(
         command.args(["-C", &session.surroundings.native_congestion_control]);
     }
     let limit = Duration::from_secs_f64(30.0 + 30.0 * session.settings.seconds);
-    let (text, exit) = session.client("iperf3", command, limit)?;
+    let (text, exit) = match (side, engine) {
+        (Side::Netkernel, Some(engine)) => session.guest_client("iperf3", engine, command, port, limit)?,
+        _ => session.client("iperf3", command, limit)?,
+    };
     Ok((Report::parse(&text)?, exit.cpu_s))
 }
 
@@ -97,7 +100,7 @@ impl Report {
         })
     }
 
-    fn sample(self, session: &Session, cpu_s: f64) -> Sample {
+    fn sample(self, session: &Session, side: Side, cpu_s: f64) -> Sample {
         let detail = json!({
             "gigabytes": self.gigabytes,
             "cpu_s": cpu_s,
@@ -107,9 +110,10 @@ impl Report {
         let mut sample = Sample::new(vec![self.gbit_s, cpu_s / self.gigabytes], detail);
         let wanted = &session.surroundings.native_congestion_control;
         if self.sender_congestion != *wanted {
-            sample
-                .remarks
-                .push(format!("iperf3 saw congestion control {}, not {wanted}", self.sender_congestion));
+            sample.remarks.push(format!(
+                "{side:?}: the sending iperf3 saw congestion control {}, not {wanted}: not one to one",
+                self.sender_congestion
+            ));
         }
         sample
     }
@@ -118,7 +122,7 @@ impl Report {
 fn server(session: &Session, side: Side, engine: Option<&Engine>, port: u16) -> Result<Process> {
     let mut command = session.command(side, engine, "iperf3");
     command.args(["-s", "-p", &port.to_string()]);
-    session.server("iperf3-server", command, port)
+    session.server("iperf3-server", engine, command, port)
 }
 
 struct Receive {
@@ -139,7 +143,7 @@ impl Live for Receive {
         let before = self.pair.cpu_s(side);
         let (report, _) = sender(session, Side::Native, None, self.pair.port(side), self.bytes)?;
         let cpu_s = self.pair.cpu_s(side) - before;
-        Ok(report.sample(session, cpu_s))
+        Ok(report.sample(session, side, cpu_s))
     }
 }
 
@@ -167,7 +171,7 @@ impl Live for Send {
         let (report, client_s) = sender(session, side, Some(&self.engine), self.port, self.bytes)?;
         let engine_s = self.engine.process.cpu_s() - before;
         let cpu_s = if side == Side::Netkernel { client_s + engine_s } else { client_s };
-        Ok(report.sample(session, cpu_s))
+        Ok(report.sample(session, side, cpu_s))
     }
 }
 

@@ -85,7 +85,11 @@ pub fn server_command(
 
 fn server(session: &Session, side: Side, engine: Option<&Engine>, port: u16) -> Result<Process> {
     let directory = session.subdirectory("nginx")?;
-    session.server("nginx", server_command(session, side, engine, port, &directory)?, port)
+    let command = server_command(session, side, engine, port, &directory)?;
+    match side {
+        Side::Native => session.native_server("nginx", command, port),
+        Side::Netkernel => session.server("nginx", engine, command, port),
+    }
 }
 
 struct Web {

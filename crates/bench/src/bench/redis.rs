@@ -70,7 +70,11 @@ pub fn server_command(
 
 fn server(session: &Session, side: Side, engine: Option<&Engine>, port: u16) -> Result<Process> {
     let directory = session.subdirectory("redis")?;
-    session.server("redis-server", server_command(session, side, engine, port, &directory), port)
+    let command = server_command(session, side, engine, port, &directory);
+    match side {
+        Side::Native => session.native_server("redis-server", command, port),
+        Side::Netkernel => session.server("redis-server", engine, command, port),
+    }
 }
 
 /// Requests per second.
