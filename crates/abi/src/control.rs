@@ -37,7 +37,9 @@ impl Message {
     }
 
     pub fn from_bytes(bytes: &[u8; 32]) -> Message {
-        let word = |i: usize| u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]]);
+        let word = |i: usize| {
+            u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
+        };
         Message { kind: word(0), a: word(1), b: word(2), c: word(3), d: word(4), reserved: [0; 3] }
     }
 }

@@ -149,8 +149,7 @@ impl Layout {
         let sockets_offset = size_of::<Header>() as u64;
         let queue_sets_offset =
             align(sockets_offset + limits.sockets as u64 * size_of::<SocketEntry>() as u64, 4096);
-        let payload_offset =
-            align(queue_sets_offset + limits.queue_sets as u64 * QUEUE_SET_STRIDE, 2 << 20);
+        let payload_offset = align(queue_sets_offset + limits.queue_sets as u64 * QUEUE_SET_STRIDE, 2 << 20);
         if payload_offset + MIN_PAYLOAD > limits.region_bytes {
             return Err(LayoutError::Sizes);
         }
@@ -241,7 +240,9 @@ impl core::fmt::Display for LayoutError {
             LayoutError::Features(bits) => {
                 write!(f, "the region needs features {bits:#x} that this release does not know")
             }
-            LayoutError::Sizes => write!(f, "region sizes that do not fit: raise region_bytes or lower sockets and queue_sets"),
+            LayoutError::Sizes => {
+                write!(f, "region sizes that do not fit: raise region_bytes or lower sockets and queue_sets")
+            }
         }
     }
 }

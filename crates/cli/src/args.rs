@@ -34,7 +34,7 @@ pub enum Command {
     /// Say what this host offers, and whether a program can be served
     Doctor(DoctorArgs),
     /// Measure programs under NetKernel against the plain kernel
-    Bench(BenchArgs),
+    Bench(netkernel_bench::BenchArgs),
     /// Print a completion script
     Completions {
         /// For which shell
@@ -149,7 +149,3 @@ pub struct PrivateEngineArgs {
     #[arg(long)]
     pub log: bool,
 }
-
-/// Until the benchmarks are joined in.
-#[derive(Debug, Args)]
-pub struct BenchArgs {}

@@ -70,7 +70,7 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         Command::Sockets(args) => show::sockets(&args).map(|()| 0),
         Command::Stop(args) => show::stop(&args).map(|()| 0),
         Command::Doctor(args) => doctor::doctor(&args),
-        Command::Bench(_) => anyhow::bail!("no benchmarks in this build"),
+        Command::Bench(args) => netkernel_bench::run(args).map(|()| 0),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "netkernel", &mut std::io::stdout());
             Ok(0)

@@ -40,7 +40,7 @@ fn leaves_nothing(config: EngineConfig) {
         assert!(engine.sockets(guest.id).len() > 20);
         drop((listener, accepted, connected));
         drop(guest);
-        assert!(engine.wait_idle_timeout(WATCHDOG));
+        assert!(engine.wait_idle_timeout(WATCHDOG), "round {round}: {:?}", engine.status().guests);
         for mut stream in streams {
             let mut byte = [0];
             assert!(matches!(stream.read(&mut byte), Ok(0) | Err(_)), "round {round}");

@@ -525,7 +525,8 @@ fn ctl_guest(
         unsafe { event.read_unaligned() }
     };
     const EXCLUSIVE: u32 = libc::EPOLLEXCLUSIVE as u32;
-    const WITH_EXCLUSIVE: u32 = EXCLUSIVE | (EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLET | libc::EPOLLWAKEUP) as u32;
+    const WITH_EXCLUSIVE: u32 =
+        EXCLUSIVE | (EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLET | libc::EPOLLWAKEUP) as u32;
     if wanted.events & EXCLUSIVE != 0
         && (op == libc::EPOLL_CTL_MOD || wanted.events & !WITH_EXCLUSIVE != 0 || nested != NONE)
     {
@@ -603,7 +604,8 @@ fn ctl_guest(
     }
     // Threads that went to sleep before there were guest sockets are in the kernel, uncounted.
     let wake = first
-        || (e.sleepers.load(Ordering::SeqCst) > 0 || e.watched.load(Ordering::Relaxed) > 0) && inner.any_ready();
+        || (e.sleepers.load(Ordering::SeqCst) > 0 || e.watched.load(Ordering::Relaxed) > 0)
+            && inner.any_ready();
     let doorbell = inner.doorbell;
     drop(inner);
     if wake {

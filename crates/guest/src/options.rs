@@ -126,7 +126,8 @@ pub fn get(sock: &Sock, level: i32, name: i32, wanted: usize) -> Result<Vec<u8>>
             _ => {}
         }
     }
-    let known = [SOL_SOCKET, libc::IPPROTO_IP, IPPROTO_TCP, libc::IPPROTO_UDP, libc::IPPROTO_IPV6, libc::IPPROTO_RAW];
+    let known =
+        [SOL_SOCKET, libc::IPPROTO_IP, IPPROTO_TCP, libc::IPPROTO_UDP, libc::IPPROTO_IPV6, libc::IPPROTO_RAW];
     if !known.contains(&level) {
         return Err(libc::EOPNOTSUPP);
     }

@@ -111,7 +111,13 @@ fn make_pair(cloexec: bool) -> Result<(OwnedFd, OwnedFd)> {
 }
 
 /// Tells the engine of a socket's placeholder and enters its descriptor in the table.
-fn place(guest: &Guest, entry: &SocketEntry, id: u32, pair: (OwnedFd, OwnedFd), message: Message) -> Result<i32> {
+fn place(
+    guest: &Guest,
+    entry: &SocketEntry,
+    id: u32,
+    pair: (OwnedFd, OwnedFd),
+    message: Message,
+) -> Result<i32> {
     let (ours, theirs) = pair;
     entry.inode.store(sys::socket_inode(ours.as_raw_fd()).unwrap_or(0), Ordering::Relaxed);
     guest.channel_send(message, &theirs)?;
@@ -390,7 +396,11 @@ impl Sock {
             mask |= output;
         }
         let inline = f & gflag::OOB_INLINE != 0;
-        let to_mark = self.entry.oob_position.load(Ordering::Relaxed).wrapping_sub(self.entry.rx_head.load(Ordering::Relaxed));
+        let to_mark = self
+            .entry
+            .oob_position
+            .load(Ordering::Relaxed)
+            .wrapping_sub(self.entry.rx_head.load(Ordering::Relaxed));
         let mark_ahead = s & state::OOB_MARK != 0 && (to_mark as i32) >= 0;
         if self.entry.oob.load(Ordering::Acquire) & 0x100 != 0 && !inline || inline && mark_ahead {
             mask |= EPOLLPRI;

@@ -36,3 +36,37 @@ impl Spin {
         self.mean_ns = (self.mean_ns * 7 + ns) / 8;
     }
 }
+
+/// One look that took longer than this gave the core to another thread.
+const SHARED_NS: u64 = 4_000;
+/// What such a look is charged: the switch to the other thread and back.
+const SWITCH_NS: u64 = 2_000;
+/// A look that took longer than this met a thread that does not wait for us: better to be woken than to queue behind it.
+const HOG_NS: u64 = 250_000;
+
+/// What is left of one budget of [`Spin::budget_ns`]. A poller gives its core away (`sched_yield`) after every look,
+/// because the thread that it waits for may need this very core; the time in which that thread ran is not the poller's
+/// expense and must not use up its budget, or two threads that serve each other on one core would sleep and wake each
+/// other all the time.
+#[derive(Clone, Copy, Debug)]
+pub struct Polling {
+    budget_ns: u64,
+    spent_ns: u64,
+}
+
+impl Polling {
+    pub const fn new(budget_ns: u64) -> Polling {
+        Polling { budget_ns, spent_ns: 0 }
+    }
+
+    /// Accounts one look and the yield after it. False: sleep now.
+    pub fn looked(&mut self, took_ns: u64) -> bool {
+        self.spent_ns += if took_ns > SHARED_NS { SWITCH_NS } else { took_ns };
+        took_ns <= HOG_NS && self.spent_ns < self.budget_ns
+    }
+
+    /// Nanoseconds that polling cost so far: what [`Spin::waited`] wants to know after a successful poll.
+    pub fn spent_ns(&self) -> u64 {
+        self.spent_ns
+    }
+}

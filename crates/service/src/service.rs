@@ -1596,7 +1596,8 @@ impl Core {
                 cx.region.read_argument(q, &mut argument[..size]);
                 let address = SocketAddress::from_bytes(&argument[..size]);
                 let mut result = cx.stack.connect(handle, &address);
-                if sock.state & state::CONNECT_FAILED != 0 && matches!(result, Err(Errno(libc::ECONNABORTED))) {
+                if sock.state & state::CONNECT_FAILED != 0 && matches!(result, Err(Errno(libc::ECONNABORTED)))
+                {
                     // The kernel tells the end of the connect before (whose SO_ERROR was taken) once more; now it is told.
                     result = cx.stack.connect(handle, &address);
                 }

@@ -3,7 +3,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::AtomicU64;
 
 use netkernel_abi::layout::{
-    COMPLETE_OFFSET, COMPLETE_SLOTS, JOB_OFFSET, JOB_SLOTS, RECEIVE_OFFSET, RECEIVE_SLOTS, SEND_OFFSET, SEND_SLOTS,
+    COMPLETE_OFFSET, COMPLETE_SLOTS, JOB_OFFSET, JOB_SLOTS, RECEIVE_OFFSET, RECEIVE_SLOTS, SEND_OFFSET,
+    SEND_SLOTS,
 };
 use netkernel_abi::{Header, Layout, LayoutError, Limits, QueueSet, SocketEntry, feature};
 use netkernel_ring::queue::Queue;
@@ -60,7 +61,13 @@ impl Region {
     pub fn create(limits: Limits, guest: u32, spin_ns: u32, huge: HugePages) -> Result<Region, RegionError> {
         let layout = Layout::new(limits).map_err(RegionError::Layout)?;
         if huge != HugePages::Off {
-            match Self::try_create(layout, guest, spin_ns, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB, feature::HUGE_PAGES) {
+            match Self::try_create(
+                layout,
+                guest,
+                spin_ns,
+                libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
+                feature::HUGE_PAGES,
+            ) {
                 Ok(region) => return Ok(region),
                 Err(error) if huge == HugePages::On => {
                     return Err(RegionError::HugePages(limits.region_bytes.div_ceil(2 << 20), error));
@@ -74,7 +81,10 @@ impl Region {
     fn try_create(layout: Layout, guest: u32, spin_ns: u32, flags: u32, features: u64) -> io::Result<Region> {
         // SAFETY: a valid C string and flags; the result is checked.
         let fd = unsafe {
-            libc::memfd_create(c"netkernel-region".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags)
+            libc::memfd_create(
+                c"netkernel-region".as_ptr(),
+                libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags,
+            )
         };
         if fd < 0 {
             return Err(io::Error::last_os_error());
@@ -94,7 +104,12 @@ impl Region {
         }
         let base = map(fd.as_raw_fd(), bytes)?;
         let region = Region { base, bytes, layout, fd };
-        layout.initialise(region.header(), guest, feature::EVENTFD | feature::PLACEHOLDER | features, spin_ns);
+        layout.initialise(
+            region.header(),
+            guest,
+            feature::EVENTFD | feature::PLACEHOLDER | features,
+            spin_ns,
+        );
         Ok(region)
     }
 
@@ -176,7 +191,11 @@ impl Region {
     /// Completion ring of queue set `q` (engine to guest).
     pub fn complete(&self, q: u32) -> Option<Queue<'_>> {
         let set = self.queue_set(q)?;
-        Some(Queue::new(&set.complete_head, &set.complete_tail, self.queue(q, COMPLETE_OFFSET, COMPLETE_SLOTS)?))
+        Some(Queue::new(
+            &set.complete_head,
+            &set.complete_tail,
+            self.queue(q, COMPLETE_OFFSET, COMPLETE_SLOTS)?,
+        ))
     }
 
     /// Receive ring of queue set `q` (engine to guest).
@@ -188,7 +207,8 @@ impl Region {
     /// Pointer to `len` bytes at `offset`, if they lie wholly in the payload area. Never make a reference of it.
     pub fn payload(&self, offset: u64, len: u64) -> Option<*mut u8> {
         let end = offset.checked_add(len)?;
-        if offset < self.layout.payload_offset || end > self.layout.payload_offset + self.layout.payload_bytes {
+        if offset < self.layout.payload_offset || end > self.layout.payload_offset + self.layout.payload_bytes
+        {
             return None;
         }
         // SAFETY: the range was just checked against the mapping.

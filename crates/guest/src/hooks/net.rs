@@ -5,7 +5,7 @@ use core::ffi::{c_int, c_void};
 use libc::{iovec, msghdr, size_t, sockaddr, socklen_t, ssize_t};
 use netkernel_abi::Op;
 
-use super::{address, buffers, needed_address, done, finish, finish_int, give_address, guest_socket, one};
+use super::{address, buffers, done, finish, finish_int, give_address, guest_socket, needed_address, one};
 use crate::next::next;
 use crate::{guest, options, socket, sys, table};
 
