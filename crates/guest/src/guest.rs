@@ -184,7 +184,7 @@ pub fn attach() {
         Some((numbers.next()??, numbers.next()??, numbers.next()??))
     });
     let attached = inherited.and_then(|(region, channel, doorbell)| {
-        if sys::socket_inode(channel).is_none() || !is_memfd(region) {
+        if !is_channel(channel) || !is_memfd(region) || !is_eventfd(doorbell) {
             return None;
         }
         let copy = raw!(libc::SYS_fcntl, region, libc::F_DUPFD_CLOEXEC, 3) as i32;
@@ -241,6 +241,30 @@ unsafe extern "C" fn after_fork_in_child_hook() {
 
 fn is_memfd(fd: i32) -> bool {
     raw!(libc::SYS_fcntl, fd, libc::F_GET_SEALS) >= 0
+}
+
+/// The program may have closed a number and opened something of its own under it.
+fn is_channel(fd: i32) -> bool {
+    let option = |name: i32| {
+        let (mut value, mut len) = (0i32, 4u32);
+        let r = raw!(
+            libc::SYS_getsockopt,
+            fd,
+            libc::SOL_SOCKET,
+            name,
+            &mut value as *mut i32,
+            &mut len as *mut u32
+        );
+        if r == 0 { value } else { -1 }
+    };
+    option(libc::SO_DOMAIN) == libc::AF_UNIX && option(libc::SO_TYPE) == libc::SOCK_SEQPACKET
+}
+
+fn is_eventfd(fd: i32) -> bool {
+    let path = format!("/proc/self/fd/{fd}\0");
+    let mut target = [0u8; 64];
+    let n = raw!(libc::SYS_readlink, path.as_ptr(), target.as_mut_ptr(), target.len());
+    n > 0 && target[..n as usize].starts_with(b"anon_inode:[eventfd")
 }
 
 /// A process whose descriptors were closed asks the engine for new ones.
