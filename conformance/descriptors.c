@@ -678,3 +678,35 @@ CASE(pipe_untouched)
     EQ(n, 2);
     EV(poll_now(p[0], POLLIN), POLLIN);
 }
+
+/* A shell's redirection: stdout is a socket for a while. */
+CASE(fd_stdout_redirected_for_a_while)
+{
+    int s[2], p[2], keep = OK(dup(1));
+    tcp_pair(s);
+    OK(pipe(p));
+    OK(fflush(stdout));
+    OK(dup2(p[1], 1));
+    printf("be");
+    OK(dup2(s[0], 1));
+    printf("fore %d\n", 1);
+    OK(fflush(stdout));
+    hear(s[1], "before 1\n");
+    puts("socket");
+    OK(fflush(stdout));
+    hear(s[1], "socket\n");
+    printf("af");
+    OK(dup2(p[1], 1));
+    printf("ter %d", 2);
+    OK(fflush(stdout));
+    char buf[64] = "";
+    EQ(read(p[0], buf, sizeof buf), 7);
+    EQ(strcmp(buf, "after 2"), 0);
+    OK(dup2(s[0], 1));
+    OK(close(s[0]));
+    printf("last");
+    OK(fflush(stdout));
+    hear(s[1], "last");
+    OK(dup2(keep, 1));
+    EQ(recv(s[1], buf, sizeof buf, 0), 0);
+}

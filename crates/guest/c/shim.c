@@ -3,9 +3,11 @@
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdio_ext.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include <wchar.h>
 #include <sys/types.h>
 
 extern int nk_execve(const char *path, char *const argv[], char *const envp[]);
@@ -15,6 +17,8 @@ extern ssize_t nk_stdio_write(int fd, const void *buf, size_t n);
 extern int nk_stdio_close(int fd);
 
 extern char **environ;
+
+#define NK_LINE_BUF 0x200 // glibc's _IO_LINE_BUF, which its headers do not give
 
 #define COLLECT(first)                                                                      \
     size_t n = 1;                                                                           \
@@ -66,7 +70,13 @@ static ssize_t cookie_write(void *cookie, const char *buf, size_t n)
     }
     return (ssize_t)done;
 }
-static int cookie_close(void *cookie) { return nk_stdio_close((int)(long)cookie); }
+static void forget_standard(int fd);
+static int cookie_close(void *cookie)
+{
+    int r = nk_stdio_close((int)(long)cookie);
+    forget_standard((int)(long)cookie);
+    return r;
+}
 
 FILE *nk_c_fdopen(int fd, const char *mode)
 {
@@ -76,14 +86,47 @@ FILE *nk_c_fdopen(int fd, const char *mode)
     return f;
 }
 
-// Streams 0-2 of a program that was started with a guest socket there (inetd style).
-void nk_c_standard_stream(int fd)
+// Streams 0-2. While a guest socket stands at one of these numbers (inherited, or by dup2: a shell's redirection), the
+// program's stream is a cookie stream; what stands unwritten in a stream goes along, as it would in one stream.
+static struct { FILE *ours, *theirs; } standard[3];
+
+static void take_over(FILE *from, FILE *to)
 {
-    FILE *f = nk_c_fdopen(fd, fd == 0 ? "r" : "w");
-    if (!f) return;
-    if (fd == 0) stdin = f;
-    if (fd == 1) stdout = f;
-    if (fd == 2) { setvbuf(f, NULL, _IONBF, 0); stderr = f; }
+    if (ftrylockfile(from)) return;
+    if (__fwritable(from) && fwide(from, 0) <= 0) {
+        size_t pending = __fpending(from);
+        if (pending && fwrite_unlocked(from->_IO_write_base, 1, pending, to) == pending) __fpurge(from);
+    }
+    if (__flbf(from)) to->_flags |= NK_LINE_BUF;
+    else to->_flags &= ~NK_LINE_BUF;
+    funlockfile(from);
+}
+
+// The program closed the stream.
+static void forget_standard(int fd)
+{
+    if (fd >= 0 && fd < 3) standard[fd].ours = NULL;
+}
+
+void nk_c_standard_stream(int fd, int guest)
+{
+    FILE **now = fd == 0 ? &stdin : fd == 1 ? &stdout : &stderr, *was = *now;
+    FILE **ours = &standard[fd].ours;
+    if (guest) {
+        // A stream that the program put there itself stays.
+        if (!was || was == *ours || was->_fileno != fd) return;
+        if (!*ours) {
+            *ours = nk_c_fdopen(fd, fd == 0 ? "r" : "w");
+            if (!*ours) return;
+            if (fd == 2) setvbuf(*ours, NULL, _IONBF, 0);
+        }
+        standard[fd].theirs = was;
+        take_over(was, *ours);
+        *now = *ours;
+    } else if (*ours && was == *ours) {
+        take_over(was, standard[fd].theirs);
+        *now = standard[fd].theirs;
+    }
 }
 
 // dprintf writes past every hook, too.

@@ -7,6 +7,7 @@ use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::os::fd::{IntoRawFd, OwnedFd};
 
 use crate::guest::{self, Lock};
+use crate::hooks::stdio;
 use crate::sys::{self, raw};
 
 /// Descriptors at and above this number are never guest sockets.
@@ -91,6 +92,9 @@ pub fn set(fd: i32, slot: Slot) -> bool {
         Slot::Internal => INTERNAL,
     };
     entry.store(value, Ordering::Release);
+    if fd <= 2 && matches!(slot, Slot::Socket(_)) {
+        stdio::standard_stream(fd, true);
+    }
     true
 }
 
@@ -103,6 +107,9 @@ pub fn forget(fd: i32) -> Slot {
         entry.store(0, Ordering::Release);
         if let Slot::Socket(id) = was {
             count(id, -1);
+            if fd <= 2 {
+                stdio::standard_stream(fd, false);
+            }
         }
     }
     was
@@ -221,8 +228,8 @@ pub fn adopt_inherited() {
     }
     sys::close(dir);
     for fd in found {
-        if fd != dir && adopt(fd) && fd <= 2 {
-            crate::hooks::stdio::standard_stream(fd);
+        if fd != dir {
+            adopt(fd);
         }
     }
 }

@@ -9,13 +9,15 @@ use crate::next::next;
 
 unsafe extern "C" {
     fn nk_c_fdopen(fd: c_int, mode: *const c_char) -> *mut FILE;
-    fn nk_c_standard_stream(fd: c_int);
+    fn nk_c_standard_stream(fd: c_int, guest: c_int);
 }
 
-/// Makes stdin, stdout or stderr a stream over the guest socket that stands there.
-pub fn standard_stream(fd: c_int) {
-    // SAFETY: runs in the constructor, before the program uses its streams.
-    unsafe { nk_c_standard_stream(fd) }
+/// A guest socket stands at descriptor 0, 1 or 2, or does no longer: stdin, stdout or stderr follow.
+pub fn standard_stream(fd: c_int, guest: bool) {
+    if (0..3).contains(&fd) {
+        // SAFETY: fd names one of three streams; the old stream's lock is tried.
+        unsafe { nk_c_standard_stream(fd, guest as c_int) }
+    }
 }
 
 #[unsafe(no_mangle)]
