@@ -1,7 +1,12 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* Sockets over fork, exec, spawn, daemon, and the death of their holders. */
 #include "socktest.h"
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <spawn.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 
 extern char **environ;
 
@@ -1068,4 +1073,54 @@ CASE(vfork_child_exits)
     reap(p, 7);
     say(s[0], "x");
     hear(s[1], "x");
+}
+
+/* sshd's first process: forked with a connection, no descriptors to come, few system calls left. */
+CASE(fork_child_in_a_sandbox)
+{
+    static const int allowed[] = {
+        __NR_read, __NR_write, __NR_close, __NR_poll, __NR_ppoll, __NR_select, __NR_pselect6, __NR_futex,
+        __NR_clock_gettime, __NR_gettimeofday, __NR_nanosleep, __NR_clock_nanosleep, __NR_getpid, __NR_gettid,
+        __NR_getuid, __NR_getrandom, __NR_brk, __NR_mmap, __NR_munmap, __NR_mremap, __NR_madvise,
+        __NR_rt_sigprocmask, __NR_shutdown, __NR_exit, __NR_exit_group,
+    };
+    enum { N = sizeof allowed / sizeof *allowed };
+    int s[2];
+    tcp_pair(s);
+    pid_t pid = fork_child();
+    if (pid == 0) {
+        struct sock_filter f[N + 4];
+        int n = 0;
+        f[n++] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr));
+        for (int i = 0; i < N; i++)
+            f[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, allowed[i], N - i, 0);
+        f[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS);
+        f[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+        struct sock_fprog prog = {n, f};
+        struct rlimit none = {1, 1};
+        OK(close(s[0]));
+        OK(setrlimit(RLIMIT_NOFILE, &none));
+        OK(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+        OK(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &prog));
+        char buf[8];
+        for (int i = 0; i < 100; i++) {
+            struct pollfd p = {s[1], POLLIN, 0};
+            if (i & 1)
+                while (poll(&p, 1, -1) != 1)
+                    ;
+            if (read(s[1], buf, 4) != 4 || write(s[1], buf, 4) != 4)
+                _exit(1);
+        }
+        _exit(read(s[1], buf, 1) == 0 ? 0 : 2);
+    }
+    OK(close(s[1]));
+    for (int i = 0; i < 100; i++) {
+        if (i % 10 == 9)
+            usleep(5000);
+        say(s[0], "ping");
+        hear(s[0], "ping");
+    }
+    OK(shutdown(s[0], SHUT_WR));
+    reap(pid, 0);
+    hear_eof(s[0]);
 }

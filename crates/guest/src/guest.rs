@@ -152,6 +152,18 @@ pub fn engine_gone() -> bool {
     ENGINE_GONE.load(Ordering::Relaxed)
 }
 
+/// The process is about to give up system calls (seccomp) or descriptors: what GuestLib needs of either comes now, and
+/// from here on it stays with calls that sandboxes allow. sshd's is the measure: read, write, poll, futex.
+#[cold]
+pub fn before_confinement(seccomp: bool) {
+    let Some(guest) = guest() else { return };
+    let _ = guest.process();
+    crate::queue::prepare(guest);
+    if seccomp {
+        sys::CONFINED.store(true, Ordering::Relaxed);
+    }
+}
+
 pub fn engine_is_gone() {
     ENGINE_GONE.store(true, Ordering::SeqCst);
 }

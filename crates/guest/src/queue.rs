@@ -149,6 +149,12 @@ unsafe extern "C" fn thread_exit(_: *mut libc::c_void) {
     }
 }
 
+/// Claims what the calling thread needs, ahead of its use.
+pub fn prepare(guest: &Guest) {
+    tid();
+    let _ = with_queue(guest, |_| ());
+}
+
 /// Pushes a Send or Credit element. `position`: end of urgent data, where there is some.
 pub fn send(guest: &Guest, op: Op, socket: u32, flags: u8, position: u32) {
     let _ = with_queue(guest, |q| {

@@ -84,9 +84,13 @@ fn sleep(fd: i32, begin: u64, timeout_us: u64) -> Result<(), i32> {
             return Ok(());
         }
     }
-    let flags = if timeout_us != 0 { libc::MSG_DONTWAIT } else { 0 };
-    // libc's own recv, not the bare system call: a blocked thread can be cancelled here.
-    let n = next!(recv(fd => i32, &mut byte as *mut u8 => *mut u8, 1usize => usize, flags => i32) -> isize);
+    // libc's own functions, not the bare system calls: a blocked thread can be cancelled here.
+    let n = if timeout_us == 0 || sys::confined() {
+        next!(read(fd => i32, &mut byte as *mut u8 => *mut u8, 1usize => usize) -> isize)
+    } else {
+        let flags = libc::MSG_DONTWAIT;
+        next!(recv(fd => i32, &mut byte as *mut u8 => *mut u8, 1usize => usize, flags => i32) -> isize)
+    };
     let n = if n < 0 { -(sys::errno() as isize) } else { n };
     match n {
         0 => {

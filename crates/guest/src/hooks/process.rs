@@ -1,6 +1,6 @@
 //! fork, exec and spawn: the guest's identity must reach every program that it starts.
 
-use core::ffi::{CStr, c_char, c_int};
+use core::ffi::{CStr, c_char, c_int, c_uint, c_ulong};
 
 use netkernel_abi::control::env;
 
@@ -207,6 +207,38 @@ unsafe extern "C" fn posix_spawnp(
                 attributes => Attributes, argv => Strings, envp => Strings) -> c_int)
         })
     }
+}
+
+/// Sandboxes: what GuestLib needs beyond them is fetched before they close.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn prctl(option: c_int, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong) -> c_int {
+    if option == libc::PR_SET_SECCOMP {
+        guest::before_confinement(true);
+    }
+    next!(prctl(option => c_int, a => c_ulong, b => c_ulong, c => c_ulong, d => c_ulong) -> c_int)
+}
+
+type Limit = *const libc::rlimit;
+
+unsafe fn before_limit(resource: c_uint, limit: Limit) {
+    // SAFETY: the program's own limit, or null.
+    if resource == libc::RLIMIT_NOFILE && unsafe { limit.as_ref() }.is_some_and(|l| l.rlim_cur < 64) {
+        guest::before_confinement(false);
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn setrlimit(resource: c_uint, limit: Limit) -> c_int {
+    // SAFETY: the same contract.
+    unsafe { before_limit(resource, limit) };
+    next!(setrlimit(resource => c_uint, limit => Limit) -> c_int)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn setrlimit64(resource: c_uint, limit: Limit) -> c_int {
+    // SAFETY: the same contract.
+    unsafe { before_limit(resource, limit) };
+    next!(setrlimit64(resource => c_uint, limit => Limit) -> c_int)
 }
 
 /// A vfork child shares the parent's memory, the descriptor table here included, while its descriptors are its own. A

@@ -29,6 +29,7 @@ unsafe extern "C" fn syscall(
                 sys::set_errno(libc::ENOSYS);
                 return -1;
             }
+            libc::SYS_seccomp => guest::before_confinement(true),
             libc::SYS_close if ours => {
                 // SAFETY: a plain number.
                 return unsafe { super::fd::close(fd) } as c_long;
