@@ -745,10 +745,7 @@ impl Epoll {
                 set.armed.store(0, Ordering::Relaxed);
             }
             self.sleepers.fetch_sub(1, Ordering::SeqCst);
-            let n = match result {
-                Ok(n) => n,
-                Err(e) => return Err(e),
-            };
+            let n = result?;
             queue::with_spin(guest, |s| s.waited(sys::now_ns() - begin));
             if n > 0 {
                 let mut inner = self.inner.lock();

@@ -372,7 +372,7 @@ impl<T> Lock<T> {
                 Err(_) => {}
             }
             turns += 1;
-            if turns % 64 == 0 {
+            if turns.is_multiple_of(64) {
                 sys::yield_now();
             } else {
                 core::hint::spin_loop();

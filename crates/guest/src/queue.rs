@@ -86,7 +86,7 @@ fn push(guest: &Guest, q: u32, send: bool, element: Nqe) {
         turns += 1;
         guest.ring_doorbell();
         sys::yield_now();
-        if turns % 1024 == 0 && !guest.check_engine() {
+        if turns.is_multiple_of(1024) && !guest.check_engine() {
             return;
         }
     }
@@ -133,7 +133,7 @@ fn claim_for_thread(guest: &Guest, tag: u32) -> u32 {
     }
     if key != u32::MAX {
         // SAFETY: key was created above and is never deleted; the value is only a non-null mark.
-        unsafe { libc::pthread_setspecific(key, 1 as *const libc::c_void) };
+        unsafe { libc::pthread_setspecific(key, std::ptr::dangling::<libc::c_void>()) };
     }
     q
 }
@@ -223,7 +223,7 @@ pub fn job(
                 return Ok(Completion { status: done.status, op_data: done.op_data, size });
             }
             turns += 1;
-            if turns % 64 != 0 {
+            if !turns.is_multiple_of(64) {
                 core::hint::spin_loop();
                 continue;
             }

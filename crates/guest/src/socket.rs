@@ -212,18 +212,18 @@ impl<'a> RegionLock<'a> {
                 Err(holder) if holder == me => return Err(libc::EAGAIN),
                 Err(holder) => {
                     turns += 1;
-                    if turns % 64 == 0 {
+                    if turns.is_multiple_of(64) {
                         sys::yield_now();
                     } else {
                         core::hint::spin_loop();
                     }
-                    if turns % 65536 == 0
+                    if turns.is_multiple_of(65536)
                         && holder != netkernel_abi::socket::ENGINE_LOCK
                         && raw!(libc::SYS_tkill, holder, 0) == -(libc::ESRCH as isize)
                     {
                         let _ = word.compare_exchange(holder, 0, Ordering::AcqRel, Ordering::Relaxed);
                     }
-                    if turns % 65536 == 0 && guest::engine_gone() {
+                    if turns.is_multiple_of(65536) && guest::engine_gone() {
                         return Err(libc::ECONNRESET);
                     }
                 }
@@ -1082,7 +1082,7 @@ impl Sock {
         let _lock = RegionLock::take(&e.rx_lock)?;
         let head = e.rx_head.load(Ordering::Relaxed);
         let used = e.rx_tail.load(Ordering::Acquire).wrapping_sub(head);
-        if used < 32 || used > 1 << 30 {
+        if !(32..=1 << 30).contains(&used) {
             return Ok(None);
         }
         let Some(ring) = self.rx_ring() else { return Ok(None) };

@@ -200,8 +200,7 @@ unsafe fn send_message(s: &socket::Sock, m: *const msghdr, flags: c_int) -> Resu
     // SAFETY: the program's own message header.
     let m = unsafe { &*m };
     // SAFETY: the program's own vectors and address.
-    let (iov, to) =
-        unsafe { (buffers(m.msg_iov, m.msg_iovlen as usize), address(m.msg_name.cast(), m.msg_namelen)?) };
+    let (iov, to) = unsafe { (buffers(m.msg_iov, m.msg_iovlen), address(m.msg_name.cast(), m.msg_namelen)?) };
     s.send(iov.ok_or(libc::EMSGSIZE)?, flags, to)
 }
 
@@ -305,7 +304,7 @@ unsafe fn receive_message(s: &socket::Sock, m: *mut msghdr, flags: c_int) -> Res
     // SAFETY: the program's own message header.
     let m = unsafe { &mut *m };
     // SAFETY: the program's own vectors.
-    let iov: &[iovec] = unsafe { buffers(m.msg_iov, m.msg_iovlen as usize) }.ok_or(libc::EMSGSIZE)?;
+    let iov: &[iovec] = unsafe { buffers(m.msg_iov, m.msg_iovlen) }.ok_or(libc::EMSGSIZE)?;
     let mut from = Vec::new();
     let (n, out_flags) = s.receive(iov, flags, &mut from)?;
     m.msg_flags = out_flags | flags & libc::MSG_CMSG_CLOEXEC;
@@ -341,7 +340,7 @@ unsafe extern "C" fn recvmsg(fd: c_int, m: *mut msghdr, flags: c_int) -> ssize_t
 unsafe fn adopt_received(m: *mut msghdr) {
     // SAFETY: the message was filled by the kernel; CMSG_* walk it within msg_controllen.
     unsafe {
-        if (*m).msg_controllen as usize == 0 {
+        if (*m).msg_controllen == 0 {
             return;
         }
         let saved = sys::errno();
