@@ -21,7 +21,7 @@ pub struct Nqe {
     pub op_data: u64,
     /// Payload position: byte position in the socket's ring, or 0.
     pub position: u32,
-    /// Completion: 0 or a negative errno. Event: generation of the socket.
+    /// Completion: 0 or a negative errno. Otherwise: generation of the socket that is meant.
     pub status: i32,
 }
 

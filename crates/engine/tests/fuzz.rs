@@ -101,6 +101,7 @@ fn vandalise(guest: &Guest, random: &mut Random, ends: &mut Vec<OwnedFd>) {
             nqe.size = random.below(64) as u32;
             nqe.op_data = if random.below(2) == 0 { random.below(4) } else { interesting(random) };
             nqe.position = interesting(random) as u32;
+            nqe.status = random.below(3) as i32;
             let send = random.below(2) == 0;
             let ring = if send { guest.region.send(0) } else { guest.region.job(0) }.unwrap();
             let mut tail = ring.tail();

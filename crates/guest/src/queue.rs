@@ -95,6 +95,13 @@ fn push(guest: &Guest, q: u32, send: bool, element: Nqe) {
     guest.ring_doorbell();
 }
 
+/// An element about a socket. It says which life of the id it means: it may be read after a close and a reuse.
+fn about(guest: &Guest, op: Op, q: u32, socket: u32) -> Nqe {
+    let mut element = Nqe::new(op, q as u16, socket);
+    element.status = guest.region.socket(socket).map_or(0, |e| e.generation.load(Ordering::Relaxed)) as i32;
+    element
+}
+
 /// Runs `f` with a queue set that nobody else pushes to meanwhile.
 fn with_queue<R>(guest: &Guest, f: impl FnOnce(u32) -> R) -> Result<R, i32> {
     let tag = guest.process()?;
@@ -158,7 +165,7 @@ pub fn prepare(guest: &Guest) {
 /// Pushes a Send or Credit element. `position`: end of urgent data, where there is some.
 pub fn send(guest: &Guest, op: Op, socket: u32, flags: u8, position: u32) {
     let _ = with_queue(guest, |q| {
-        let mut element = Nqe::new(op, q as u16, socket);
+        let mut element = about(guest, op, q, socket);
         element.flags = flags;
         element.position = position;
         push(guest, q, true, element);
@@ -168,7 +175,7 @@ pub fn send(guest: &Guest, op: Op, socket: u32, flags: u8, position: u32) {
 /// Pushes a job that nobody waits for.
 pub fn post(guest: &Guest, op: Op, socket: u32, op_data: u64) {
     let _ = with_queue(guest, |q| {
-        let mut element = Nqe::new(op, q as u16, socket);
+        let mut element = about(guest, op, q, socket);
         element.op_data = op_data;
         push(guest, q, false, element);
     });
@@ -203,7 +210,7 @@ pub fn job(
         let set = region.queue_set(q).ok_or(libc::ENOBUFS)?;
         let completions = region.complete(q).ok_or(libc::ENOBUFS)?;
         let mut head = completions.head();
-        let mut element = Nqe::new(op, q as u16, socket);
+        let mut element = about(guest, op, q, socket);
         element.flags = flag::SYNC;
         element.op_data = op_data;
         element.size = if argument.is_empty() { size } else { argument.len() as u32 };

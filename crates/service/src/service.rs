@@ -1490,13 +1490,17 @@ impl Core {
                     return Err(Violation("element for a socket out of range"));
                 }
                 let sock = self.socks.make(id).ok_or(Violation("element for a socket out of range"))?;
-                if sock.kind == Kind::Free && !last {
+                // Pushed before its socket was closed, by a process that has gone on since; the id is in use again.
+                let stale = nqe.status as u32 != sock.generation;
+                if sock.kind == Kind::Free && !last && !stale {
                     self.held = Some((q, nqe));
                     return Ok(());
                 }
-                sock.used_at = self.sweeps;
+                if !stale {
+                    sock.used_at = self.sweeps;
+                }
                 match op {
-                    _ if sock.kind == Kind::Free || sock.bits & CLOSING != 0 => {
+                    _ if stale || sock.kind == Kind::Free || sock.bits & CLOSING != 0 => {
                         Done::Answer(-libc::EBADF, 0, 0)
                     }
                     Op::Send => return self.element_send(cx, id, nqe),
