@@ -209,7 +209,8 @@ impl Rig {
         }
     }
 
-    fn push(&mut self, send: bool, nqe: Nqe) {
+    fn push(&mut self, send: bool, mut nqe: Nqe) {
+        nqe.status = self.entry(nqe.socket).generation.load(Acquire) as i32;
         let ring = if send { self.guest.send(0) } else { self.guest.job(0) }.unwrap();
         let mut tail = ring.tail();
         assert_eq!(ring.push(&mut tail, nqe.to_words()), Ok(true));

@@ -113,7 +113,10 @@ impl Guest {
         }
     }
 
-    pub fn push(&self, send: bool, nqe: Nqe) {
+    pub fn push(&self, send: bool, mut nqe: Nqe) {
+        if let Some(entry) = self.region.socket(nqe.socket) {
+            nqe.status = entry.generation.load(Acquire) as i32;
+        }
         let ring = if send { self.region.send(self.q) } else { self.region.job(self.q) }.unwrap();
         until("room in a guest's ring", || {
             let mut tail = ring.tail();
