@@ -526,3 +526,53 @@ CASE(thread_fork_from_thread)
     }
     join(thread(f, NULL));
 }
+
+/* Two threads wait in one instance; the one that got an event does not come back: the other gets the next. */
+struct waits { int ep; struct gate got, go; int fd; };
+
+static void *wait_once(void *a)
+{
+    struct waits *w = a;
+    struct epoll_event ev;
+    EQ(epoll_wait(w->ep, &ev, 1, -1), 1);
+    w->fd = ev.data.fd;
+    gate_open(&w->got);
+    gate_wait(&w->go);
+    return NULL;
+}
+
+CASE(thread_epoll_next_event_wakes_the_other)
+{
+    for (int round = 0; round < 20; round++) {
+        int a[2], b[2], ep = ep_new();
+        struct waits w[2];
+        pthread_t t[2];
+        tcp_pair(a);
+        tcp_pair(b);
+        ep_add(ep, a[1], EPOLLIN | EPOLLONESHOT);
+        ep_add(ep, b[1], EPOLLIN | EPOLLONESHOT);
+        for (int i = 0; i < 2; i++) {
+            w[i].ep = ep;
+            gate_init(&w[i].got);
+            gate_init(&w[i].go);
+            t[i] = thread(wait_once, &w[i]);
+        }
+        usleep(3000);
+        say(a[0], "a");
+        struct pollfd p[2] = {{w[0].got.fd[0], POLLIN, 0}, {w[1].got.fd[0], POLLIN, 0}};
+        TRUE(poll(p, 2, -1) >= 1);
+        int first = p[0].revents ? 0 : 1;
+        EQ(w[first].fd == a[1], 1);
+        if (round & 1)
+            usleep(1000);
+        say(b[0], "b");
+        gate_wait(&w[!first].got);
+        EQ(w[!first].fd == b[1], 1);
+        for (int i = 0; i < 2; i++) {
+            gate_open(&w[i].go);
+            OK(-pthread_join(t[i], NULL));
+            close(w[i].got.fd[0]), close(w[i].got.fd[1]), close(w[i].go.fd[0]), close(w[i].go.fd[1]);
+        }
+        close(ep), close(a[0]), close(a[1]), close(b[0]), close(b[1]);
+    }
+}

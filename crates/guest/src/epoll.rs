@@ -447,14 +447,15 @@ fn grow(v: &mut Vec<u32>, index: usize) {
 /// Enters queue set `q` among the socket's watchers.
 fn watch(entry: &SocketEntry, q: u32) {
     let value = q as u16 + 1;
+    // A bit that is set may be of a watcher before (a process that ended): nobody would clear it.
     if entry.watchers.iter().any(|w| w.load(Ordering::Relaxed) == value) {
-        return;
+        return clear_pending(entry, q);
     }
     for w in &entry.watchers {
         if w.load(Ordering::Relaxed) == 0
             && w.compare_exchange(0, value, Ordering::SeqCst, Ordering::Relaxed).is_ok()
         {
-            return;
+            return clear_pending(entry, q);
         }
     }
     entry.broadcast.store(1, Ordering::SeqCst);
@@ -609,12 +610,12 @@ fn ctl_guest(
     let doorbell = inner.doorbell;
     drop(inner);
     if wake {
-        ring(doorbell);
+        ring_bell(doorbell);
     }
     Ok(())
 }
 
-fn ring(doorbell: i32) {
+fn ring_bell(doorbell: i32) {
     let one = 1u64;
     raw!(libc::SYS_write, doorbell, &one as *const u64, 8);
 }
@@ -699,6 +700,9 @@ impl Epoll {
                 }
                 count = first + inner.collect(&mut out[first..]);
                 inner.kernel_turn = first == 0 && count == out.len() && inner.kernel > 0;
+                if count > 0 {
+                    self.pass_on(&mut inner);
+                }
                 q = inner.queue_set;
                 let now = sys::now_ns();
                 kernel_due =
@@ -741,23 +745,52 @@ impl Epoll {
                 inner.any_ready()
             };
             let result = self.kernel_events(guest, epfd, out, if missed { 0 } else { left }, mask);
-            if self.watched.load(Ordering::Relaxed) == 0 {
-                set.armed.store(0, Ordering::Relaxed);
+            // The doorbell has woken one thread; it stays armed for the others.
+            let others = self.sleepers.fetch_sub(1, Ordering::SeqCst) > 1;
+            if others {
+                set.armed.store(1, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+            } else if self.watched.load(Ordering::Relaxed) == 0 {
+                set.armed.store(0, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+                if self.sleepers.load(Ordering::SeqCst) > 0 {
+                    // One more lay down meanwhile.
+                    set.armed.store(1, Ordering::SeqCst);
+                    ring_bell(self.inner.lock().doorbell);
+                }
             }
-            self.sleepers.fetch_sub(1, Ordering::SeqCst);
-            let n = result?;
+            let n = match result {
+                Ok(n) => n,
+                Err(e) => {
+                    if others {
+                        ring_bell(self.inner.lock().doorbell);
+                    }
+                    return Err(e);
+                }
+            };
             queue::with_spin(guest, |s| s.waited(sys::now_ns() - begin));
             if n > 0 {
                 let mut inner = self.inner.lock();
                 inner.drain(guest);
-                return Ok(n + inner.collect(&mut out[n..]));
+                let n = n + inner.collect(&mut out[n..]);
+                self.pass_on(&mut inner);
+                return Ok(n);
             }
             let over = timeout_ns >= 0 && (sys::now_ns() - begin) as i64 >= timeout_ns;
             if over {
                 let mut inner = self.inner.lock();
                 inner.drain(guest);
-                return Ok(inner.collect(out));
+                let n = inner.collect(out);
+                self.pass_on(&mut inner);
+                return Ok(n);
             }
+        }
+    }
+
+    /// This thread goes with its events; what is still ready is another's, as ep_done_scan wakes it on Linux.
+    fn pass_on(&self, inner: &mut Inner) {
+        if self.sleepers.load(Ordering::SeqCst) > 0 && inner.any_ready() {
+            ring_bell(inner.doorbell);
         }
     }
 
