@@ -32,6 +32,17 @@ pub fn alive(pid: u32) -> bool {
     info(pid).is_some_and(|i| i.state != 'Z' && i.state != 'X')
 }
 
+/// True when the process has a handler for the signal and lets it through: a signal sent now is not lost.
+pub fn takes(pid: u32, signal: Signal) -> bool {
+    let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
+    let bit = 1u64 << (signal.as_raw() - 1);
+    let has = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & bit != 0)
+    };
+    has("SigCgt:") && !has("SigBlk:")
+}
+
 pub fn exe(pid: u32) -> Option<PathBuf> {
     fs::read_link(format!("/proc/{pid}/exe")).ok()
 }

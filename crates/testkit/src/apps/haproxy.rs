@@ -126,6 +126,8 @@ fn reload_master(ctx: &mut Ctx) -> Result<()> {
     for _ in 0..2 {
         let before = workers();
         wrk.check_running()?;
+        // After it has started a worker the master executes itself anew; a signal that comes meanwhile it may forget.
+        ctx.until("the master's handler", || Ok(process::takes(master, Signal::USR2)))?;
         process::signal(master, Signal::USR2);
         ctx.until("a new worker instead of the old one", || {
             haproxy.check_running()?;
