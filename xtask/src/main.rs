@@ -113,8 +113,17 @@ fn deps() -> Result<Tally> {
 
 fn lint() -> Result<Tally> {
     let format = run(cargo(&["fmt", "--all", "--check"]), 2 * MINUTE)?;
-    let clippy =
-        cargo(&["clippy", "--workspace", "--all-targets", "--profile", PROFILE, "--quiet", "--", "-D", "warnings"]);
+    let clippy = cargo(&[
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--profile",
+        PROFILE,
+        "--quiet",
+        "--",
+        "-D",
+        "warnings",
+    ]);
     Ok(format.and(run(clippy, 10 * MINUTE)?))
 }
 
@@ -132,7 +141,8 @@ fn test() -> Result<Tally> {
 
 fn apps(arguments: &[String]) -> Result<Tally> {
     let mut command = Command::new(artifact("apps"));
-    command.args(arguments);
+    // Two at a time: each has its own ports, directory and engine, and most of their time is waiting.
+    command.arg("--netkernel").arg(artifact("netkernel")).args(["--jobs", "2"]).args(arguments);
     run_counted(command, 15 * MINUTE, step::count_last_line)
 }
 

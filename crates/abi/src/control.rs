@@ -54,6 +54,9 @@ pub mod env {
     pub const TOKEN: &str = "NETKERNEL_TOKEN";
     /// Path of the preloaded library, to put it back when a program changed `LD_PRELOAD`.
     pub const LIBRARY: &str = "NETKERNEL_LIBRARY";
+    /// In the environment given to exec: the new program is no part of the guest (an engine that is started from inside
+    /// a guest). The variable is only for the exec; it says nothing to programs that this one starts without it.
+    pub const BYPASS: &str = "NETKERNEL_BYPASS";
     /// Trace level of GuestLib: `0` silent, `1` what is bypassed and why, `2` every call.
     pub const TRACE: &str = "NETKERNEL_TRACE";
 }

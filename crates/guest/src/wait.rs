@@ -3,6 +3,7 @@
 use core::sync::atomic::{Ordering, fence};
 
 use netkernel_abi::SocketEntry;
+use netkernel_ring::spin::Polling;
 
 use crate::guest::{self, Guest};
 use crate::next::next;
@@ -15,7 +16,8 @@ pub fn spin(guest: &Guest, mut ready: impl FnMut() -> bool) -> bool {
     if budget == 0 {
         return ready();
     }
-    let begin = sys::now_ns();
+    let mut polling = Polling::new(budget);
+    let mut before = sys::now_ns();
     loop {
         for _ in 0..16 {
             if ready() {
@@ -23,11 +25,13 @@ pub fn spin(guest: &Guest, mut ready: impl FnMut() -> bool) -> bool {
             }
             core::hint::spin_loop();
         }
-        if sys::now_ns() - begin >= budget {
-            return ready();
-        }
         // The thread that we wait for may need this core.
         sys::yield_now();
+        let now = sys::now_ns();
+        if !polling.looked(now - before) {
+            return ready();
+        }
+        before = now;
     }
 }
 

@@ -32,6 +32,9 @@ unsafe fn complete(envp: Strings) -> Option<(Vec<*mut c_char>, Vec<Vec<u8>>)> {
             for (name, there) in names.iter().zip(present.iter_mut()) {
                 *there |= bytes.starts_with(name.as_bytes()) && bytes.get(name.len()) == Some(&b'=');
             }
+            if bytes.starts_with(env::BYPASS.as_bytes()) && bytes.get(env::BYPASS.len()) == Some(&b'=') {
+                return None;
+            }
             if bytes.starts_with(b"LD_PRELOAD=") {
                 preload = Some((list.len(), text));
             }
