@@ -576,3 +576,48 @@ CASE(thread_epoll_next_event_wakes_the_other)
         close(ep), close(a[0]), close(a[1]), close(b[0]), close(b[1]);
     }
 }
+
+/* Writers that wait for room must not eat the wake-ups of a reader of the same socket. */
+static void *blocked_writer(void *a)
+{
+    static char big[4 << 20];
+    size_t done = 0;
+    ssize_t n;
+    while (done < sizeof big && (n = send(*(int *)a, big + done, sizeof big - done, MSG_NOSIGNAL)) > 0)
+        done += n;
+    return NULL;
+}
+
+static void *echo_reader(void *a)
+{
+    struct { int fd, out; } *r = a;
+    char c;
+    while (recv(r->fd, &c, 1, 0) == 1)
+        EQ(write(r->out, &c, 1), 1);
+    return NULL;
+}
+
+CASE(thread_reader_wakes_among_blocked_writers)
+{
+    int s[2], p[2];
+    pthread_t t[4];
+    tcp_pair(s);
+    OK(pipe(p));
+    for (int i = 0; i < 3; i++)
+        t[i] = thread(blocked_writer, &s[1]);
+    usleep(50000);
+    struct { int fd, out; } r = {s[1], p[1]};
+    t[3] = thread(echo_reader, &r);
+    for (int i = 0; i < 300; i++) {
+        char c = 'a' + i % 26, d = 0;
+        if (i % 3 == 0)
+            usleep(1500);
+        EQ(send(s[0], &c, 1, 0), 1);
+        EQ(read(p[0], &d, 1), 1);
+        EQ(d, c);
+    }
+    OK(shutdown(s[1], SHUT_RDWR));
+    OK(close(s[0]));
+    for (int i = 0; i < 4; i++)
+        OK(-pthread_join(t[i], NULL));
+}

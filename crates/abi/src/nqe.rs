@@ -78,8 +78,8 @@ ops! {
     Fence = 12,
     /// Job, sync: disconnects a datagram socket (connect to AF_UNSPEC).
     Disconnect = 13,
-    /// Job, sync: removes a socket from the watchers of queue set `op_data` happens in the region; reserved.
-    Reserved = 14,
+    /// Job. Wakes all who sleep on the socket's placeholder once more: a sleeper has taken another's wake-up byte.
+    Wake = 14,
     /// Send. New bytes (or datagrams) stand in the socket's send ring. One is pending per socket at most.
     Send = 32,
     /// Send. The guest read from a receive ring that had been full: the stack may go on receiving.

@@ -82,7 +82,8 @@ pub struct SocketEntry {
     pub kind: AtomicU32,
     /// Bytes that a full send ring must have free again before the socket is writable.
     pub tx_low_water: AtomicU32,
-    pub reserved0: AtomicU32,
+    /// How often the engine has sent wake-up bytes.
+    pub wakes: AtomicU32,
 
     // Line 1: names, written by the engine when it knows them; valid when `*_valid` is 1.
     /// Peer address of an accepted socket, as sockaddr_in or sockaddr_in6 bytes in 7 words.

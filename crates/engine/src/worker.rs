@@ -836,8 +836,10 @@ impl Worker {
                     End::Kept(_) => {}
                 }
                 // Who went to sleep on the placeholder before its other end was here missed what happened meanwhile.
-                let waiters = guest.service.region().socket(id).map_or(0, |entry| entry.waiters.load(SeqCst));
+                let entry = guest.service.region().socket(id);
+                let waiters = entry.map_or(0, |entry| entry.waiters.load(SeqCst));
                 if waiters != 0 {
+                    entry.inspect(|entry| _ = entry.wakes.fetch_add(1, SeqCst));
                     guest.ends.wake(id, waiters.min(netkernel_service::MAX_WAKE));
                 }
                 Ok(())

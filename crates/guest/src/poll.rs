@@ -9,7 +9,8 @@ use crate::next::next;
 use crate::socket::{self, Sock};
 use crate::sys::{self, raw};
 use crate::table::{self, Slot};
-use crate::{epoll, queue, wait};
+use crate::wait::{self, Share};
+use crate::{epoll, queue};
 
 /// Does any descriptor of the set need us?
 pub fn concerns(set: &[pollfd]) -> bool {
@@ -60,6 +61,7 @@ pub fn poll(set: &mut [pollfd], timeout_ns: i64, mask: *const libc::sigset_t) ->
     // The kernel's view: guest sockets are left out (or, when sleeping, stand for their wake-up bytes).
     let mut real: Vec<pollfd> = set.to_vec();
     let mut first = true;
+    let mut shares = Vec::new();
     loop {
         let ours = look(set);
         for (r, p) in real.iter_mut().zip(set.iter()) {
@@ -82,7 +84,7 @@ pub fn poll(set: &mut [pollfd], timeout_ns: i64, mask: *const libc::sigset_t) ->
                 continue;
             }
         }
-        match sleep(guest, set, &mut real, begin, timeout_ns, mask)? {
+        match sleep(guest, set, &mut real, &mut shares, begin, timeout_ns, mask)? {
             Sleep::Again => {}
             Sleep::Over => {
                 let ours = look(set);
@@ -139,6 +141,7 @@ fn sleep(
     guest: &Guest,
     set: &mut [pollfd],
     real: &mut [pollfd],
+    shares: &mut Vec<(u32, Share)>,
     begin: u64,
     timeout_ns: i64,
     mask: *const libc::sigset_t,
@@ -154,6 +157,9 @@ fn sleep(
             Slot::Socket(_) if p.fd >= 0 => {
                 if let Some(sock) = socket::find(p.fd) {
                     sock.entry.waiters.fetch_add(1, Ordering::SeqCst);
+                    if !shares.iter().any(|s| s.0 == sock.id) {
+                        shares.push((sock.id, Share::new(sock.entry)));
+                    }
                     socks.push(sock);
                     *r = pollfd { fd: p.fd, events: POLLIN, revents: 0 };
                 }
@@ -169,14 +175,11 @@ fn sleep(
     }
     fence(Ordering::SeqCst);
     let result = if ready || look(set) > 0 { Ok(Real(0)) } else { real_poll(real, left, mask) };
-    for sock in &socks {
-        sock.entry.waiters.fetch_sub(1, Ordering::SeqCst);
-    }
-    let n = result?;
     let mut theirs = 0;
-    for r in real.iter().filter(|r| r.fd >= 0 && r.revents != 0) {
+    let woken = if result.is_ok() { &real[..] } else { &[] };
+    for r in woken.iter().filter(|r| r.fd >= 0 && r.revents != 0) {
         match table::slot(r.fd) {
-            Slot::Socket(_) => {
+            Slot::Socket(id) => {
                 let mut byte = 0u8;
                 let got = if sys::confined() {
                     raw!(libc::SYS_read, r.fd, &mut byte as *mut u8, 1)
@@ -186,12 +189,21 @@ fn sleep(
                 if got == 0 {
                     guest::engine_is_gone();
                 }
+                if got == 1
+                    && let Some((_, share)) = shares.iter_mut().find(|s| s.0 == id)
+                    && let Some(sock) = socket::by_id(id, r.fd)
+                {
+                    share.took(guest, sock.entry, id);
+                }
             }
             Slot::None => theirs += 1,
             _ => {}
         }
     }
-    let _ = (n, guest);
+    for sock in &socks {
+        sock.entry.waiters.fetch_sub(1, Ordering::SeqCst);
+    }
+    result?;
     if theirs > 0 { Ok(Sleep::Kernel(Real(theirs))) } else { Ok(Sleep::Again) }
 }
 

@@ -416,7 +416,7 @@ impl Sock {
     }
 
     pub fn wait_for(&self, timeout_us: u64, ready: impl FnMut() -> bool) -> Result<()> {
-        wait::wait(self.guest, self.entry, self.fd, timeout_us, ready)
+        wait::wait(self.guest, self.entry, self.id, self.fd, timeout_us, ready)
     }
 
     fn job(

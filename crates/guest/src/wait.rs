@@ -2,7 +2,8 @@
 
 use core::sync::atomic::{Ordering, fence};
 
-use netkernel_abi::SocketEntry;
+use netkernel_abi::socket::state;
+use netkernel_abi::{Op, SocketEntry};
 use netkernel_ring::spin::Polling;
 
 use crate::guest::{self, Guest};
@@ -40,6 +41,7 @@ pub fn spin(guest: &Guest, mut ready: impl FnMut() -> bool) -> bool {
 pub fn wait(
     guest: &Guest,
     entry: &SocketEntry,
+    id: u32,
     fd: i32,
     timeout_us: u64,
     mut ready: impl FnMut() -> bool,
@@ -51,14 +53,22 @@ pub fn wait(
     let mut result = Ok(());
     if !spin(guest, &mut ready) {
         entry.waiters.fetch_add(1, Ordering::SeqCst);
+        let mut share = Share::new(entry);
+        let mut took = false;
         loop {
+            if took {
+                share.took(guest, entry, id);
+            }
             fence(Ordering::SeqCst);
             if ready() || guest::engine_gone() {
                 break;
             }
-            if let Err(errno) = sleep(fd, begin, timeout_us) {
-                result = Err(errno);
-                break;
+            match sleep(fd, begin, timeout_us) {
+                Ok(byte) => took = byte,
+                Err(errno) => {
+                    result = Err(errno);
+                    break;
+                }
             }
         }
         entry.waiters.fetch_sub(1, Ordering::SeqCst);
@@ -70,7 +80,42 @@ pub fn wait(
     result
 }
 
-fn sleep(fd: i32, begin: u64, timeout_us: u64) -> Result<(), i32> {
+/// A sleeper's share of the wake-up bytes of one socket. The engine sends one per sleeper; who wakes for nothing (a writer,
+/// when there is something to read) and lies down again at once may take the byte of another, who then sleeps on. So one
+/// byte a wake-up is a sleeper's own, and for any other that it took it has all woken again.
+#[derive(Clone, Copy)]
+pub struct Share {
+    last: u32,
+    excess: u32,
+}
+
+impl Share {
+    /// To be called after `waiters` was incremented.
+    pub fn new(entry: &SocketEntry) -> Share {
+        Share { last: entry.wakes.load(Ordering::SeqCst), excess: 0 }
+    }
+
+    /// A byte was taken; the caller still counts among the waiters.
+    pub fn took(&mut self, guest: &Guest, entry: &SocketEntry, id: u32) {
+        let wakes = entry.wakes.load(Ordering::SeqCst);
+        // All who sleep on a listener wait for the same.
+        let others = entry.waiters.load(Ordering::SeqCst) > 1
+            && entry.state.load(Ordering::Relaxed) & state::LISTENING == 0;
+        if !others || self.last != wakes {
+            self.excess = 0;
+        } else {
+            queue::post(guest, Op::Wake, id, 0);
+            // The others come first now; ever longer, should one of them be stopped.
+            let pause = libc::timespec { tv_sec: 0, tv_nsec: 50_000 << self.excess.min(10) };
+            raw!(libc::SYS_nanosleep, &pause as *const libc::timespec, 0);
+            self.excess += 1;
+        }
+        self.last = wakes;
+    }
+}
+
+/// True: a wake-up byte was taken.
+fn sleep(fd: i32, begin: u64, timeout_us: u64) -> Result<bool, i32> {
     let mut byte = 0u8;
     if timeout_us != 0 {
         let left = (timeout_us * 1000).saturating_sub(sys::now_ns() - begin);
@@ -85,7 +130,7 @@ fn sleep(fd: i32, begin: u64, timeout_us: u64) -> Result<(), i32> {
             return Err(-n as i32);
         }
         if n == 0 {
-            return Ok(());
+            return Ok(false);
         }
     }
     // libc's own functions, not the bare system calls: a blocked thread can be cancelled here.
@@ -99,10 +144,10 @@ fn sleep(fd: i32, begin: u64, timeout_us: u64) -> Result<(), i32> {
     match n {
         0 => {
             guest::engine_is_gone();
-            Ok(())
+            Ok(false)
         }
-        1 => Ok(()),
-        e if e == -(libc::EAGAIN as isize) => Ok(()),
+        1 => Ok(true),
+        e if e == -(libc::EAGAIN as isize) => Ok(false),
         e if e == -(libc::EINTR as isize) => Err(libc::EINTR),
         // The descriptor was closed by another thread.
         e => Err(-e as i32),

@@ -87,11 +87,16 @@ impl Events {
                 }
             }
         }
+        self.wake(id, most);
+        Ok(())
+    }
+
+    /// Wakes those who sleep on the socket's placeholder when the batch ends, `most` of them.
+    pub fn wake(&mut self, id: u32, most: u32) {
         match self.woken.last_mut() {
             Some((last, count)) if *last == id => *count = count.saturating_add(most),
             _ => self.woken.push((id, most)),
         }
-        Ok(())
     }
 
     fn push(&mut self, region: &Region, q: u32, mut element: Nqe) -> Result<(), Violation> {
@@ -156,6 +161,8 @@ impl Events {
             let Some(entry) = region.socket(id) else { continue };
             let waiters = entry.waiters.load(Acquire);
             if waiters != 0 {
+                // SYNC: wakes - changes before its bytes can be read.
+                entry.wakes.fetch_add(1, SeqCst);
                 host.wake(id, waiters.min(most).min(MAX_WAKE));
             }
         }

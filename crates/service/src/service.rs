@@ -1484,7 +1484,7 @@ impl Core {
             }
             // Hang-ups and channel messages of before are seen first.
             Op::Fence => Done::Again(0),
-            Op::Complete | Op::Event | Op::Reserved => return Err(Violation("not an operation of guests")),
+            Op::Complete | Op::Event => return Err(Violation("not an operation of guests")),
             _ => {
                 if cx.region.socket(id).is_none() {
                     return Err(Violation("element for a socket out of range"));
@@ -1708,7 +1708,11 @@ impl Core {
                     Err(errno) => Done::of(Err(errno)),
                 }
             }
-            Op::Release | Op::Fence | Op::Reserved | Op::Send | Op::Credit | Op::Complete | Op::Event => {
+            Op::Wake => {
+                self.events.wake(id, u32::MAX);
+                Done::Answer(0, 0, 0)
+            }
+            Op::Release | Op::Fence | Op::Send | Op::Credit | Op::Complete | Op::Event => {
                 Done::Answer(-libc::EINVAL, 0, 0)
             }
         })
