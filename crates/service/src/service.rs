@@ -1814,6 +1814,8 @@ impl Core {
     fn end_process(&mut self, cx: &mut Cx, tag: u32) -> Result<(), Violation> {
         let region = cx.region;
         let mut gone = Vec::new();
+        // An element of another process that waits for the channels to be read goes on waiting.
+        let waiting = self.held.take();
         // Queue sets that were never heard of are not touched: that would give them memory.
         for q in 0..(self.highest_queue + 8).min(self.events.queues.len() as u32) {
             let Some(set) = region.queue_set(q) else { break };
@@ -1837,6 +1839,7 @@ impl Core {
                 gone.push(q);
             }
         }
+        self.held = waiting;
         self.sweep_wanted = true;
         let mut at = Some(0);
         while let Some(id) = at {
