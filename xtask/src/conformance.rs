@@ -22,15 +22,37 @@ pub fn compare(cases: &[String]) -> Result<Tally> {
     let mut native = Command::new(PROGRAM);
     native.arg("run").args(cases);
     let (_, native) = capture(native, 10 * MINUTE, false)?;
+    let native = parse(&native);
+    let mut served = parse(&serve(cases)?);
+    let expected = std::fs::read_to_string(EXPECTED).with_context(|| format!("cannot read {EXPECTED}"))?;
+    let expected = parse_expected(&expected)?;
+    // What differs unexpectedly is run once more: what is as it should be then is told as flaky.
+    let differing: Vec<String> = native
+        .iter()
+        .filter(|(name, want)| served.get(*name) != Some(want) && !expected.contains_key(*name))
+        .map(|(name, _)| name.clone())
+        .collect();
+    if !differing.is_empty() && differing.len() < 12 {
+        for (name, got) in parse(&serve(&differing)?) {
+            if let Some(before) = served.insert(name.clone(), got.clone())
+                && before != got
+            {
+                println!("FLAKY  {name}: first {before}, then {got}");
+            }
+        }
+    }
+    let report = judge(&native, &served, &expected);
+    report.lines.iter().for_each(|line| println!("{line}"));
+    Ok(built.and(report.tally))
+}
+
+/// Runs cases as a guest.
+fn serve(cases: &[String]) -> Result<Vec<String>> {
     let mut served = Command::new(artifact("netkernel"));
     served
         .args(["run", "--private", "--stack", "cubic", "--name", "socktest", "--", PROGRAM, "run"])
         .args(cases);
-    let (_, served) = capture(served, 10 * MINUTE, false)?;
-    let expected = std::fs::read_to_string(EXPECTED).with_context(|| format!("cannot read {EXPECTED}"))?;
-    let report = judge(&parse(&native), &parse(&served), &parse_expected(&expected)?);
-    report.lines.iter().for_each(|line| println!("{line}"));
-    Ok(built.and(report.tally))
+    Ok(capture(served, 10 * MINUTE, false)?.1)
 }
 
 type Cases = BTreeMap<String, String>;
