@@ -417,3 +417,26 @@ CASE(pselect_mask)
     EQ(pselect(s[1] + 1, &r, NULL, NULL, &t, &block), 1);
     EQ(t.tv_sec, 15); /* pselect leaves it alone */
 }
+
+/* A thread that polls a socket twice (ssh: in and out are one), while another waits to write. */
+static void *poll_twice(void *a)
+{
+    int fd = *(int *)a;
+    struct pollfd p[2] = {{fd, POLLIN, 0}, {fd, POLLIN, 0}};
+    EQ(poll(p, 2, -1), 2);
+    return NULL;
+}
+
+CASE(poll_socket_twice)
+{
+    int s[2];
+    tcp_pair(s);
+    for (int i = 0; i < 50; i++) {
+        pthread_t t = thread(poll_twice, &s[1]);
+        if (i % 2)
+            usleep(2000);
+        say(s[0], "x");
+        OK(-pthread_join(t, NULL));
+        hear(s[1], "x");
+    }
+}

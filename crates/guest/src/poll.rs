@@ -156,6 +156,11 @@ fn sleep(
         match table::slot(p.fd) {
             Slot::Socket(_) if p.fd >= 0 => {
                 if let Some(sock) = socket::find(p.fd) {
+                    if socks.iter().any(|s| s.id == sock.id) {
+                        // A socket that stands in the set twice has one sleeper all the same.
+                        r.fd = -1;
+                        continue;
+                    }
                     sock.entry.waiters.fetch_add(1, Ordering::SeqCst);
                     if !shares.iter().any(|s| s.0 == sock.id) {
                         shares.push((sock.id, Share::new(sock.entry)));

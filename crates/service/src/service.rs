@@ -1110,7 +1110,9 @@ impl Core {
             && let Some(sock) = self.socks.get_mut(id)
         {
             let generation = sock.generation;
-            self.events.raise(region, entry, id, generation, IN, got)?;
+            // One sleeper a datagram; a sender that waits for room must not be that one.
+            let most = if entry.tx_wanted.load(Relaxed) != 0 { u32::MAX } else { got };
+            self.events.raise(region, entry, id, generation, IN, most)?;
         }
         Ok(())
     }
