@@ -19,6 +19,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   lint                 cargo fmt --check, cargo clippy -D warnings
   build                everything, in the profile that tests use
   test                 cargo test --workspace
+  loom                 all interleavings of the rings' two sides
   conformance [CASE..] the socket test program, natively and under NetKernel, compared line by line
   apps [ARGS..]        unmodified programs
   bench [ARGS..]       netkernel bench";
@@ -50,6 +51,7 @@ fn command(arguments: &[String]) -> Result<bool> {
         "lint" => lint()?,
         "build" => build()?,
         "test" => build()?.and(test()?),
+        "loom" => loom()?,
         "conformance" => build()?.and(conformance::compare(rest)?),
         "apps" => build()?.and(apps(rest)?),
         "bench" => release()?.and(bench(rest)?),
@@ -69,6 +71,7 @@ fn ci(arguments: &[String]) -> Result<bool> {
     steps.push(("lint", Box::new(lint)));
     steps.push(("build", Box::new(build)));
     steps.push(("test", Box::new(test)));
+    steps.push(("loom", Box::new(loom)));
     steps.push(("conformance", Box::new(|| conformance::compare(&[]))));
     steps.push(("apps", Box::new(|| apps(&[]))));
 
@@ -137,6 +140,13 @@ fn test() -> Result<Tally> {
         15 * MINUTE,
         step::count_tests,
     )
+}
+
+fn loom() -> Result<Tally> {
+    let mut command = cargo(&["test", "--profile", PROFILE, "-p", "netkernel-ring", "--test", "loom"]);
+    // A target directory of its own: the flag would make everything else stale.
+    command.env("RUSTFLAGS", "--cfg loom").args(["--target-dir", "target/loom"]);
+    run_counted(command, 10 * MINUTE, step::count_tests)
 }
 
 /// Scenarios that are known to fail, with what is known of the cause.

@@ -1,5 +1,4 @@
-//! All interleavings of the ring's two sides, and of doorbell suppression. Run by
-//! `RUSTFLAGS="--cfg loom" cargo test --release -p netkernel-ring --test loom --target-dir target/loom`.
+//! All interleavings of the ring's two sides, and of doorbell suppression: `cargo xtask loom`.
 #![cfg(loom)]
 
 use loom::sync::Arc;
