@@ -775,6 +775,12 @@ impl Worker {
             guest.service.doorbell(message.a)?;
             if let Some(bell) = guest.ends.doorbells.get_mut(message.a as usize) {
                 *bell = Some(fd);
+                // The guest uses the queue set since before this message: events may have found no doorbell, or been
+                // left out. It looks at everything once.
+                if let Some(set) = guest.service.region().queue_set(message.a) {
+                    set.overflow.store(1, SeqCst);
+                }
+                guest.ends.ring(message.a);
             }
             return Ok(());
         }
