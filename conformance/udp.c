@@ -462,6 +462,175 @@ CASE(udp_pktinfo)
     EQ(ntohl(i.ipi_addr.s_addr), INADDR_LOOPBACK);
 }
 
+/* Receives one datagram and notes its control messages: level, type, and the value if it is an int (a time is none). */
+static void control_of(int fd, size_t room)
+{
+    _Alignas(8) char buf[4], cb[512];
+    struct iovec v = {buf, 4};
+    struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = room ? cb : NULL, .msg_controllen = room};
+    EQ(recvmsg(fd, &m, 0), 1);
+    obs(m.msg_flags & MSG_CTRUNC ? "CTRUNC" : "whole");
+    obs("%zu", m.msg_controllen);
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(&m); c; c = CMSG_NXTHDR(&m, c)) {
+        int value = 0;
+        size_t n = c->cmsg_len - CMSG_LEN(0);
+        if (n <= sizeof value && c->cmsg_level != SOL_SOCKET)
+            memcpy(&value, CMSG_DATA(c), n);
+        obs("%d/%d/%zu/%d", c->cmsg_level, c->cmsg_type, n, value);
+    }
+}
+
+static void ask_for_control(int fd)
+{
+    setopt_int(fd, IPPROTO_IP, IP_PKTINFO, 1);
+    setopt_int(fd, IPPROTO_IP, IP_RECVTTL, 1);
+    setopt_int(fd, IPPROTO_IP, IP_RECVTOS, 1);
+    setopt_int(fd, SOL_SOCKET, SO_TIMESTAMPNS, 1);
+}
+
+CASE(udp_control_received)
+{
+    int a = bound(AF_INET, SOCK_DGRAM), b = bound(AF_INET, SOCK_DGRAM);
+    setopt_int(a, IPPROTO_IP, IP_TTL, 77);
+    setopt_int(a, IPPROTO_IP, IP_TOS, 0x10);
+    send_to(a, b, "x");
+    control_of(b, 512); /* nothing was asked for */
+    ask_for_control(b);
+    for (int i = 0; i < 6; i++)
+        send_to(a, b, "x");
+    control_of(b, 512);
+    control_of(b, 0);
+    control_of(b, 8);
+    control_of(b, 20); /* cut in the first one */
+    control_of(b, CMSG_SPACE(16) + CMSG_LEN(4));
+    control_of(b, CMSG_SPACE(16) + CMSG_SPACE(12) + 3);
+}
+
+CASE(udp_control_of_a_stamped_time)
+{
+    int a = bound(AF_INET, SOCK_DGRAM), b = bound(AF_INET, SOCK_DGRAM);
+    setopt_int(b, SOL_SOCKET, SO_TIMESTAMP, 1);
+    struct timespec before, after;
+    OK(clock_gettime(CLOCK_REALTIME, &before));
+    send_to(a, b, "x");
+    _Alignas(8) char buf[4], cb[128];
+    struct iovec v = {buf, 4};
+    struct msghdr m = {.msg_iov = &v, .msg_iovlen = 1, .msg_control = cb, .msg_controllen = sizeof cb};
+    EQ(recvmsg(b, &m, 0), 1);
+    OK(clock_gettime(CLOCK_REALTIME, &after));
+    struct cmsghdr *c = CMSG_FIRSTHDR(&m);
+    TRUE(c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SO_TIMESTAMP);
+    struct timeval t;
+    memcpy(&t, CMSG_DATA(c), sizeof t);
+    TRUE(t.tv_sec >= before.tv_sec - 1 && t.tv_sec <= after.tv_sec + 1);
+}
+
+CASE(udp_control_received_v6)
+{
+    need_ipv6();
+    int a = bound(AF_INET6, SOCK_DGRAM), b = bound(AF_INET6, SOCK_DGRAM);
+    setopt_int(b, IPPROTO_IPV6, IPV6_RECVPKTINFO, 1);
+    setopt_int(b, IPPROTO_IPV6, IPV6_RECVHOPLIMIT, 1);
+    setopt_int(b, IPPROTO_IPV6, IPV6_RECVTCLASS, 1);
+    setopt_int(a, IPPROTO_IPV6, IPV6_UNICAST_HOPS, 33);
+    send_to(a, b, "x");
+    control_of(b, 512);
+}
+
+static ssize_t send_control(int from, const union addr *to, socklen_t n, const char *s, void *cb, size_t len)
+{
+    struct iovec v = {(void *)s, strlen(s)};
+    struct msghdr m = {.msg_name = (void *)&to->sa, .msg_namelen = n, .msg_iov = &v, .msg_iovlen = 1};
+    m.msg_control = cb;
+    m.msg_controllen = len;
+    return sendmsg(from, &m, 0);
+}
+
+static size_t add_control(char *cb, size_t at, int level, int type, const void *data, size_t n)
+{
+    struct cmsghdr *c = (struct cmsghdr *)(cb + at);
+    c->cmsg_len = CMSG_LEN(n);
+    c->cmsg_level = level;
+    c->cmsg_type = type;
+    memcpy(CMSG_DATA(c), data, n);
+    return at + CMSG_SPACE(n);
+}
+
+CASE(udp_control_sent)
+{
+    int a = udp4(), b = bound(AF_INET, SOCK_DGRAM), ttl = 9, tos = 0x10;
+    _Alignas(8) char cb[256] = {0};
+    union addr to, from;
+    socklen_t n = name_of(b, &to), l = sizeof from;
+    struct in_pktinfo i = {0};
+    char buf[8];
+    i.ipi_spec_dst.s_addr = htonl(0x7f000002);
+    size_t at = add_control(cb, 0, IPPROTO_IP, IP_PKTINFO, &i, sizeof i);
+    at = add_control(cb, at, IPPROTO_IP, IP_TTL, &ttl, sizeof ttl);
+    at = add_control(cb, at, IPPROTO_IP, IP_TOS, &tos, sizeof tos);
+    setopt_int(b, IPPROTO_IP, IP_RECVTTL, 1);
+    setopt_int(b, IPPROTO_IP, IP_RECVTOS, 1);
+    EQ(send_control(a, &to, n, "x", cb, at), 1);
+    control_of(b, 512);
+    EQ(send_control(a, &to, n, "yz", cb, at), 2);
+    EQ(recvfrom(b, buf, 8, 0, &from.sa, &l), 2);
+    EQ(ntohl(from.in.sin_addr.s_addr), 0x7f000002);
+    send_to(a, b, "x"); /* the socket's own again */
+    control_of(b, 512);
+}
+
+CASE(udp_control_sent_v6)
+{
+    need_ipv6();
+    int a = OK(socket(AF_INET6, SOCK_DGRAM, 0)), b = bound(AF_INET6, SOCK_DGRAM), hops = 9;
+    _Alignas(8) char cb[256] = {0};
+    union addr to;
+    socklen_t n = name_of(b, &to);
+    struct in6_pktinfo i = {.ipi6_addr = IN6ADDR_LOOPBACK_INIT};
+    size_t at = add_control(cb, 0, IPPROTO_IPV6, IPV6_PKTINFO, &i, sizeof i);
+    at = add_control(cb, at, IPPROTO_IPV6, IPV6_HOPLIMIT, &hops, sizeof hops);
+    setopt_int(b, IPPROTO_IPV6, IPV6_RECVHOPLIMIT, 1);
+    EQ(send_control(a, &to, n, "x", cb, at), 1);
+    control_of(b, 512);
+}
+
+CASE(udp_control_that_is_wrong)
+{
+    int a = udp4(), b = bound(AF_INET, SOCK_DGRAM), v = 1;
+    _Alignas(8) char cb[256] = {0};
+    union addr to;
+    socklen_t n = name_of(b, &to);
+    size_t at = add_control(cb, 0, IPPROTO_IP, IP_TTL, &v, sizeof v);
+    ERR(send_control(a, &to, n, "x", cb, CMSG_LEN(4) - 1), EINVAL);
+    EQ(send_control(a, &to, n, "x", cb, 15), 1); /* too short to be one */
+    add_control(cb, 0, IPPROTO_IP, 99, &v, sizeof v);
+    ERR(send_control(a, &to, n, "x", cb, at), EINVAL);
+    add_control(cb, 0, IPPROTO_IP, IP_PKTINFO, &v, sizeof v);
+    ERR(send_control(a, &to, n, "x", cb, at), EINVAL);
+    add_control(cb, 0, SOL_SOCKET, 99, &v, sizeof v);
+    ERR(send_control(a, &to, n, "x", cb, at), EINVAL);
+    add_control(cb, 0, IPPROTO_TCP, 1, &v, sizeof v); /* another level is not looked at */
+    EQ(send_control(a, &to, n, "x", cb, at), 1);
+    ERR(send_control(a, &to, n, "x", NULL, at), EFAULT);
+    hear(b, "x");
+    hear(b, "x");
+    ERR(recv(b, cb, 8, MSG_DONTWAIT), EAGAIN);
+}
+
+CASE(udp_control_segments)
+{
+    int a = udp4(), b = bound(AF_INET, SOCK_DGRAM);
+    _Alignas(8) char cb[64] = {0};
+    union addr to;
+    socklen_t n = name_of(b, &to);
+    unsigned short size = 3;
+    size_t at = add_control(cb, 0, 17 /* SOL_UDP */, 103 /* UDP_SEGMENT */, &size, sizeof size);
+    EQ(send_control(a, &to, n, "abcdefgh", cb, at), 8);
+    hear(b, "abc");
+    hear(b, "def");
+    hear(b, "gh");
+}
+
 CASE(udp_broadcast_needs_option)
 {
     int s = udp4();

@@ -6,6 +6,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod ancillary;
 pub mod control;
 pub mod layout;
 pub mod nqe;
@@ -16,7 +17,7 @@ pub use nqe::{Nqe, Op};
 pub use socket::SocketEntry;
 
 /// Version of everything in this crate; both sides must have the same one.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// First eight bytes of a region: "NETKRNL1", little endian.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"NETKRNL1");
@@ -34,8 +35,8 @@ pub mod feature {
 }
 
 const _: () = {
-    // The layout of ABI version 1. A change here needs a new ABI_VERSION and a new line in docs/ABI.md.
-    assert!(ABI_VERSION == 1);
+    // The layout of ABI version 2. A change here needs a new ABI_VERSION and a new line in docs/ABI.md.
+    assert!(ABI_VERSION == 2);
     assert!(size_of::<Nqe>() == 32);
     assert!(size_of::<SocketEntry>() == 256);
     assert!(size_of::<QueueSet>() == 1024);

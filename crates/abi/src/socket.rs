@@ -145,19 +145,36 @@ pub struct Address {
     pub bytes: [u8; 28],
 }
 
-/// Precedes each datagram in a ring; the record is padded to a multiple of 8 bytes.
+/// Precedes each datagram in a ring: header, payload, padding to a multiple of 8 bytes, control messages.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DatagramHeader {
     /// Payload bytes that follow.
     pub len: u32,
-    /// Bytes of `address` in the low 8 bits, 0: none (connected socket).
+    /// Bytes of `address` in the low 8 bits, 0: none (connected socket). Bytes of control messages (see
+    /// [`ancillary`](crate::ancillary)), a multiple of 8, in the upper 16 bits.
     pub address_len: u32,
     /// Address in 6 words: family | port << 16 (network order), then 16 bytes of IPv4 (4 used) or IPv6 address, then scope.
     pub address: [u32; 6],
 }
 
-/// Ring bytes that a datagram of `len` payload bytes takes.
+impl DatagramHeader {
+    /// Bytes of control messages behind the payload and its padding.
+    pub const fn control_len(&self) -> u32 {
+        self.address_len >> 16
+    }
+
+    pub const fn set_control_len(&mut self, bytes: u32) {
+        self.address_len = self.address_len & 0xff | bytes << 16;
+    }
+
+    /// Ring bytes of the whole record; `len` must be checked before.
+    pub const fn record(&self) -> u32 {
+        datagram_record(self.len) + self.control_len()
+    }
+}
+
+/// Ring bytes that a datagram of `len` payload bytes takes, without control messages.
 pub const fn datagram_record(len: u32) -> u32 {
     32 + ((len + 7) & !7)
 }

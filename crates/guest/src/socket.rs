@@ -3,6 +3,7 @@
 use core::sync::atomic::{AtomicU32, Ordering, fence};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 
+use netkernel_abi::ancillary::{self, Fate, MAX_CONTROL};
 use netkernel_abi::control::{Message, kind};
 use netkernel_abi::nqe::flag;
 use netkernel_abi::socket::{ACCEPT_RECORD, DatagramHeader, datagram_record, gflag, state};
@@ -21,6 +22,15 @@ pub struct Sock {
     pub entry: &'static SocketEntry,
     pub id: u32,
     pub fd: i32,
+}
+
+/// What a receive tells beside the bytes.
+#[derive(Default)]
+pub struct Told {
+    /// Sender of a datagram.
+    pub from: Vec<u8>,
+    /// Control messages of a datagram.
+    pub control: Vec<u8>,
 }
 
 pub type Result<T> = core::result::Result<T, i32>;
@@ -909,8 +919,13 @@ impl Sock {
 
     /// `send`, `sendto`, `sendmsg`, `write`, `writev`.
     pub fn send(&self, buffers: Buffers, flags: i32, address: &[u8]) -> Result<usize> {
+        self.send_with(buffers, flags, address, &[])
+    }
+
+    /// `sendmsg` with control messages.
+    pub fn send_with(&self, buffers: Buffers, flags: i32, address: &[u8], control: &[u8]) -> Result<usize> {
         let result = if self.is_datagram() {
-            self.datagram_send(buffers, flags, address)
+            self.datagram_send(buffers, flags, address, control)
         } else {
             self.stream_send(total(buffers), flags, |p, at, n| {
                 let mut to = p;
@@ -931,14 +946,13 @@ impl Sock {
         result
     }
 
-    /// `recv`, `recvfrom`, `recvmsg`, `read`, `readv`. The second value is what `msg_flags` gets; `from` gets the
-    /// sender's address of a datagram.
-    pub fn receive(&self, buffers: Buffers, flags: i32, from: &mut Vec<u8>) -> Result<(usize, i32)> {
+    /// `recv`, `recvfrom`, `recvmsg`, `read`, `readv`. The second value is what `msg_flags` gets.
+    pub fn receive(&self, buffers: Buffers, flags: i32, told: &mut Told) -> Result<(usize, i32)> {
         if flags & libc::MSG_ERRQUEUE != 0 {
             return Err(libc::EAGAIN);
         }
         if self.is_datagram() {
-            return self.datagram_receive(buffers, flags, from);
+            return self.datagram_receive(buffers, flags, told);
         }
         if flags & libc::MSG_OOB != 0 {
             return self.receive_oob(buffers, flags).map(|n| (n, libc::MSG_OOB));
@@ -963,7 +977,7 @@ impl Sock {
 
     // ---- datagrams ---------------------------------------------------------------------------------------------
 
-    fn datagram_send(&self, buffers: Buffers, flags: i32, address: &[u8]) -> Result<usize> {
+    fn datagram_send(&self, buffers: Buffers, flags: i32, address: &[u8], control: &[u8]) -> Result<usize> {
         let len = total(buffers);
         let e = self.entry;
         if guest::engine_gone() {
@@ -986,14 +1000,16 @@ impl Sock {
         if address.is_empty() && s & state::CONNECTED == 0 {
             return Err(libc::EDESTADDRREQ);
         }
-        let header = encode_address(address, len as u32, self.flags() & gflag::V6 != 0)?;
+        let mut header = encode_address(address, len as u32, self.flags() & gflag::V6 != 0)?;
         if header.address_len != 0 && header.address[0] >> 16 == 0 {
             return Err(libc::EINVAL);
         }
         if header.address_len == 16 && header.address[1] == u32::MAX && self.flags() & gflag::BROADCAST == 0 {
             return Err(libc::EACCES);
         }
-        let record = datagram_record(len as u32);
+        let control = if control.is_empty() { Vec::new() } else { self.outgoing_control(control)? };
+        header.set_control_len(control.len() as u32);
+        let record = header.record();
         if e.tx_size.load(Ordering::Acquire) == 0 {
             self.job(Op::SendRing, 0, &[], 0, &mut [])?;
         }
@@ -1028,6 +1044,13 @@ impl Sock {
                             }
                         });
                     });
+                    if !control.is_empty() {
+                        let at = tail.wrapping_add(datagram_record(len as u32));
+                        ring.runs(at, control.len() as u32, |p, at, n| {
+                            // SAFETY: p has n bytes of the ring, control n more from `at`.
+                            unsafe { core::ptr::copy_nonoverlapping(control.as_ptr().add(at), p, n) }
+                        });
+                    }
                     e.tx_tail.store(tail.wrapping_add(record), Ordering::Release);
                     break;
                 }
@@ -1046,11 +1069,33 @@ impl Sock {
         Ok(len)
     }
 
-    fn datagram_receive(&self, buffers: Buffers, flags: i32, from: &mut Vec<u8>) -> Result<(usize, i32)> {
+    /// Checks control messages as Linux does, and drops those that it does not look at.
+    fn outgoing_control(&self, control: &[u8]) -> Result<Vec<u8>> {
+        let mut out = Vec::new();
+        for message in ancillary::messages(control) {
+            let message = message.map_err(|ancillary::Malformed| libc::EINVAL)?;
+            match message.fate(self.flags() & gflag::V6 != 0) {
+                Fate::Refuse(errno) => return Err(errno),
+                Fate::Ignore => {}
+                Fate::Pass => {
+                    out.extend_from_slice(
+                        &(ancillary::HEADER as u64 + message.data.len() as u64).to_ne_bytes(),
+                    );
+                    out.extend_from_slice(&message.level.to_ne_bytes());
+                    out.extend_from_slice(&message.kind.to_ne_bytes());
+                    out.extend_from_slice(message.data);
+                    out.resize(out.len().next_multiple_of(8), 0);
+                }
+            }
+        }
+        if out.len() > MAX_CONTROL as usize { Err(libc::ENOBUFS) } else { Ok(out) }
+    }
+
+    fn datagram_receive(&self, buffers: Buffers, flags: i32, told: &mut Told) -> Result<(usize, i32)> {
         let e = self.entry;
         let timeout = e.rcv_timeout_us.load(Ordering::Relaxed);
         loop {
-            if let Some(got) = self.take_datagram(buffers, flags, from)? {
+            if let Some(got) = self.take_datagram(buffers, flags, told)? {
                 return Ok(got);
             }
             let error = self.take_error();
@@ -1072,12 +1117,7 @@ impl Sock {
         }
     }
 
-    fn take_datagram(
-        &self,
-        buffers: Buffers,
-        flags: i32,
-        from: &mut Vec<u8>,
-    ) -> Result<Option<(usize, i32)>> {
+    fn take_datagram(&self, buffers: Buffers, flags: i32, told: &mut Told) -> Result<Option<(usize, i32)>> {
         let e = self.entry;
         let _lock = RegionLock::take(&e.rx_lock)?;
         let head = e.rx_head.load(Ordering::Relaxed);
@@ -1100,9 +1140,19 @@ impl Sock {
                 }
             });
         });
-        *from = decode_address(&header);
+        told.from = decode_address(&header);
+        // What the engine wrote is what it says; a wrong length must still not leave the ring.
+        let rest = used.saturating_sub(datagram_record(len));
+        let control = header.control_len().min(MAX_CONTROL).min(rest);
+        if control != 0 {
+            told.control.resize(control as usize, 0);
+            ring.runs(head.wrapping_add(datagram_record(len)), control, |p, at, n| {
+                // SAFETY: p has n bytes of the ring, the vector n more from `at`.
+                unsafe { core::ptr::copy_nonoverlapping(p, told.control.as_mut_ptr().add(at), n) }
+            });
+        }
         if flags & libc::MSG_PEEK == 0 {
-            let head = head.wrapping_add(datagram_record(len));
+            let head = head.wrapping_add(datagram_record(len)).wrapping_add(control);
             e.rx_head.store(head, Ordering::SeqCst);
             self.credit(head, ring.size);
         }
@@ -1187,7 +1237,7 @@ fn encode_address(address: &[u8], len: u32, v6: bool) -> Result<DatagramHeader> 
 fn decode_address(header: &DatagramHeader) -> Vec<u8> {
     let a = header.address;
     let mut out = Vec::with_capacity(28);
-    match header.address_len {
+    match header.address_len & 0xff {
         16 => {
             out.extend_from_slice(&a[0].to_ne_bytes());
             out.extend_from_slice(&a[1].to_ne_bytes());

@@ -4,6 +4,7 @@ use std::sync::atomic::{
     fence,
 };
 
+use netkernel_abi::ancillary::{self, Fate, MAX_CONTROL};
 use netkernel_abi::layout::{ACTIVE_WORDS, ARGUMENT_BYTES};
 use netkernel_abi::nqe::flag;
 use netkernel_abi::socket::{ACCEPT_RECORD, DatagramHeader, ENGINE_LOCK, datagram_record, state};
@@ -902,8 +903,10 @@ impl Core {
             sock.used_at = self.sweeps;
             let base = entry.tx_base.load(Relaxed);
             let mut batch =
-                [Datagram { data: crate::Segments::EMPTY, to: SocketAddress::default() }; DATAGRAM_BATCH];
+                [Datagram { data: crate::Segments::EMPTY, to: SocketAddress::default(), control: &[] };
+                    DATAGRAM_BATCH];
             let mut ends = [0u32; DATAGRAM_BATCH];
+            let (mut controls, mut control_ends, mut refused) = (Vec::new(), [0; DATAGRAM_BATCH], None);
             let (mut n, mut position, mut payload) = (0, sock.tx_head, 0u64);
             while n < DATAGRAM_BATCH && position != tail {
                 let left = tail.wrapping_sub(position);
@@ -913,8 +916,12 @@ impl Core {
                 }
                 ring_segments(region, sock.tx.offset(), size, base, position, 32).copy_to(&mut raw);
                 let header = header_from(&raw);
-                if header.len > MAX_DATAGRAM || datagram_record(header.len) > left {
+                let control = header.control_len();
+                if header.len > MAX_DATAGRAM || header.record() > left {
                     return Err(Violation("datagram longer than its ring"));
+                }
+                if control > MAX_CONTROL || !control.is_multiple_of(8) {
+                    return Err(Violation("control messages of a datagram"));
                 }
                 let to = match header.address_len & 0xff {
                     0 => SocketAddress::default(),
@@ -929,13 +936,40 @@ impl Core {
                     position.wrapping_add(32),
                     header.len,
                 );
-                position = position.wrapping_add(datagram_record(header.len));
-                batch[n] = Datagram { data, to };
+                if control != 0 {
+                    let at = position.wrapping_add(datagram_record(header.len));
+                    let from = controls.len();
+                    controls.resize(from + control as usize, 0);
+                    ring_segments(region, sock.tx.offset(), size, base, at, control)
+                        .copy_to(&mut controls[from..]);
+                    if let Err(errno) = sendable(&controls[from..], sock.domain) {
+                        if n == 0 {
+                            refused = Some(errno);
+                            ends[0] = position.wrapping_add(header.record());
+                        }
+                        controls.truncate(from);
+                        break;
+                    }
+                }
+                position = position.wrapping_add(header.record());
+                batch[n] = Datagram { data, to, control: &[] };
                 ends[n] = position;
+                control_ends[n] = controls.len();
                 payload += header.len as u64;
                 n += 1;
             }
-            match cx.stack.send_datagrams(sock.handle, &batch[..n]) {
+            if !controls.is_empty() {
+                let mut from = 0;
+                for (datagram, &end) in batch[..n].iter_mut().zip(&control_ends) {
+                    datagram.control = &controls[from..end];
+                    from = end;
+                }
+            }
+            let result = match refused {
+                Some(errno) => Err(errno),
+                None => cx.stack.send_datagrams(sock.handle, &batch[..n]),
+            };
+            match result {
                 Ok(k) if k > 0 => {
                     let k = k.min(n);
                     sock.tx_head = ends[k - 1];
@@ -1063,18 +1097,18 @@ impl Core {
             }
             let free = size - used;
             let needed = match free {
-                free if free >= datagram_record(MAX_DATAGRAM) => 0,
+                free if free >= datagram_record(MAX_DATAGRAM) + MAX_CONTROL => 0,
                 _ => datagram_record(
                     cx.stack.next_datagram(sock.handle).unwrap_or(0).min(MAX_DATAGRAM as usize) as u32,
                 ),
             };
-            if needed.max(32) > free {
+            if needed.max(32) + MAX_CONTROL > free {
                 if stall(entry, sock, size)? {
                     break;
                 }
                 continue;
             }
-            let room = (free - 32).min(MAX_DATAGRAM);
+            let room = (free - 32 - MAX_CONTROL).min(MAX_DATAGRAM);
             let into = ring_segments(
                 region,
                 sock.rx.offset(),
@@ -1083,14 +1117,23 @@ impl Core {
                 sock.rx_tail.wrapping_add(32),
                 room,
             );
-            match cx.stack.recv_datagram(sock.handle, &into) {
+            let mut control = [0u8; MAX_CONTROL as usize];
+            match cx.stack.recv_datagram(sock.handle, &into, &mut control) {
                 Ok(received) => {
                     let len = (received.bytes as u32).min(room);
                     let (address, address_len) = received.from.to_datagram();
-                    let header = header_bytes(&DatagramHeader { len, address_len, address });
-                    ring_segments(region, sock.rx.offset(), size, sock.rx_base, sock.rx_tail, 32)
-                        .copy_from(&header);
-                    sock.rx_tail = sock.rx_tail.wrapping_add(datagram_record(len));
+                    let mut header = DatagramHeader { len, address_len, address };
+                    let ring = (sock.rx.offset(), size, sock.rx_base);
+                    if received.control > 0 {
+                        let control = &control[..received.control.next_multiple_of(8).min(control.len())];
+                        header.set_control_len(control.len() as u32);
+                        let at = sock.rx_tail.wrapping_add(datagram_record(len));
+                        ring_segments(region, ring.0, ring.1, ring.2, at, header.control_len())
+                            .copy_from(control);
+                    }
+                    ring_segments(region, ring.0, ring.1, ring.2, sock.rx_tail, 32)
+                        .copy_from(&header_bytes(&header));
+                    sock.rx_tail = sock.rx_tail.wrapping_add(header.record());
                     sock.used_at = self.sweeps;
                     self.bytes_in += len as u64;
                     got += 1;
@@ -2009,6 +2052,19 @@ fn urgent(stack: &mut dyn Stack, entry: &SocketEntry, sock: &mut Sock) {
         }
     }
     entry.state.store(sock.state, Release);
+}
+
+/// Checks the control messages of a datagram: the stack's privileges are not the guest's.
+fn sendable(bytes: &[u8], domain: u16) -> Result<(), Errno> {
+    for message in ancillary::messages(bytes) {
+        match message.map(|m| m.fate(domain == libc::AF_INET6 as u16)) {
+            Ok(Fate::Pass) => {}
+            Ok(Fate::Refuse(errno)) => return Err(Errno(errno)),
+            // A correct guest drops what Linux does not look at.
+            Ok(Fate::Ignore) | Err(ancillary::Malformed) => return Err(Errno(libc::EINVAL)),
+        }
+    }
+    Ok(())
 }
 
 fn header_from(raw: &[u8; 32]) -> DatagramHeader {

@@ -105,14 +105,18 @@ pub struct ReceivedDatagram {
     pub bytes: usize,
     /// Sender, empty when not known.
     pub from: SocketAddress,
+    /// Bytes of control messages that were written.
+    pub control: usize,
 }
 
 /// One datagram to send.
 #[derive(Clone, Copy, Debug)]
-pub struct Datagram {
+pub struct Datagram<'a> {
     pub data: Segments,
     /// Empty: to the connected peer.
     pub to: SocketAddress,
+    /// Control messages, checked: none needs a privilege.
+    pub control: &'a [u8],
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -188,8 +192,13 @@ pub trait Stack: Send {
     /// Sends datagrams in order; says how many. An error is the first datagram's (nothing was sent then).
     fn send_datagrams(&mut self, handle: Handle, datagrams: &[Datagram]) -> Result<usize, Errno>;
 
-    /// Receives one datagram.
-    fn recv_datagram(&mut self, handle: Handle, into: &Segments) -> Result<ReceivedDatagram, Errno>;
+    /// Receives one datagram, and into `control` the control messages that the socket's options ask for.
+    fn recv_datagram(
+        &mut self,
+        handle: Handle,
+        into: &Segments,
+        control: &mut [u8],
+    ) -> Result<ReceivedDatagram, Errno>;
 
     /// Bytes of the next datagram that waits, 0 when none does.
     fn next_datagram(&mut self, handle: Handle) -> Result<usize, Errno>;

@@ -129,7 +129,7 @@ impl Stack for Fake {
         }
         Ok(n)
     }
-    fn recv_datagram(&mut self, _: Handle, _: &Segments) -> Result<ReceivedDatagram, Errno> {
+    fn recv_datagram(&mut self, _: Handle, _: &Segments, _: &mut [u8]) -> Result<ReceivedDatagram, Errno> {
         Err(Errno::AGAIN)
     }
     fn next_datagram(&mut self, _: Handle) -> Result<usize, Errno> {

@@ -36,15 +36,23 @@ const TCP_ZEROCOPY_RECEIVE_: i32 = 35;
 const TCP_TX_DELAY: i32 = 37;
 const IP_LOCAL_PORT_RANGE: i32 = 51;
 const UDP_SEGMENT_: i32 = 103;
+const UDP_GRO_: i32 = 104;
+const SO_TIMESTAMP_NEW: i32 = 63;
+const SO_TIMESTAMPNS_NEW: i32 = 64;
+const IP_RECVFRAGSIZE: i32 = 25;
+const IP_CHECKSUM: i32 = 23;
+const IPV6_2292PKTINFO: i32 = 2;
+const IPV6_2292HOPLIMIT: i32 = 8;
+const IPV6_RECVFRAGSIZE: i32 = 77;
 
 /// The rule for an option.
 pub fn rule(level: i32, name: i32) -> Rule {
     match level {
         SOL_SOCKET => match name {
             SO_REUSEADDR | SO_REUSEPORT | SO_KEEPALIVE | SO_BROADCAST | SO_OOBINLINE | SO_SNDBUF
-            | SO_RCVBUF | SO_DONTROUTE | SO_NO_CHECK | SO_MAX_PACING_RATE | SO_INCOMING_CPU | SO_TXREHASH => {
-                Pass
-            }
+            | SO_RCVBUF | SO_TIMESTAMP | SO_TIMESTAMPNS | SO_TIMESTAMP_NEW | SO_TIMESTAMPNS_NEW
+            | SO_RXQ_OVFL | SO_DONTROUTE | SO_NO_CHECK | SO_MAX_PACING_RATE | SO_INCOMING_CPU
+            | SO_TXREHASH => Pass,
             SO_LINGER => Linger,
             SO_PRIORITY => Priority,
             SO_TYPE | SO_PROTOCOL | SO_DOMAIN | SO_ACCEPTCONN | SO_ERROR | SO_COOKIE
@@ -101,8 +109,12 @@ pub fn rule(level: i32, name: i32) -> Rule {
             | IP_TTL
             | IP_MTU_DISCOVER
             | IP_RECVERR
+            | IP_PKTINFO
             | IP_RECVTTL
             | IP_RECVTOS
+            | IP_RECVORIGDSTADDR
+            | IP_RECVFRAGSIZE
+            | IP_CHECKSUM
             | IP_FREEBIND
             | IP_MINTTL
             | IP_BIND_ADDRESS_NO_PORT
@@ -136,6 +148,12 @@ pub fn rule(level: i32, name: i32) -> Rule {
             | IPV6_RECVERR
             | IPV6_TCLASS
             | IPV6_RECVTCLASS
+            | IPV6_RECVPKTINFO
+            | IPV6_2292PKTINFO
+            | IPV6_2292HOPLIMIT
+            | IPV6_FLOWINFO
+            | IPV6_RECVORIGDSTADDR
+            | IPV6_RECVFRAGSIZE
             | IPV6_RECVHOPLIMIT
             | IPV6_DONTFRAG
             | IPV6_AUTOFLOWLABEL
@@ -151,7 +169,7 @@ pub fn rule(level: i32, name: i32) -> Rule {
             _ => Deny(ENOPROTOOPT),
         },
         IPPROTO_UDP => match name {
-            UDP_CORK | UDP_SEGMENT_ => Pass,
+            UDP_CORK | UDP_SEGMENT_ | UDP_GRO_ => Pass,
             _ => Deny(ENOPROTOOPT),
         },
         _ => Deny(ENOPROTOOPT),

@@ -289,6 +289,10 @@ impl Stack for KernelStack {
             let message = &mut messages[i].msg_hdr;
             message.msg_iov = iovecs[i].as_mut_ptr();
             message.msg_iovlen = count as _;
+            if !datagram.control.is_empty() {
+                message.msg_control = datagram.control.as_ptr().cast_mut().cast();
+                message.msg_controllen = datagram.control.len();
+            }
             if !datagram.to.is_empty() {
                 message.msg_name = datagram.to.as_bytes().as_ptr().cast_mut().cast();
                 message.msg_namelen = datagram.to.as_bytes().len() as libc::socklen_t;
@@ -300,20 +304,31 @@ impl Stack for KernelStack {
         if sent < 0 { Err(last()) } else { Ok(sent as usize) }
     }
 
-    fn recv_datagram(&mut self, handle: Handle, into: &Segments) -> Result<ReceivedDatagram, Errno> {
+    fn recv_datagram(
+        &mut self,
+        handle: Handle,
+        into: &Segments,
+        control: &mut [u8],
+    ) -> Result<ReceivedDatagram, Errno> {
         let fd = self.fd(handle)?;
         let mut address = Address::new();
         let (iovecs, n) = into.iovecs();
         let mut message = header(&iovecs, n);
         message.msg_name = address.pointer().cast();
         message.msg_namelen = address.len;
-        // SAFETY: the header points to live iovecs and a name buffer of the length it says.
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = control.len();
+        // SAFETY: the header points to live iovecs, and to name and control buffers of the lengths it says.
         let received = unsafe { libc::recvmsg(fd, &mut message, libc::MSG_DONTWAIT) };
         if received < 0 {
             return Err(last());
         }
         address.len = message.msg_namelen;
-        Ok(ReceivedDatagram { bytes: received as usize, from: address.get() })
+        Ok(ReceivedDatagram {
+            bytes: received as usize,
+            from: address.get(),
+            control: message.msg_controllen.min(control.len()),
+        })
     }
 
     fn next_datagram(&mut self, handle: Handle) -> Result<usize, Errno> {

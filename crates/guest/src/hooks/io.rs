@@ -7,14 +7,14 @@ use libc::{iovec, off_t, size_t, ssize_t};
 use super::net::check_room;
 use super::{buffers, finish, guest_socket, one};
 use crate::next::next;
-use crate::socket::Sock;
+use crate::socket::{Sock, Told};
 use crate::sys::{self, raw};
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn read(fd: c_int, buf: *mut c_void, n: size_t) -> ssize_t {
     match guest_socket(fd) {
         Some(_) if n == 0 => 0,
-        Some(s) => finish(s.receive(&one(buf, n), 0, &mut Vec::new()).map(|r| r.0)),
+        Some(s) => finish(s.receive(&one(buf, n), 0, &mut Told::default()).map(|r| r.0)),
         None => next!(read(fd => c_int, buf => *mut c_void, n => size_t) -> ssize_t),
     }
 }
@@ -40,7 +40,9 @@ unsafe extern "C" fn readv(fd: c_int, iov: *const iovec, n: c_int) -> ssize_t {
         Some(s) => {
             // SAFETY: the program's own vectors.
             let iov = if n < 0 { None } else { unsafe { buffers(iov, n as usize) } };
-            finish(iov.ok_or(libc::EINVAL).and_then(|iov| s.receive(iov, 0, &mut Vec::new()).map(|r| r.0)))
+            finish(
+                iov.ok_or(libc::EINVAL).and_then(|iov| s.receive(iov, 0, &mut Told::default()).map(|r| r.0)),
+            )
         }
         None => next!(readv(fd => c_int, iov => *const iovec, n => c_int) -> ssize_t),
     }

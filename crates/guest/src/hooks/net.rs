@@ -3,10 +3,11 @@
 use core::ffi::{c_int, c_void};
 
 use libc::{iovec, msghdr, size_t, sockaddr, socklen_t, ssize_t};
-use netkernel_abi::Op;
+use netkernel_abi::{Op, ancillary};
 
 use super::{address, buffers, done, finish, finish_int, give_address, guest_socket, needed_address, one};
 use crate::next::next;
+use crate::socket::Told;
 use crate::{guest, options, socket, sys, table};
 
 #[unsafe(no_mangle)]
@@ -201,7 +202,19 @@ unsafe fn send_message(s: &socket::Sock, m: *const msghdr, flags: c_int) -> Resu
     let m = unsafe { &*m };
     // SAFETY: the program's own vectors and address.
     let (iov, to) = unsafe { (buffers(m.msg_iov, m.msg_iovlen), address(m.msg_name.cast(), m.msg_namelen)?) };
-    s.send(iov.ok_or(libc::EMSGSIZE)?, flags, to)
+    let control: &[u8] = if m.msg_controllen == 0 {
+        &[]
+    } else if m.msg_control.is_null() {
+        return Err(libc::EFAULT);
+    } else {
+        // More than Linux takes by default is ENOBUFS there too.
+        if m.msg_controllen > 131_072 {
+            return Err(libc::ENOBUFS);
+        }
+        // SAFETY: the program's own control buffer of the length it says.
+        unsafe { core::slice::from_raw_parts(m.msg_control.cast::<u8>(), m.msg_controllen) }
+    };
+    s.send_with(iov.ok_or(libc::EMSGSIZE)?, flags, to, control)
 }
 
 #[unsafe(no_mangle)]
@@ -238,7 +251,7 @@ unsafe extern "C" fn sendmmsg(fd: c_int, v: *mut libc::mmsghdr, n: u32, flags: c
 #[unsafe(no_mangle)]
 unsafe extern "C" fn recv(fd: c_int, buf: *mut c_void, n: size_t, flags: c_int) -> ssize_t {
     match guest_socket(fd) {
-        Some(s) => finish(s.receive(&one(buf, n), flags, &mut Vec::new()).map(|r| r.0)),
+        Some(s) => finish(s.receive(&one(buf, n), flags, &mut Told::default()).map(|r| r.0)),
         None => next!(recv(fd => c_int, buf => *mut c_void, n => size_t, flags => c_int) -> ssize_t),
     }
 }
@@ -277,10 +290,10 @@ unsafe extern "C" fn recvfrom(
         return next!(recvfrom(fd => c_int, buf => *mut c_void, n => size_t, flags => c_int, addr => *mut sockaddr,
             len => *mut socklen_t) -> ssize_t);
     };
-    let mut from = Vec::new();
-    finish(s.receive(&one(buf, n), flags, &mut from).map(|r| {
+    let mut told = Told::default();
+    finish(s.receive(&one(buf, n), flags, &mut told).map(|r| {
         // SAFETY: the program's own address buffer. A stream gives no address, as on Linux.
-        let _ = unsafe { give_address(&from, addr, len) };
+        let _ = unsafe { give_address(&told.from, addr, len) };
         r.0
     }))
 }
@@ -300,21 +313,58 @@ unsafe extern "C" fn __recvfrom_chk(
     unsafe { recvfrom(fd, buf, n, flags, addr, len) }
 }
 
+/// Gives control messages out as the kernel's put_cmsg does; says whether MSG_CTRUNC is to be set.
+///
+/// # Safety
+/// The header's control buffer must be null or valid for `msg_controllen` bytes.
+unsafe fn give_control(control: &[u8], m: &mut msghdr) -> c_int {
+    let room = if m.msg_control.is_null() { 0 } else { m.msg_controllen };
+    let mut done = 0;
+    let mut flags = 0;
+    for message in ancillary::messages(control).flatten() {
+        let left = room - done;
+        if left < ancillary::HEADER {
+            flags = libc::MSG_CTRUNC;
+            continue;
+        }
+        let whole = ancillary::HEADER + message.data.len();
+        let len = whole.min(left);
+        if len < whole {
+            flags = libc::MSG_CTRUNC;
+        }
+        let mut header = [0u8; ancillary::HEADER];
+        header[..8].copy_from_slice(&(len as u64).to_ne_bytes());
+        header[8..12].copy_from_slice(&message.level.to_ne_bytes());
+        header[12..].copy_from_slice(&message.kind.to_ne_bytes());
+        // SAFETY: `done + len` is at most `room`, which the caller vouches for.
+        unsafe {
+            let to = m.msg_control.cast::<u8>().add(done);
+            core::ptr::copy_nonoverlapping(header.as_ptr(), to, header.len());
+            let data = len - header.len();
+            core::ptr::copy_nonoverlapping(message.data.as_ptr(), to.add(header.len()), data);
+        }
+        done += whole.next_multiple_of(8).min(left);
+    }
+    m.msg_controllen = done;
+    flags
+}
+
 unsafe fn receive_message(s: &socket::Sock, m: *mut msghdr, flags: c_int) -> Result<usize, i32> {
     // SAFETY: the program's own message header.
     let m = unsafe { &mut *m };
     // SAFETY: the program's own vectors.
     let iov: &[iovec] = unsafe { buffers(m.msg_iov, m.msg_iovlen) }.ok_or(libc::EMSGSIZE)?;
-    let mut from = Vec::new();
-    let (n, out_flags) = s.receive(iov, flags, &mut from)?;
-    m.msg_flags = out_flags | flags & libc::MSG_CMSG_CLOEXEC;
-    m.msg_controllen = 0;
+    let mut told = Told::default();
+    let (n, out_flags) = s.receive(iov, flags, &mut told)?;
+    // SAFETY: the program's own control buffer of the length it says.
+    let truncated = unsafe { give_control(&told.control, m) };
+    m.msg_flags = out_flags | truncated | flags & libc::MSG_CMSG_CLOEXEC;
     if m.msg_name.is_null() {
         m.msg_namelen = 0;
     } else {
         let mut len = m.msg_namelen;
         // SAFETY: the program's own name buffer of msg_namelen bytes.
-        unsafe { give_address(&from, m.msg_name.cast(), &mut len) }?;
+        unsafe { give_address(&told.from, m.msg_name.cast(), &mut len) }?;
         m.msg_namelen = len;
     }
     Ok(n)

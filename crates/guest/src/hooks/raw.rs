@@ -6,6 +6,7 @@
 use core::ffi::{c_int, c_long};
 
 use super::guest_socket;
+use crate::socket::Told;
 use crate::sys;
 use crate::table::{self, Slot};
 use crate::{guest, next::next};
@@ -59,7 +60,7 @@ fn next_here(write: usize, fd: c_int, buffer: usize, n: usize) -> c_long {
             super::finish(if write == 1 {
                 s.send(&iov, 0, &[])
             } else {
-                s.receive(&iov, 0, &mut Vec::new()).map(|r| r.0)
+                s.receive(&iov, 0, &mut Told::default()).map(|r| r.0)
             }) as c_long
         }
         None if write == 1 => next!(write(fd => c_int, buffer => usize, n => usize) -> isize) as c_long,

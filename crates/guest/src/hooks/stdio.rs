@@ -32,7 +32,7 @@ unsafe extern "C" fn fdopen(fd: c_int, mode: *const c_char) -> *mut FILE {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn nk_stdio_read(fd: c_int, buf: *mut c_void, n: size_t) -> ssize_t {
     match guest_socket(fd) {
-        Some(s) => finish(s.receive(&one(buf, n), 0, &mut Vec::new()).map(|r| r.0)),
+        Some(s) => finish(s.receive(&one(buf, n), 0, &mut crate::socket::Told::default()).map(|r| r.0)),
         None => next!(read(fd => c_int, buf => *mut c_void, n => size_t) -> ssize_t),
     }
 }
