@@ -80,6 +80,8 @@ ops! {
     Disconnect = 13,
     /// Job. Wakes all who sleep on the socket's placeholder once more: a sleeper has taken another's wake-up byte.
     Wake = 14,
+    /// Job, sync. A listener that is ON_DEMAND: puts a connection into its ring if the ring is empty. -EAGAIN: there is none.
+    Accept = 15,
     /// Send. New bytes (or datagrams) stand in the socket's send ring. One is pending per socket at most.
     Send = 32,
     /// Send. The guest read from a receive ring that had been full: the stack may go on receiving.

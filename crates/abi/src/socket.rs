@@ -28,6 +28,10 @@ pub mod state {
     pub const CONNECT_FAILED: u32 = 1 << 10;
     /// `oob_position` is valid: the mark has not been passed.
     pub const OOB_MARK: u32 = 1 << 11;
+    /// A listener with a backlog so small that accepting ahead would show: [`crate::Op::Accept`] takes a connection.
+    pub const ON_DEMAND: u32 = 1 << 12;
+    /// Such a listener's queue, which is the stack's, has a connection.
+    pub const ACCEPTABLE: u32 = 1 << 13;
 }
 
 /// Bits of [`SocketEntry::flags`], written by the guest.

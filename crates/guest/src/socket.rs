@@ -363,7 +363,7 @@ impl Sock {
         let rx_end = s & state::RX_END != 0 || f & gflag::SHUT_RD != 0;
         let tx_end = s & state::TX_END != 0 || f & gflag::SHUT_WR != 0;
         if s & state::LISTENING != 0 {
-            if self.rx_used() > 0 {
+            if self.rx_used() > 0 || s & state::ACCEPTABLE != 0 {
                 mask |= input;
             }
             return mask as u32;
@@ -515,8 +515,19 @@ impl Sock {
             if guest::engine_gone() {
                 return Err(libc::ECONNABORTED);
             }
-            if self.state() & state::LISTENING == 0 {
+            let s = self.state();
+            if s & state::LISTENING == 0 {
                 return Err(libc::EINVAL);
+            }
+            if s & state::ON_DEMAND != 0
+                && self.rx_used() == 0
+                && (s & state::ACCEPTABLE != 0 || self.nonblock(0))
+            {
+                match self.job(Op::Accept, 0, &[], 0, &mut []) {
+                    Ok(_) => continue,
+                    Err(libc::EAGAIN) => {}
+                    Err(e) => return Err(e),
+                }
             }
             if self.rx_used() > 0 {
                 // The descriptors come first: a process at its limit leaves the connection queued, as on Linux.
@@ -539,7 +550,10 @@ impl Sock {
                 return Err(libc::EAGAIN);
             }
             let timeout = self.entry.rcv_timeout_us.load(Ordering::Relaxed);
-            self.wait_for(timeout, || self.rx_used() > 0 || self.state() & state::LISTENING == 0)?;
+            self.wait_for(timeout, || {
+                self.rx_used() > 0
+                    || self.state() & (state::LISTENING | state::ACCEPTABLE) != state::LISTENING
+            })?;
         }
     }
 

@@ -145,6 +145,8 @@ const VISIT_BYTES: u32 = 1 << 20;
 const VISIT_ROUNDS: u32 = 4;
 const VISIT_DATAGRAMS: u32 = 64;
 const VISIT_ACCEPTS: u32 = 64;
+/// Listeners up to this backlog accept on demand: one connection more than the program asked for would be many.
+const SMALL_BACKLOG: i32 = 1;
 /// Elements of one queue set in one turn.
 const QUEUE_BATCH: u32 = 64;
 const DATAGRAM_BATCH: usize = 16;
@@ -1175,6 +1177,57 @@ impl Core {
     }
 
     fn accept(&mut self, cx: &mut Cx, listener: u32) -> Result<(), Violation> {
+        match self.socks.get(listener) {
+            Some(sock) if sock.state & state::ON_DEMAND != 0 => self.offer(cx, listener),
+            _ => self.accept_ahead(cx, listener, false),
+        }
+    }
+
+    /// Says whether a listener that accepts on demand has a connection.
+    fn offer(&mut self, cx: &mut Cx, listener: u32) -> Result<(), Violation> {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(listener), cx.region.socket(listener)) else {
+            return Ok(());
+        };
+        if sock.bits & RX_READY == 0 || sock.state & state::LISTENING == 0 {
+            return Ok(());
+        }
+        sock.bits &= !RX_READY;
+        let acceptable = cx.stack.acceptable(sock.handle);
+        sock.state = (sock.state & !state::ACCEPTABLE) | if acceptable { state::ACCEPTABLE } else { 0 };
+        let generation = sock.generation;
+        self.publish_state(cx, listener);
+        if acceptable {
+            self.events.raise(cx.region, entry, listener, generation, IN, 1)?;
+        }
+        Ok(())
+    }
+
+    fn job_accept(&mut self, cx: &mut Cx, listener: u32) -> Result<Done, Violation> {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(listener), cx.region.socket(listener)) else {
+            return Ok(Done::Answer(-libc::EBADF, 0, 0));
+        };
+        if sock.state & state::LISTENING == 0 {
+            return Ok(Done::Answer(-libc::EINVAL, 0, 0));
+        }
+        if sock.state & state::ON_DEMAND == 0 {
+            return Ok(Done::Answer(0, 0, 0));
+        }
+        sock.bits |= RX_READY;
+        self.accept_ahead(cx, listener, true)?;
+        let Some(sock) = self.socks.get_mut(listener) else { return Ok(Done::Answer(-libc::EBADF, 0, 0)) };
+        if sock.rx_tail != entry.rx_head.load(Acquire) {
+            sock.bits |= RX_READY;
+            self.offer(cx, listener)?;
+            return Ok(Done::Answer(0, 0, 0));
+        }
+        // None; or the stack lacks something (RX_READY stands then), which is offered again later.
+        sock.state &= !state::ACCEPTABLE;
+        self.publish_state(cx, listener);
+        Ok(Done::Answer(-libc::EAGAIN, 0, 0))
+    }
+
+    /// Accepts into the listener's ring, as far ahead as its backlog allows; `demanded`: one connection, if there is none.
+    fn accept_ahead(&mut self, cx: &mut Cx, listener: u32, demanded: bool) -> Result<(), Violation> {
         let region = cx.region;
         let Some(entry) = region.socket(listener) else { return Ok(()) };
         let mut new = 0;
@@ -1193,6 +1246,9 @@ impl Core {
             let head = entry.rx_head.load(Acquire);
             let used = bytes::used(head, sock.rx_tail, size).map_err(|_| Violation("accept position"))?;
             let most = (sock.link / 2).clamp(1, size / ACCEPT_RECORD - 1);
+            if demanded && used > 0 {
+                break;
+            }
             if used.div_ceil(ACCEPT_RECORD) >= most {
                 entry.rx_stalled.store(1, SeqCst);
                 fence(SeqCst);
@@ -1252,7 +1308,7 @@ impl Core {
                 sock.record = record;
                 sock.bits |= inherited;
             }
-            new += 1;
+            new += u32::from(!demanded);
             if new == 1 {
                 self.events.raise(region, entry, listener, generation, IN, 0)?;
             }
@@ -1634,6 +1690,7 @@ impl Core {
                     Err(errno) => Done::of(Err(errno)),
                 }
             }
+            Op::Accept => self.job_accept(cx, id)?,
             Op::Listen => self.job_listen(cx, id, nqe.op_data as u32 as i32)?,
             Op::Connect => {
                 if sock.state & state::CONNECTING != 0 {
@@ -1788,7 +1845,11 @@ impl Core {
         }
         sock.kind = Kind::Listener;
         sock.link = if backlog < 0 { 4096 } else { backlog.min(4096) as u32 };
-        sock.state = (sock.state & !state::RX_END) | state::LISTENING | state::BOUND;
+        sock.state &= !(state::RX_END | state::ON_DEMAND | state::ACCEPTABLE);
+        sock.state |= state::LISTENING | state::BOUND;
+        if (0..=SMALL_BACKLOG).contains(&backlog) {
+            sock.state |= state::ON_DEMAND;
+        }
         sock.bits |= RX_READY;
         self.publish_state(cx, id);
         self.accept(cx, id)?;

@@ -177,6 +177,9 @@ pub trait Stack: Send {
     /// Takes the oldest complete connection of a listener; `key` is the new socket's. EAGAIN: there is none.
     fn accept(&mut self, listener: Handle, key: u64) -> Result<Accepted, Errno>;
 
+    /// True when [`accept`](Stack::accept) would find a connection.
+    fn acceptable(&mut self, listener: Handle) -> bool;
+
     /// Sends stream bytes; says how many were taken. A stack that keeps bytes must copy them.
     fn send(&mut self, handle: Handle, data: &Segments, flags: SendFlags) -> Result<usize, Errno>;
 

@@ -84,6 +84,9 @@ impl Stack for Fake {
         self.backlog -= 1;
         Ok(Accepted { handle: self.insert(key), peer: SocketAddress::default() })
     }
+    fn acceptable(&mut self, _: Handle) -> bool {
+        self.backlog > 0
+    }
     fn send(&mut self, handle: Handle, data: &Segments, flags: SendFlags) -> Result<usize, Errno> {
         let cut = 1 + self.random(data.len() as u64 * 2) as usize;
         let peer = self.peer(handle);

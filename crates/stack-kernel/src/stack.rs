@@ -219,6 +219,13 @@ impl Stack for KernelStack {
         Ok(Accepted { handle, peer: address.get() })
     }
 
+    fn acceptable(&mut self, listener: Handle) -> bool {
+        let Ok(fd) = self.fd(listener) else { return false };
+        let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd, valid for reads and writes.
+        unsafe { libc::poll(&mut poll, 1, 0) == 1 }
+    }
+
     fn send(&mut self, handle: Handle, data: &Segments, flags: SendFlags) -> Result<usize, Errno> {
         let fd = self.fd(handle)?;
         let mut kernel_flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
