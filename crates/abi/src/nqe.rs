@@ -76,7 +76,8 @@ ops! {
     Release = 11,
     /// Job, sync. Does nothing: everything pushed before was seen. Completion: 0.
     Fence = 12,
-    /// Job, sync: disconnects a datagram socket (connect to AF_UNSPEC).
+    /// Job, sync: disconnects (connect to AF_UNSPEC). For a stream the guest holds both locks and empties the receive ring
+    /// afterwards; the engine empties the send ring.
     Disconnect = 13,
     /// Job. Wakes all who sleep on the socket's placeholder once more: a sleeper has taken another's wake-up byte.
     Wake = 14,

@@ -456,7 +456,7 @@ impl Sock {
 
     pub fn connect(&self, address: &[u8]) -> Result<()> {
         if address.len() >= 2 && u16::from_ne_bytes([address[0], address[1]]) == libc::AF_UNSPEC as u16 {
-            return self.job(Op::Disconnect, 0, &[], 0, &mut []).map(|_| ());
+            return self.disconnect();
         }
         let s = self.state();
         if s & state::DATAGRAM == 0 {
@@ -470,7 +470,7 @@ impl Sock {
                 if self.nonblock(0) {
                     return Err(libc::EALREADY);
                 }
-                return self.finish_connect();
+                return self.finish_connect(libc::EALREADY);
             }
             if s & state::CONNECT_FAILED != 0 && begun {
                 self.set_flag(gflag::CONNECT_BEGUN, false);
@@ -482,17 +482,32 @@ impl Sock {
             Ok(_) => Ok(()),
             Err(libc::EINPROGRESS) => {
                 self.set_flag(gflag::CONNECT_BEGUN, true);
-                if self.nonblock(0) { Err(libc::EINPROGRESS) } else { self.finish_connect() }
+                if self.nonblock(0) { Err(libc::EINPROGRESS) } else { self.finish_connect(libc::EINPROGRESS) }
             }
             Err(e) => Err(e),
         }
     }
 
-    fn finish_connect(&self) -> Result<()> {
+    /// `connect` to AF_UNSPEC. A stream is as new afterwards: what was unread or unsent is gone, the peer sees a reset.
+    fn disconnect(&self) -> Result<()> {
+        if self.is_datagram() {
+            return self.job(Op::Disconnect, 0, &[], 0, &mut []).map(|_| ());
+        }
+        let e = self.entry;
+        let _reader = RegionLock::take(&e.rx_lock)?;
+        let _writer = RegionLock::take(&e.tx_lock)?;
+        self.job(Op::Disconnect, 0, &[], 0, &mut [])?;
+        e.rx_head.store(e.rx_tail.load(Ordering::Acquire), Ordering::SeqCst);
+        self.set_flag(gflag::CONNECT_BEGUN | gflag::SHUT_RD | gflag::SHUT_WR, false);
+        Ok(())
+    }
+
+    /// `late`: the errno when SO_SNDTIMEO is over first.
+    fn finish_connect(&self, late: i32) -> Result<()> {
         let over = state::CONNECTED | state::CONNECT_FAILED | state::DEAD;
         let timeout = self.entry.snd_timeout_us.load(Ordering::Relaxed);
         match self.wait_for(timeout, || self.state() & over != 0) {
-            Err(libc::EAGAIN) => return Err(libc::EINPROGRESS),
+            Err(libc::EAGAIN) => return Err(late),
             other => other?,
         }
         self.set_flag(gflag::CONNECT_BEGUN, false);
@@ -618,7 +633,9 @@ impl Sock {
         }
         if s & state::CONNECTED == 0 || s & state::DEAD != 0 || guest::engine_gone() {
             if s & state::CONNECTING != 0 {
-                queue::post(self.guest, Op::Shutdown, self.id, how as u64);
+                self.job(Op::Shutdown, how as u64, &[], 0, &mut [])?;
+                // Nothing connects any more.
+                self.set_flag(gflag::CONNECT_BEGUN, self.state() & state::CONNECTING != 0);
                 return Ok(());
             }
             return Err(libc::ENOTCONN);
@@ -864,7 +881,9 @@ impl Sock {
             if s & state::LISTENING != 0
                 || (s & (state::CONNECTED | state::DEAD | state::CONNECT_FAILED | state::CONNECTING) == 0)
             {
-                return Err(libc::ENOTCONN);
+                // One that was disconnected may have an error to tell.
+                let error = self.take_error();
+                return Err(if error != 0 { error } else { libc::ENOTCONN });
             }
             let begin = done;
             if len == 0 && self.rx_used() > 0 {

@@ -1707,6 +1707,9 @@ impl Core {
                     // The kernel tells the end of the connect before (whose SO_ERROR was taken) once more; now it is told.
                     result = cx.stack.connect(handle, &address);
                 }
+                if result.is_ok() && sock.kind == Kind::Stream {
+                    entry.error.store(0, Relaxed);
+                }
                 match result {
                     Ok(Connect::Done) => {
                         sock.state |= state::CONNECTED | state::BOUND;
@@ -1728,11 +1731,13 @@ impl Core {
                 }
             }
             Op::Disconnect => {
-                if sock.kind != Kind::Datagram {
+                if sock.kind == Kind::Listener {
                     return Ok(Done::Answer(-libc::EOPNOTSUPP, 0, 0));
                 }
                 let result = cx.stack.disconnect(handle);
-                if result.is_ok() {
+                if result.is_ok() && sock.kind == Kind::Stream {
+                    self.disconnected(cx, id)?;
+                } else if result.is_ok() {
                     sock.state &= !state::CONNECTED;
                     self.publish_state(cx, id);
                 }
@@ -1820,6 +1825,24 @@ impl Core {
         })
     }
 
+    /// The stack has disconnected a stream socket: it is as new, but for the error that it may have.
+    fn disconnected(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return Ok(()) };
+        let errno = cx.stack.take_error(sock.handle).err().map_or(0, |e| e.0);
+        sock.tx_head = entry.tx_tail.load(Acquire);
+        entry.tx_head.store(sock.tx_head, Release);
+        sock.error = 0;
+        sock.bits &= QUEUED | STARVED | LINGER_0 | UNTAKEN | SUSPECT;
+        sock.state &= state::OPEN | state::BOUND;
+        for word in [&entry.oob, &entry.peer_len, &entry.local_len, &entry.rx_stalled] {
+            word.store(0, Relaxed);
+        }
+        entry.error.store(errno as u32, Relaxed);
+        let generation = sock.generation;
+        self.publish_state(cx, id);
+        self.events.raise(cx.region, entry, id, generation, IN | OUT | ERR | HUP, u32::MAX)
+    }
+
     fn job_listen(&mut self, cx: &mut Cx, id: u32, backlog: i32) -> Result<Done, Violation> {
         let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else {
             return Ok(Done::Answer(-libc::EBADF, 0, 0));
@@ -1903,7 +1926,9 @@ impl Core {
                 }
                 let Some(sock) = self.socks.get_mut(id) else { return Ok(Done::Answer(-libc::EBADF, 0, 0)) };
                 let result = cx.stack.shutdown(sock.handle, how);
-                if result.is_ok() && sock.kind == Kind::Datagram {
+                if result.is_ok() && read && sock.state & state::CONNECTING != 0 {
+                    self.disconnected(cx, id)?;
+                } else if result.is_ok() && sock.kind == Kind::Datagram {
                     sock.state |=
                         if read { state::RX_END } else { 0 } | if write { state::TX_END } else { 0 };
                     let generation = sock.generation;

@@ -171,7 +171,8 @@ pub trait Stack: Send {
 
     fn connect(&mut self, handle: Handle, address: &SocketAddress) -> Result<Connect, Errno>;
 
-    /// Dissolves the association of a datagram socket (connect to AF_UNSPEC).
+    /// Dissolves the association of a datagram socket (connect to AF_UNSPEC). A stream socket is reset and as new.
+    /// [`shutdown`](Stack::shutdown) of reading while a connect is under way does the same, as on Linux.
     fn disconnect(&mut self, handle: Handle) -> Result<(), Errno>;
 
     /// Takes the oldest complete connection of a listener; `key` is the new socket's. EAGAIN: there is none.

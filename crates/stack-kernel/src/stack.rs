@@ -187,6 +187,9 @@ impl Stack for KernelStack {
     }
 
     fn disconnect(&mut self, handle: Handle) -> Result<(), Errno> {
+        if let Some(socket) = self.sockets.get_mut(handle.0 as usize) {
+            socket.ended = false;
+        }
         let unspecified = [0u8; 16];
         // SAFETY: the address is valid for reads of its length.
         check(unsafe { libc::connect(self.fd(handle)?, unspecified.as_ptr().cast(), 16) })
