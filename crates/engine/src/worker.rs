@@ -98,9 +98,17 @@ struct Ends {
     watch: Arc<Watch>,
     /// A doorbell would not let go; the guest made it block.
     blocked: bool,
-    doorbells: Vec<Option<OwnedFd>>,
+    doorbells: Vec<Bell>,
     rings: u64,
     wakes: u64,
+}
+
+/// What rings for a queue set.
+enum Bell {
+    None,
+    /// None so far, but it should have rung: the guest uses a queue set before its message was read.
+    Owed,
+    Some(OwnedFd),
 }
 
 impl Host for Ends {
@@ -122,11 +130,15 @@ impl Host for Ends {
         if self.blocked {
             return;
         }
-        if let Some(Some(fd)) = self.doorbells.get(queue_set as usize) {
-            self.rings += 1;
-            if !self.watch.write(fd.as_raw_fd()) {
-                self.blocked = true;
+        match self.doorbells.get_mut(queue_set as usize) {
+            Some(Bell::Some(fd)) => {
+                self.rings += 1;
+                if !self.watch.write(fd.as_raw_fd()) {
+                    self.blocked = true;
+                }
             }
+            Some(bell) => *bell = Bell::Owed,
+            None => {}
         }
     }
 }
@@ -296,7 +308,7 @@ impl Worker {
             Ok(again) => {
                 if guest.service.has_released() {
                     for q in guest.service.take_released() {
-                        guest.ends.doorbells[q as usize] = None;
+                        guest.ends.doorbells[q as usize] = Bell::None;
                     }
                 }
                 if again {
@@ -642,7 +654,7 @@ impl Worker {
             .add_readable(new.channel.as_raw_fd(), Source::Channel(slot as u32, 0))
             .map_err(resource)?;
         let mut doorbells = Vec::new();
-        doorbells.resize_with(limits.queue_sets as usize, || None);
+        doorbells.resize_with(limits.queue_sets as usize, || Bell::None);
         self.guests[slot] = Some(Box::new(Guest {
             id: new.id,
             nsm: new.nsm,
@@ -773,13 +785,9 @@ impl Worker {
                 return Err(Violation("doorbell that is not an eventfd"));
             }
             guest.service.doorbell(message.a)?;
-            if let Some(bell) = guest.ends.doorbells.get_mut(message.a as usize) {
-                *bell = Some(fd);
-                // The guest uses the queue set since before this message: events may have found no doorbell, or been
-                // left out. It looks at everything once.
-                if let Some(set) = guest.service.region().queue_set(message.a) {
-                    set.overflow.store(1, SeqCst);
-                }
+            if let Some(bell) = guest.ends.doorbells.get_mut(message.a as usize)
+                && matches!(std::mem::replace(bell, Bell::Some(fd)), Bell::Owed)
+            {
                 guest.ends.ring(message.a);
             }
             return Ok(());
@@ -888,7 +896,7 @@ impl Worker {
             return self.violation(slot, violation);
         }
         for q in guest.service.take_released() {
-            guest.ends.doorbells[q as usize] = None;
+            guest.ends.doorbells[q as usize] = Bell::None;
         }
         self.warm(slot);
         self.maybe_over(slot);

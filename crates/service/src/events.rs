@@ -46,6 +46,8 @@ pub struct Events {
     /// Sockets whose sleepers may have to wake, with the most that it helps to wake.
     woken: Vec<(u32, u32)>,
     pub raised: u64,
+    /// There was an event for all doorbells.
+    pub broadcast: bool,
 }
 
 impl Events {
@@ -70,6 +72,7 @@ impl Events {
         element.op_data = hints as u64;
         element.status = generation as i32;
         if entry.broadcast.load(Relaxed) != 0 {
+            self.broadcast = true;
             for q in 0..self.queues.len() as u32 {
                 if self.queues[q as usize].doorbell {
                     self.push(region, q, element)?;

@@ -310,7 +310,15 @@ impl Service {
     pub fn doorbell(&mut self, q: u32) -> Result<(), Violation> {
         self.core.highest_queue = self.core.highest_queue.max(q);
         match self.core.events.queues.get_mut(q as usize) {
-            Some(state) => state.doorbell = true,
+            Some(state) => {
+                state.doorbell = true;
+                // It uses the queue set since before this message, so that it may have been left out.
+                if self.core.events.broadcast
+                    && let Some(set) = self.region.queue_set(q)
+                {
+                    set.overflow.store(1, SeqCst);
+                }
+            }
             None => return Err(Violation("doorbell of a queue set out of range")),
         }
         Ok(())
