@@ -54,7 +54,10 @@ fn clients_gone(ctx: &Ctx) -> Result<()> {
         stream.write_all(b"show stat -1 1 -1\n")?;
         let mut table = String::new();
         stream.read_to_string(&mut table)?;
-        let front = table.lines().find(|i| i.starts_with("front,FRONTEND,")).context("no frontend in haproxy's table")?;
+        let front = table
+            .lines()
+            .find(|i| i.starts_with("front,FRONTEND,"))
+            .context("no frontend in haproxy's table")?;
         // pxname, svname, qcur, qmax, scur: the current sessions.
         Ok(front.split(',').nth(4) == Some("0"))
     })
