@@ -114,6 +114,57 @@ CASE(oob_sigurg)
     TRUE(sig_count >= 1);
 }
 
+/* Each of many is told of, at its own place. */
+CASE(oob_many)
+{
+    int s[2];
+    char b[8], want;
+    tcp_pair(s);
+    for (int i = 0; i < 50; i++) {
+        want = 'a' + i % 26;
+        say(s[0], "xyz");
+        EQ(send(s[0], &want, 1, MSG_OOB), 1);
+        say(s[0], "12");
+        wait_all(s[1], POLLPRI);
+        EQ(recv(s[1], b, 1, MSG_OOB), 1);
+        EQ(b[0], want);
+        recv_all(s[1], b, 3);
+        MEMEQ(b, "xyz", 3);
+        EQ(sockatmark(s[1]), 1);
+        recv_all(s[1], b, 2);
+        MEMEQ(b, "12", 2);
+        EQ(sockatmark(s[1]), 0);
+    }
+}
+
+CASE(oob_sigio)
+{
+    int s[2], l = listener(AF_INET, 4);
+    char c;
+    tcp_pair(s);
+    on_signal(SIGIO, SA_RESTART);
+    OK(fcntl(s[1], F_SETOWN, getpid()));
+    OK(fcntl(s[1], F_SETFL, O_ASYNC | O_NONBLOCK));
+    EQ(fcntl(s[1], F_GETFL) & (O_ASYNC | O_NONBLOCK), O_ASYNC | O_NONBLOCK);
+    for (int n = 0; n < 1000; n++) {
+        sig_count = 0;
+        say(s[0], "!");
+        for (int i = 0; i < 5000 && !sig_count; i++)
+            nap(1);
+        TRUE(sig_count >= 1);
+        wait_ev(s[1], POLLIN);
+        EQ(recv(s[1], &c, 1, 0), 1);
+    }
+    int on = 1, me = getpid();
+    OK(ioctl(l, SIOCSPGRP, &me));
+    OK(ioctl(l, FIOASYNC, &on));
+    sig_count = 0;
+    connected(l);
+    for (int i = 0; i < 5000 && !sig_count; i++)
+        nap(1);
+    TRUE(sig_count >= 1);
+}
+
 CASE(oob_udp_refuses)
 {
     int s[2];

@@ -30,8 +30,6 @@ pub mod flag {
     pub const SYNC: u8 = 1 << 0;
     /// More data will follow (MSG_MORE).
     pub const MORE: u8 = 1 << 1;
-    /// Send urgent data (MSG_OOB): the last byte written is urgent.
-    pub const OOB: u8 = 1 << 2;
 }
 
 macro_rules! ops {
@@ -83,6 +81,8 @@ ops! {
     Wake = 14,
     /// Job, sync. A listener that is ON_DEMAND: puts a connection into its ring if the ring is empty. -EAGAIN: there is none.
     Accept = 15,
+    /// Job, sync. `op_data`: position behind a byte that is urgent (MSG_OOB) and that the guest publishes when it has the answer.
+    Urgent = 16,
     /// Send. New bytes (or datagrams) stand in the socket's send ring. One is pending per socket at most.
     Send = 32,
     /// Send. The guest read from a receive ring that had been full: the stack may go on receiving.

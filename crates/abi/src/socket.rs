@@ -37,6 +37,7 @@ pub mod state {
 /// Bits of [`SocketEntry::flags`], written by the guest.
 pub mod gflag {
     pub const NONBLOCK: u32 = 1 << 0;
+    /// O_ASYNC, on the placeholder too: every event comes with a wake-up byte, so that the kernel sends SIGIO.
     pub const ASYNC: u32 = 1 << 1;
     pub const OOB_INLINE: u32 = 1 << 2;
     /// shutdown(SHUT_RD) or (SHUT_WR) was called (the engine will confirm in `state`).
@@ -48,6 +49,8 @@ pub mod gflag {
     pub const CONNECT_BEGUN: u32 = 1 << 6;
     /// SO_BROADCAST is set.
     pub const BROADCAST: u32 = 1 << 7;
+    /// The placeholder has an owner (F_SETOWN): urgent data comes with a byte sent by MSG_OOB, so that the kernel sends SIGURG.
+    pub const OWNED: u32 = 1 << 8;
 }
 
 /// How many epoll instances a socket can name; with more, [`SocketEntry::broadcast`] makes every event go to all

@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, mpsc};
 
+use netkernel_service::URGENT_WAKE;
 use netkernel_shm::fds;
 
 use crate::engine::{lock, write_eventfd};
@@ -239,9 +240,13 @@ impl Table {
 /// Puts `count` wake-up bytes into a placeholder pair. A full pair means that there are enough.
 pub fn send_wakes(fd: RawFd, count: u32) {
     let bytes = [0u8; 64];
-    let n = (count as usize).min(bytes.len());
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    let (n, flags) = match count {
+        URGENT_WAKE => (1, flags | libc::MSG_OOB),
+        _ => ((count as usize).min(bytes.len()), flags),
+    };
     // SAFETY: n bytes, valid for reads.
-    unsafe { libc::send(fd, bytes.as_ptr().cast(), n, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
+    unsafe { libc::send(fd, bytes.as_ptr().cast(), n, flags) };
 }
 
 #[cfg(test)]

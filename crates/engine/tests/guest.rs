@@ -120,7 +120,7 @@ fn what_was_written_before_close_is_delivered() {
     let mut sent = 0;
     let full = std::time::Instant::now();
     while sent < data.len() && full.elapsed() < Duration::from_millis(500) {
-        sent += guest.try_send(socket.id, &data[sent..], 0);
+        sent += guest.try_send(socket.id, &data[sent..]);
     }
     guest.end_process();
     drop(socket);
@@ -214,7 +214,9 @@ fn urgent_bytes() {
     until("the mark", || guest.state(socket.id) & state::OOB_MARK != 0);
     assert_eq!(guest.entry(socket.id).oob_position.load(Acquire), 3);
     // And out.
-    assert_eq!(guest.try_send(socket.id, b"xy?", netkernel_abi::nqe::flag::OOB), 3);
+    let behind = guest.entry(socket.id).tx_tail.load(Acquire) + 3;
+    assert_eq!(guest.job(Op::Urgent, socket.id, behind as u64, &[], 0).0, 0);
+    assert_eq!(guest.try_send(socket.id, b"xy?"), 3);
     let mut byte = [0u8];
     until("urgent byte at the peer", || {
         // SAFETY: one byte, valid for writes.

@@ -7,7 +7,7 @@ use netkernel_abi::socket::{gflag, state};
 use netkernel_abi::{Nqe, Op};
 
 use crate::queue;
-use crate::socket::{Result, Sock};
+use crate::socket::{Result, SIOCATMARK, Sock};
 
 const SO_RCVTIMEO_NEW: i32 = 66;
 const SO_SNDTIMEO_NEW: i32 = 67;
@@ -164,7 +164,6 @@ pub fn ioctl(sock: &Sock, request: u64, argument: *mut i32) -> Result<Ioctl> {
         // SAFETY: the caller passes an int, as these requests demand.
         Ok(unsafe { *argument } != 0)
     };
-    const SIOCATMARK: u64 = 0x8905;
     const SIOCOUTQNSD: u64 = 0x894B;
     match request {
         libc::FIONBIO => {
@@ -173,8 +172,15 @@ pub fn ioctl(sock: &Sock, request: u64, argument: *mut i32) -> Result<Ioctl> {
         }
         libc::FIOASYNC => {
             sock.set_flag(gflag::ASYNC, on()?);
-            Ok(Ioctl::Done)
+            Ok(Ioctl::Bypass)
         }
+        // FIOSETOWN, SIOCSPGRP
+        0x8901 | 0x8902 => {
+            sock.set_flag(gflag::OWNED, on()?);
+            Ok(Ioctl::Bypass)
+        }
+        // FIOGETOWN, SIOCGPGRP
+        0x8903 | 0x8904 => Ok(Ioctl::Bypass),
         libc::FIONREAD => {
             if sock.state() & state::LISTENING != 0 {
                 return Err(libc::EINVAL);

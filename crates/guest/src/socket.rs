@@ -47,6 +47,8 @@ pub fn by_id(id: u32, fd: i32) -> Option<Sock> {
     Some(Sock { guest, entry: guest.region.socket(id)?, id, fd })
 }
 
+pub const SIOCATMARK: u64 = 0x8905;
+
 /// A set of program buffers, as in `struct iovec`; addresses are the program's own.
 pub type Buffers<'a> = &'a [libc::iovec];
 
@@ -526,6 +528,7 @@ impl Sock {
         if self.is_datagram() {
             return Err(libc::EOPNOTSUPP);
         }
+        self.make_room_for_signals();
         loop {
             if guest::engine_gone() {
                 return Err(libc::ECONNABORTED);
@@ -773,7 +776,12 @@ impl Sock {
             }
         });
         if put > 0 {
-            e.tx_tail.store(tail.wrapping_add(put as u32), Ordering::Release);
+            let end = tail.wrapping_add(put as u32);
+            if flags & libc::MSG_OOB != 0 {
+                // The engine must know before it can see the byte.
+                self.job(Op::Urgent, end as u64, &[], 0, &mut [])?;
+            }
+            e.tx_tail.store(end, Ordering::Release);
         }
         drop(lock);
         if put > 0 {
@@ -788,14 +796,8 @@ impl Sock {
     }
 
     fn announce_send(&self, flags: i32) {
-        let mut nqe_flags = 0;
-        if flags & libc::MSG_MORE != 0 {
-            nqe_flags |= flag::MORE;
-        }
-        if flags & libc::MSG_OOB != 0 {
-            nqe_flags |= flag::OOB;
-        }
-        if self.entry.tx_pending.swap(1, Ordering::SeqCst) == 0 || nqe_flags & flag::OOB != 0 {
+        let nqe_flags = if flags & libc::MSG_MORE != 0 { flag::MORE } else { 0 };
+        if self.entry.tx_pending.swap(1, Ordering::SeqCst) == 0 {
             queue::send(self.guest, Op::Send, self.id, nqe_flags, self.entry.tx_tail.load(Ordering::Relaxed));
         }
     }
@@ -948,6 +950,15 @@ impl Sock {
         Ok(1)
     }
 
+    /// With O_ASYNC every event leaves a byte in the placeholder, for SIGIO. They are taken out here, before that is full.
+    #[inline]
+    fn make_room_for_signals(&self) {
+        if self.flags() & gflag::ASYNC != 0 && self.entry.waiters.load(Ordering::SeqCst) == 0 {
+            let mut bytes = [0u8; 256];
+            raw!(libc::SYS_recvfrom, self.fd, bytes.as_mut_ptr(), bytes.len(), libc::MSG_DONTWAIT, 0, 0);
+        }
+    }
+
     // ---- what both kinds share ---------------------------------------------------------------------------------
 
     /// `send`, `sendto`, `sendmsg`, `write`, `writev`.
@@ -984,6 +995,7 @@ impl Sock {
         if flags & libc::MSG_ERRQUEUE != 0 {
             return Err(libc::EAGAIN);
         }
+        self.make_room_for_signals();
         if self.is_datagram() {
             return self.datagram_receive(buffers, flags, told);
         }
@@ -1206,6 +1218,10 @@ impl Sock {
 
     /// `ioctl(SIOCATMARK)`.
     pub fn at_mark(&self) -> bool {
+        if self.state() & (state::OOB | state::OOB_MARK) == state::OOB {
+            // The engine has the byte and goes on to its mark: what was begun before the answer is done then.
+            let _ = self.ioctl_job(SIOCATMARK);
+        }
         self.state() & state::OOB_MARK != 0
             && self.entry.oob_position.load(Ordering::Relaxed) == self.entry.rx_head.load(Ordering::Relaxed)
     }

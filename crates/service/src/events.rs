@@ -5,7 +5,7 @@ use std::sync::atomic::{
     fence,
 };
 
-use netkernel_abi::socket::WATCHERS;
+use netkernel_abi::socket::{WATCHERS, gflag};
 use netkernel_abi::{Nqe, Op, SocketEntry};
 use netkernel_shm::Region;
 
@@ -14,6 +14,8 @@ use crate::service::{Host, Violation};
 
 /// Most wake-up bytes for one socket and batch.
 pub const MAX_WAKE: u32 = 64;
+/// Instead of a number of wake-up bytes: one byte of urgent data.
+pub const URGENT_WAKE: u32 = u32::MAX;
 
 /// The engine's own positions in the rings of a queue set.
 #[derive(Clone, Copy, Debug, Default)]
@@ -45,6 +47,8 @@ pub struct Events {
     completed: Vec<u32>,
     /// Sockets whose sleepers may have to wake, with the most that it helps to wake.
     woken: Vec<(u32, u32)>,
+    /// Sockets with new urgent data.
+    urgent: Vec<u32>,
     pub raised: u64,
     /// There was an event for all doorbells.
     pub broadcast: bool,
@@ -102,6 +106,11 @@ impl Events {
         }
     }
 
+    /// There is new urgent data: who owns the socket is told when the batch ends.
+    pub fn urgent(&mut self, id: u32) {
+        self.urgent.push(id);
+    }
+
     fn push(&mut self, region: &Region, q: u32, mut element: Nqe) -> Result<(), Violation> {
         let (Some(ring), Some(set)) = (region.receive(q), region.queue_set(q)) else { return Ok(()) };
         let state = &mut self.queues[q as usize];
@@ -135,7 +144,10 @@ impl Events {
     }
 
     pub fn has_pending(&self) -> bool {
-        !(self.rang.is_empty() && self.completed.is_empty() && self.woken.is_empty())
+        !(self.rang.is_empty()
+            && self.completed.is_empty()
+            && self.woken.is_empty()
+            && self.urgent.is_empty())
     }
 
     /// The end of a batch: doorbells, futexes and wake-up bytes for those who sleep.
@@ -162,11 +174,19 @@ impl Events {
         }
         for (id, most) in self.woken.drain(..) {
             let Some(entry) = region.socket(id) else { continue };
-            let waiters = entry.waiters.load(Acquire);
+            let mut waiters = entry.waiters.load(Acquire);
+            if waiters == 0 && entry.flags.load(Relaxed) & gflag::ASYNC != 0 {
+                waiters = 1;
+            }
             if waiters != 0 {
                 // SYNC: wakes - changes before its bytes can be read.
                 entry.wakes.fetch_add(1, SeqCst);
                 host.wake(id, waiters.min(most).min(MAX_WAKE));
+            }
+        }
+        for id in self.urgent.drain(..) {
+            if region.socket(id).is_some_and(|entry| entry.flags.load(Relaxed) & gflag::OWNED != 0) {
+                host.wake(id, URGENT_WAKE);
             }
         }
     }

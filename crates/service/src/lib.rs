@@ -19,7 +19,7 @@ mod stack;
 mod table;
 
 pub use address::SocketAddress;
-pub use events::MAX_WAKE;
+pub use events::{MAX_WAKE, URGENT_WAKE};
 pub use memory::{GuestBytes, Segments};
 pub use service::{Drained, Host, Service, SocketInfo, Stats, Violation};
 pub use stack::{

@@ -24,7 +24,7 @@ pub struct Violation(pub &'static str);
 
 /// What a [`Service`] needs of its engine: to wake sleepers by descriptors that the engine holds.
 pub trait Host {
-    /// Puts `count` bytes into the placeholder pair of a socket.
+    /// Puts `count` bytes into the placeholder pair of a socket; [`crate::URGENT_WAKE`]: one byte, as urgent data.
     fn wake(&mut self, socket: u32, count: u32);
     /// Writes the eventfd of a queue set.
     fn ring(&mut self, queue_set: u32);
@@ -553,6 +553,7 @@ impl Core {
                 }
                 if readiness.has(Readiness::URGENT) {
                     sock.bits |= URGENT | MARK;
+                    self.events.urgent(id);
                 }
                 if readiness.has(Readiness::ERROR)
                     && sock.state & (state::RX_END | state::DEAD) == state::RX_END
@@ -816,9 +817,9 @@ impl Core {
             let mut urgent = false;
             if sock.bits & TX_URGENT != 0 {
                 let until = sock.tx_mark.wrapping_sub(sock.tx_head);
-                if until == 0 || until > len {
+                if until as i32 <= 0 {
                     sock.bits &= !TX_URGENT;
-                } else {
+                } else if until <= len {
                     len = until;
                     urgent = true;
                 }
@@ -1653,15 +1654,9 @@ impl Core {
     }
 
     fn element_send(&mut self, cx: &mut Cx, id: u32, nqe: Nqe) -> Result<(), Violation> {
-        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return Ok(()) };
+        let Some(entry) = cx.region.socket(id) else { return Ok(()) };
         // SYNC: tx-pending - cleared before the tail is read: a writer that finds it set knows that its bytes are seen.
         entry.tx_pending.swap(0, SeqCst);
-        if nqe.flags & flag::OOB != 0 {
-            let tail = entry.tx_tail.load(Acquire);
-            let (mark, used) = (nqe.position.wrapping_sub(sock.tx_head), tail.wrapping_sub(sock.tx_head));
-            sock.tx_mark = if mark > 0 && mark <= used { nqe.position } else { tail };
-            sock.bits |= TX_URGENT;
-        }
         self.send(cx, id, nqe.flags & flag::MORE != 0)
     }
 
@@ -1697,6 +1692,17 @@ impl Core {
                     Err(Errno(libc::EADDRINUSE)) => Done::Again(libc::EADDRINUSE),
                     Err(errno) => Done::of(Err(errno)),
                 }
+            }
+            Op::Urgent => {
+                let mark = nqe.op_data as u32;
+                if sock.kind != Kind::Stream
+                    || !(1..=sock.tx.size()).contains(&mark.wrapping_sub(sock.tx_head))
+                {
+                    return Ok(Done::Answer(-libc::EINVAL, 0, 0));
+                }
+                sock.tx_mark = mark;
+                sock.bits |= TX_URGENT;
+                Done::Answer(0, 0, 0)
             }
             Op::Accept => self.job_accept(cx, id)?,
             Op::Listen => self.job_listen(cx, id, nqe.op_data as u32 as i32)?,
@@ -2126,8 +2132,10 @@ fn urgent(stack: &mut dyn Stack, entry: &SocketEntry, sock: &mut Sock) {
     if sock.bits & URGENT != 0 {
         match stack.recv_urgent(sock.handle) {
             Ok(byte) => {
-                entry.oob.store(256 | byte as u32, Relaxed);
                 sock.state = (sock.state | state::OOB) & !state::OOB_MARK;
+                entry.state.store(sock.state, Release);
+                // SYNC: oob - who sees the byte sees that the mark before is no longer the one.
+                entry.oob.store(256 | byte as u32, Release);
                 sock.bits &= !URGENT;
             }
             Err(errno) if errno.would_block() => {}

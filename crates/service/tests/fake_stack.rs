@@ -269,7 +269,7 @@ impl Rig {
         }
     }
 
-    fn write(&mut self, id: u32, data: &[u8], flags: u8) -> usize {
+    fn write(&mut self, id: u32, data: &[u8]) -> usize {
         let (_, size, _) = self.ring(id, true);
         let e = self.entry(id);
         let (head, tail) = (e.tx_head.load(Acquire), e.tx_tail.load(Relaxed));
@@ -282,9 +282,7 @@ impl Rig {
             let e = self.entry(id);
             e.tx_tail.store(tail.wrapping_add(n as u32), SeqCst);
             e.tx_pending.store(1, SeqCst);
-            let mut nqe = Nqe::new(Op::Send, 0, id);
-            nqe.flags = flags;
-            self.push(true, nqe);
+            self.push(true, Nqe::new(Op::Send, 0, id));
         }
         n
     }
@@ -321,7 +319,7 @@ fn streams_survive_every_way_of_cutting_them() {
             match rig.stack.random(5) {
                 0 | 1 => {
                     let n = 1 + rig.stack.random(40_000) as usize;
-                    written += rig.write(1, &data[written..(written + n).min(total)], 0);
+                    written += rig.write(1, &data[written..(written + n).min(total)]);
                 }
                 2 => {
                     let room = rig.stack.random(50_000) as usize;
@@ -373,7 +371,7 @@ fn close_and_shutdown_come_after_what_was_written() {
     let mut rig = Rig::new(1);
     let handle = rig.connected(1);
     rig.stack.peer(handle).room = 5;
-    assert_eq!(rig.write(1, b"0123456789", 0), 10);
+    assert_eq!(rig.write(1, b"0123456789"), 10);
     rig.push(false, Nqe { op_data: 1, ..Nqe::new(Op::Shutdown, 0, 1) });
     rig.turn().unwrap();
     assert!(!rig.stack.peer(handle).shut);
@@ -386,7 +384,7 @@ fn close_and_shutdown_come_after_what_was_written() {
     assert!(rig.stack.peer(handle).shut && rig.stack.peer(handle).sent == b"0123456789");
     let handle = rig.connected(2);
     rig.stack.peer(handle).room = 0;
-    rig.write(2, b"abc", 0);
+    rig.write(2, b"abc");
     rig.turn().unwrap();
     rig.service.close(&mut rig.stack, 2).unwrap();
     assert!(rig.stack.closed.is_empty(), "lingers");
@@ -463,9 +461,11 @@ fn urgent_data_ends_where_it_was_written() {
     let mut rig = Rig::new(1);
     let handle = rig.connected(1);
     rig.stack.peer(handle).room = 0;
-    rig.write(1, b"ab!", flag::OOB);
+    assert_eq!(rig.job(Op::Urgent, 1, 1 << 20), -libc::EINVAL);
+    assert_eq!(rig.job(Op::Urgent, 1, 3), 0);
+    rig.write(1, b"ab!");
     rig.turn().unwrap();
-    rig.write(1, b"cdef", 0);
+    rig.write(1, b"cdef");
     rig.turn().unwrap();
     rig.stack.peer(handle).room = 1000;
     for _ in 0..20 {

@@ -270,7 +270,7 @@ impl Guest {
     }
 
     /// Writes as much as there is room for; 0: none. Under the writer's lock.
-    pub fn try_send(&self, id: u32, data: &[u8], flags: u8) -> usize {
+    pub fn try_send(&self, id: u32, data: &[u8]) -> usize {
         let e = self.entry(id);
         if e.tx_lock.compare_exchange(0, 1, SeqCst, SeqCst).is_err() {
             return 0;
@@ -289,10 +289,8 @@ impl Guest {
             e.tx_tail.store(tail.wrapping_add(n as u32), Release);
         }
         e.tx_lock.store(0, SeqCst);
-        if n > 0 && (e.tx_pending.swap(1, SeqCst) == 0 || flags != 0) {
-            let mut nqe = Nqe::new(Op::Send, self.q as u16, id);
-            nqe.flags = flags;
-            self.push(true, nqe);
+        if n > 0 && e.tx_pending.swap(1, SeqCst) == 0 {
+            self.push(true, Nqe::new(Op::Send, self.q as u16, id));
         }
         if n < data.len() {
             e.tx_wanted.store(1, SeqCst);
@@ -302,7 +300,7 @@ impl Guest {
 
     pub fn send_all(&self, id: u32, mut data: &[u8]) {
         until("all bytes sent", || {
-            let n = self.try_send(id, data, 0);
+            let n = self.try_send(id, data);
             data = &data[n..];
             data.is_empty()
         });

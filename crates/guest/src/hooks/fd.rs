@@ -178,6 +178,9 @@ unsafe extern "C" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
     dup_onto(fd, to, flags, true)
 }
 
+/// Not in the libc crate.
+const F_SETOWN_EX: c_int = 15;
+
 // fcntl and ioctl have one optional argument, which travels in a register whether it was passed or not.
 unsafe fn fcntl_common(fd: c_int, command: c_int, argument: c_long) -> c_int {
     let slot = table::slot(fd);
@@ -200,10 +203,12 @@ unsafe fn fcntl_common(fd: c_int, command: c_int, argument: c_long) -> c_int {
                 s.set_flag(gflag::NONBLOCK, argument as c_int & libc::O_NONBLOCK != 0);
                 s.set_flag(gflag::ASYNC, argument as c_int & libc::O_ASYNC != 0);
                 // The placeholder itself stays blocking: sleeping on it is how this library waits.
-                let rest = argument & !((libc::O_NONBLOCK | libc::O_ASYNC) as c_long);
+                let rest = argument & !(libc::O_NONBLOCK as c_long);
                 raw!(libc::SYS_fcntl, fd, libc::F_SETFL, rest);
                 return 0;
             }
+            libc::F_SETOWN => s.set_flag(gflag::OWNED, argument != 0),
+            F_SETOWN_EX => s.set_flag(gflag::OWNED, true),
             _ => {}
         }
     }
@@ -224,6 +229,14 @@ unsafe extern "C" fn fcntl(fd: c_int, command: c_int, argument: c_long) -> c_int
 unsafe extern "C" fn fcntl64(fd: c_int, command: c_int, argument: c_long) -> c_int {
     // SAFETY: the same contract.
     unsafe { fcntl_common(fd, command, argument) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn sockatmark(fd: c_int) -> c_int {
+    match guest_socket(fd) {
+        Some(s) => s.at_mark() as c_int,
+        None => next!(sockatmark(fd => c_int) -> c_int),
+    }
 }
 
 #[unsafe(no_mangle)]
