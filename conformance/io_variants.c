@@ -296,6 +296,40 @@ CASE(io_preadv2_minus_one_is_readv)
     wait_bytes(s[1], 3);
     EQ(preadv2(s[1], &r, 1, -1, 0), 3);
     ERR(preadv2(s[1], &r, 1, -1, RWF_NOWAIT), EAGAIN);
+    ERR(preadv2(s[1], &r, 1, -1, 1 << 20), EOPNOTSUPP);
+    EQ(pwritev2(s[0], &w, 1, -1, RWF_NOWAIT), 3);
+    wait_bytes(s[1], 3);
+    EQ(preadv2(s[1], &r, 1, -1, RWF_NOWAIT), 3);
+}
+
+/* Names that glibc has besides. */
+extern ssize_t __read(int, void *, size_t), __write(int, const void *, size_t), __send(int, const void *, size_t, int);
+extern int __close(int), __dup2(int, int), __connect(int, const struct sockaddr *, socklen_t), __fcntl(int, int, ...);
+extern int __poll(struct pollfd *, nfds_t, int), __select(int, fd_set *, fd_set *, fd_set *, struct timeval *);
+
+CASE(io_second_names)
+{
+    int s[2], l = listener(AF_INET, 4);
+    char b[8];
+    tcp_pair(s);
+    EQ(__write(s[0], "ab", 2), 2);
+    EQ(__send(s[0], "cd", 2, 0), 2);
+    wait_bytes(s[1], 4);
+    struct pollfd p = {s[1], POLLIN, 0};
+    EQ(__poll(&p, 1, 0), 1);
+    fd_set r;
+    FD_ZERO(&r);
+    FD_SET(s[1], &r);
+    EQ(__select(s[1] + 1, &r, NULL, NULL, NULL), 1);
+    EQ(__read(s[1], b, 8), 4);
+    EQ(__fcntl(s[1], F_GETFL) & O_NONBLOCK, 0);
+    EQ(__dup2(s[1], s[0]), s[0]);
+    EQ(read(s[0], b, 8), 0);
+    OK(__close(s[0]));
+    union addr a;
+    socklen_t n = name_of(l, &a);
+    int c = OK(socket(AF_INET, SOCK_STREAM, 0));
+    OK(__connect(c, &a.sa, n));
 }
 
 CASE(io_bad_buffers)

@@ -115,11 +115,59 @@ fn make_pair(cloexec: bool) -> Result<(OwnedFd, OwnedFd)> {
     let mut pair = [0i32; 2];
     let kind = libc::SOCK_STREAM | if cloexec { libc::SOCK_CLOEXEC } else { 0 };
     let r = raw!(libc::SYS_socketpair, libc::AF_UNIX, kind, 0, pair.as_mut_ptr());
-    if r < 0 {
+    if r == -(libc::EMFILE as isize) {
+        pair = pair_at_the_limit(kind)?;
+    } else if r < 0 {
         return Err(-r as i32);
     }
     // SAFETY: just made, ours alone.
     Ok(unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) })
+}
+
+/// A pair of which only the program's end needs a number below the soft limit: that is raised for a moment, if the hard
+/// limit allows it.
+#[cold]
+fn pair_at_the_limit(kind: i32) -> Result<[i32; 2]> {
+    /// Process tag of who changes the limit.
+    static CHANGING: AtomicU32 = AtomicU32::new(0);
+    // A sandbox may kill who asks for this.
+    if sys::confined() {
+        return Err(libc::EMFILE);
+    }
+    let me = guest::tag();
+    for turn in 0.. {
+        match CHANGING.compare_exchange(0, me, Ordering::Acquire, Ordering::Relaxed) {
+            Ok(_) => break,
+            // A thread of the process that this one was forked from.
+            Err(other) if other != me => CHANGING.store(0, Ordering::Relaxed),
+            Err(_) if turn > 1000 => return Err(libc::EMFILE),
+            Err(_) => sys::yield_now(),
+        }
+    }
+    let limit = |new: Option<libc::rlimit>| {
+        let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        let new = new.as_ref().map_or(core::ptr::null(), |new| new as *const libc::rlimit);
+        raw!(libc::SYS_prlimit64, 0, libc::RLIMIT_NOFILE, new, &mut old as *mut libc::rlimit);
+        old
+    };
+    let before = limit(None);
+    let raised = libc::rlimit { rlim_cur: before.rlim_max.min(before.rlim_cur + 1024), ..before };
+    let mut pair = [-1i32; 2];
+    let mut r = -(libc::EMFILE as isize);
+    if raised.rlim_cur > before.rlim_cur {
+        limit(Some(raised));
+        r = raw!(libc::SYS_socketpair, libc::AF_UNIX, kind, 0, pair.as_mut_ptr());
+        limit(Some(before));
+    }
+    CHANGING.store(0, Ordering::Release);
+    if r < 0 {
+        return Err(-r as i32);
+    }
+    if pair[0] as u64 >= before.rlim_cur {
+        pair.into_iter().for_each(sys::close);
+        return Err(libc::EMFILE);
+    }
+    Ok(pair)
 }
 
 /// Tells the engine of a socket's placeholder and enters its descriptor in the table.
@@ -1111,7 +1159,34 @@ impl Sock {
             })?;
         }
         self.announce_send(0);
+        if header.address_len & 0xff == 16 && self.flags() & gflag::BROADCAST == 0 {
+            self.check_broadcast(header.address[1])?;
+        }
         Ok(len)
+    }
+
+    /// Only the stack knows which addresses are a subnet's broadcast address, which needs SO_BROADCAST. The first datagram
+    /// to an address that could be one (a subnet has at least four addresses) waits for what the stack says.
+    fn check_broadcast(&self, address: u32) -> Result<()> {
+        static KNOWN: [AtomicU32; 64] = [const { AtomicU32::new(0) }; 64];
+        let host = u32::from_be(address);
+        if host & 3 != 3 {
+            return Ok(());
+        }
+        let known = &KNOWN[(host >> 2) as usize % KNOWN.len()];
+        if known.load(Ordering::Relaxed) == address {
+            return Ok(());
+        }
+        let mut name = [0u8; 28];
+        self.job(Op::LocalName, 0, &[], 28, &mut name)?;
+        let denied = libc::EACCES as u32;
+        if self.entry.error.compare_exchange(denied, 0, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            return Err(libc::EACCES);
+        }
+        if self.tx_used() == 0 {
+            known.store(address, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Checks control messages as Linux does, and drops those that it does not look at.

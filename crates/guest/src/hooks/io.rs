@@ -192,21 +192,42 @@ no_position! {
 
 type Vectors = *const iovec;
 
-/// Offset -1 means "at the current position", which a socket has.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn preadv2(fd: c_int, iov: Vectors, n: c_int, at: off_t, flags: c_int) -> ssize_t {
-    if at == -1 && guest_socket(fd).is_some() {
-        // SAFETY: the same contract.
-        return unsafe { readv(fd, iov, n) };
+/// The flags of preadv2 and pwritev2 that a socket takes: HIPRI, DSYNC, SYNC, NOWAIT, APPEND, NOAPPEND.
+const SOCKET_RWF: c_int = 0x3f;
+const RWF_NOWAIT: c_int = 8;
+
+/// A vector call with flags at offset -1, "the current position", which a socket has.
+///
+/// # Safety
+/// `iov` must be valid for `n` vectors.
+unsafe fn vector_call(s: &Sock, iov: Vectors, n: c_int, flags: c_int, write: bool) -> ssize_t {
+    if flags & !SOCKET_RWF != 0 {
+        return finish::<usize>(Err(libc::EOPNOTSUPP));
     }
-    next!(preadv2(fd => c_int, iov => Vectors, n => c_int, at => off_t, flags => c_int) -> ssize_t)
+    let flags = if flags & RWF_NOWAIT != 0 { libc::MSG_DONTWAIT } else { 0 };
+    // SAFETY: the same contract.
+    let iov = if n < 0 { None } else { unsafe { buffers(iov, n as usize) } };
+    finish(iov.ok_or(libc::EINVAL).and_then(|iov| {
+        if write { s.send(iov, flags, &[]) } else { s.receive(iov, flags, &mut Told::default()).map(|r| r.0) }
+    }))
 }
 
-#[unsafe(no_mangle)]
-unsafe extern "C" fn pwritev2(fd: c_int, iov: Vectors, n: c_int, at: off_t, flags: c_int) -> ssize_t {
-    if at == -1 && guest_socket(fd).is_some() {
-        // SAFETY: the same contract.
-        return unsafe { writev(fd, iov, n) };
-    }
-    next!(pwritev2(fd => c_int, iov => Vectors, n => c_int, at => off_t, flags => c_int) -> ssize_t)
+macro_rules! vector_calls {
+    ($($name:ident writes $write:literal;)*) => {$(
+        #[unsafe(no_mangle)]
+        unsafe extern "C" fn $name(fd: c_int, iov: Vectors, n: c_int, at: off_t, flags: c_int) -> ssize_t {
+            if at == -1 && let Some(s) = guest_socket(fd) {
+                // SAFETY: the program's own vectors.
+                return unsafe { vector_call(&s, iov, n, flags, $write) };
+            }
+            next!($name(fd => c_int, iov => Vectors, n => c_int, at => off_t, flags => c_int) -> ssize_t)
+        }
+    )*};
+}
+
+vector_calls! {
+    preadv2 writes false;
+    preadv64v2 writes false;
+    pwritev2 writes true;
+    pwritev64v2 writes true;
 }

@@ -1,5 +1,6 @@
 //! The exported symbols. Each has one shape: find out whether the descriptor is a guest socket, serve it or pass it on.
 
+mod alias;
 mod event;
 mod fd;
 mod io;

@@ -244,6 +244,22 @@ unsafe extern "C" fn setrlimit64(resource: c_uint, limit: Limit) -> c_int {
     next!(setrlimit64(resource => c_uint, limit => Limit) -> c_int)
 }
 
+type LimitOut = *mut libc::rlimit;
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn prlimit(pid: libc::pid_t, resource: c_uint, new: Limit, old: LimitOut) -> c_int {
+    // SAFETY: the same contract.
+    unsafe { before_limit(resource, new) };
+    next!(prlimit(pid => libc::pid_t, resource => c_uint, new => Limit, old => LimitOut) -> c_int)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn prlimit64(pid: libc::pid_t, resource: c_uint, new: Limit, old: LimitOut) -> c_int {
+    // SAFETY: the same contract.
+    unsafe { before_limit(resource, new) };
+    next!(prlimit64(pid => libc::pid_t, resource => c_uint, new => Limit, old => LimitOut) -> c_int)
+}
+
 /// A vfork child shares the parent's memory, the descriptor table here included, while its descriptors are its own. A
 /// plain fork keeps the two apart; POSIX allows it.
 #[unsafe(no_mangle)]
