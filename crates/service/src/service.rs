@@ -106,6 +106,8 @@ mod bit {
     pub const TX_URGENT: u32 = 1 << 13;
     /// In the list of the starved.
     pub const STARVED: u32 = 1 << 14;
+    /// The guest shut down reading: what comes in nevertheless is received all the same.
+    pub const SHUT_RD: u32 = 1 << 15;
 }
 use bit::*;
 
@@ -650,7 +652,8 @@ impl Core {
         loop {
             let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
             if sock.bits & (RX_READY | RX_STALLED | CLOSING) != RX_READY
-                || sock.state & (state::CONNECTED | state::RX_END) != state::CONNECTED
+                || sock.state & (state::CONNECTED | state::DEAD) != state::CONNECTED
+                || sock.state & state::RX_END != 0 && sock.bits & SHUT_RD == 0
             {
                 return Ok(());
             }
@@ -730,6 +733,9 @@ impl Core {
                     if sock.error != 0 {
                         let errno = sock.error;
                         return self.fail(cx, id, errno);
+                    }
+                    if sock.state & state::RX_END != 0 {
+                        return Ok(());
                     }
                     sock.state |= state::RX_END;
                     entry.state.store(sock.state, Release);
@@ -1907,7 +1913,7 @@ impl Core {
             Kind::Stream if sock.state & state::CONNECTED != 0 => {
                 if read {
                     let _ = cx.stack.shutdown(sock.handle, Shutdown::Read);
-                    sock.bits |= RX_READY;
+                    sock.bits |= RX_READY | SHUT_RD;
                 }
                 if write && sock.state & state::TX_END == 0 {
                     sock.bits |= SHUT_WR;
