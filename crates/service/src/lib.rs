@@ -24,6 +24,6 @@ pub use memory::{GuestBytes, Segments};
 pub use service::{Drained, Host, Service, SocketInfo, Stats, Violation};
 pub use stack::{
     Accepted, Close, Connect, Datagram, Errno, Handle, Readiness, Ready, Received, ReceivedDatagram,
-    SendFlags, Shutdown, Stack, key,
+    SendFlags, Shutdown, Stack, TakeDatagram, key,
 };
 pub use table::Table;

@@ -108,6 +108,8 @@ mod bit {
     pub const STARVED: u32 = 1 << 14;
     /// The guest shut down reading: what comes in nevertheless is received all the same.
     pub const SHUT_RD: u32 = 1 << 15;
+    /// The last datagram was small.
+    pub const SMALL: u32 = 1 << 16;
 }
 use bit::*;
 
@@ -142,6 +144,8 @@ const STREAM_CLASS: u8 = 1;
 const LISTENER_CLASS: u8 = 0;
 const DATAGRAM_CLASS: u8 = 3;
 const MAX_DATAGRAM: u32 = 65536;
+/// Datagrams up to this size are received several at a time.
+const SMALL_DATAGRAM: usize = 4096;
 /// Stream bytes that one socket may move before the others get their turn.
 const VISIT_BYTES: u32 = 1 << 20;
 const VISIT_ROUNDS: u32 = 4;
@@ -1083,27 +1087,36 @@ impl Core {
     fn receive_datagrams(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
         let region = cx.region;
         let Some(entry) = region.socket(id) else { return Ok(()) };
-        let (mut rounds, mut got) = (0, 0);
+        let (mut rounds, mut got) = (0usize, 0);
         while let Some(sock) = self.socks.get_mut(id) {
             if sock.bits & (RX_READY | RX_STALLED | CLOSING) != RX_READY || sock.handle == Handle::NONE {
                 break;
             }
-            if rounds >= VISIT_DATAGRAMS {
+            if rounds >= VISIT_DATAGRAMS as usize {
                 self.enqueue(id);
                 break;
             }
-            rounds += 1;
             // SYNC: rx-head
             let head = entry.rx_head.load(Acquire);
             let used = bytes::used(head, sock.rx_tail, sock.rx.size())
                 .map_err(|_| Violation("read position of a socket"))?;
-            if sock.rx.is_none() {
-                let Some(block) = self.blocks.take(DATAGRAM_CLASS) else {
+            let filled = used == 0
+                && sock.bits & RX_FILLED != 0
+                && (sock.rx.class() as usize) < CLASSES - 1
+                && self.blocks.plenty();
+            if sock.rx.is_none() || filled {
+                sock.bits &= !RX_FILLED;
+                let class = if sock.rx.is_none() { DATAGRAM_CLASS } else { sock.rx.class() + 1 };
+                let Some(block) = self.blocks.take(class) else {
+                    if filled {
+                        continue;
+                    }
                     self.starve(id);
                     break;
                 };
                 self.sweep_wanted = true;
-                sock.rx = block;
+                let old = std::mem::replace(&mut sock.rx, block);
+                self.blocks.give(old);
                 entry.rx_offset.store((block.offset() / 64) as u32, Relaxed);
                 entry.rx_size.store(block.size(), Relaxed);
             }
@@ -1120,11 +1133,52 @@ impl Core {
                 ),
             };
             if needed.max(32) + MAX_CONTROL > free {
+                sock.bits |= RX_FILLED;
                 if stall(entry, sock, size)? {
                     break;
                 }
                 continue;
             }
+            let ring = (sock.rx.offset(), size, sock.rx_base);
+            let several = (free / (datagram_record(MAX_DATAGRAM) + MAX_CONTROL)) as usize;
+            if sock.bits & SMALL != 0 && several > 1 {
+                let several = several.min(DATAGRAM_BATCH);
+                let (mut tail, mut bytes, mut largest) = (sock.rx_tail, 0, 0);
+                let result = cx.stack.recv_datagrams(sock.handle, several, &mut |data, from, control| {
+                    let data = &data[..data.len().min(MAX_DATAGRAM as usize)];
+                    ring_segments(region, ring.0, ring.1, ring.2, tail.wrapping_add(32), data.len() as u32)
+                        .copy_from(data);
+                    tail =
+                        tail.wrapping_add(put_header(region, ring, tail, data.len() as u32, from, control));
+                    bytes += data.len();
+                    largest = largest.max(data.len());
+                });
+                match result {
+                    Ok(n) => {
+                        rounds += n.max(1);
+                        got += n as u32;
+                        if n < several {
+                            sock.bits &= !RX_READY;
+                        }
+                        if largest > SMALL_DATAGRAM {
+                            sock.bits &= !SMALL;
+                        }
+                        sock.rx_tail = tail;
+                        sock.used_at = self.sweeps;
+                        self.bytes_in += bytes as u64;
+                        // SYNC: rx-tail
+                        entry.rx_tail.store(tail, Release);
+                    }
+                    Err(errno) => {
+                        rounds += 1;
+                        if self.receive_failed(cx, id, errno)? {
+                            break;
+                        }
+                    }
+                }
+                continue;
+            }
+            rounds += 1;
             let room = (free - 32 - MAX_CONTROL).min(MAX_DATAGRAM);
             let into = ring_segments(
                 region,
@@ -1138,32 +1192,23 @@ impl Core {
             match cx.stack.recv_datagram(sock.handle, &into, &mut control) {
                 Ok(received) => {
                     let len = (received.bytes as u32).min(room);
-                    let (address, address_len) = received.from.to_datagram();
-                    let mut header = DatagramHeader { len, address_len, address };
-                    let ring = (sock.rx.offset(), size, sock.rx_base);
-                    if received.control > 0 {
-                        let control = &control[..received.control.next_multiple_of(8).min(control.len())];
-                        header.set_control_len(control.len() as u32);
-                        let at = sock.rx_tail.wrapping_add(datagram_record(len));
-                        ring_segments(region, ring.0, ring.1, ring.2, at, header.control_len())
-                            .copy_from(control);
+                    let control = &control[..received.control.min(control.len())];
+                    let record = put_header(region, ring, sock.rx_tail, len, received.from, control);
+                    sock.rx_tail = sock.rx_tail.wrapping_add(record);
+                    if len as usize <= SMALL_DATAGRAM {
+                        sock.bits |= SMALL;
                     }
-                    ring_segments(region, ring.0, ring.1, ring.2, sock.rx_tail, 32)
-                        .copy_from(&header_bytes(&header));
-                    sock.rx_tail = sock.rx_tail.wrapping_add(header.record());
                     sock.used_at = self.sweeps;
                     self.bytes_in += len as u64;
                     got += 1;
                     // SYNC: rx-tail
                     entry.rx_tail.store(sock.rx_tail, Release);
                 }
-                Err(errno) if errno.would_block() => sock.bits &= !RX_READY,
-                Err(Errno(libc::EINTR)) => {}
-                Err(errno) if errno.is_shortage() => {
-                    self.starve(id);
-                    break;
+                Err(errno) => {
+                    if self.receive_failed(cx, id, errno)? {
+                        break;
+                    }
                 }
-                Err(errno) => self.soft_error(cx, id, errno)?,
             }
         }
         if got > 0
@@ -1175,6 +1220,24 @@ impl Core {
             self.events.raise(region, entry, id, generation, IN, most)?;
         }
         Ok(())
+    }
+
+    /// True: not now.
+    fn receive_failed(&mut self, cx: &mut Cx, id: u32, errno: Errno) -> Result<bool, Violation> {
+        match errno {
+            Errno(libc::EINTR) => {}
+            errno if errno.is_shortage() => {
+                self.starve(id);
+                return Ok(true);
+            }
+            errno if errno.would_block() => {
+                if let Some(sock) = self.socks.get_mut(id) {
+                    sock.bits &= !RX_READY;
+                }
+            }
+            errno => self.soft_error(cx, id, errno)?,
+        }
+        Ok(false)
     }
 
     // ---- listeners
@@ -2173,6 +2236,29 @@ fn sendable(bytes: &[u8], domain: u16) -> Result<(), Errno> {
         }
     }
     Ok(())
+}
+
+/// Writes header and control messages of the datagram whose payload stands, or will stand, behind `at`; says how long the
+/// record is. `ring`: offset, size and base.
+fn put_header(
+    region: &Region,
+    ring: (u64, u32, u32),
+    at: u32,
+    len: u32,
+    from: SocketAddress,
+    control: &[u8],
+) -> u32 {
+    let (address, address_len) = from.to_datagram();
+    let mut header = DatagramHeader { len, address_len, address };
+    let segments = |at, len| ring_segments(region, ring.0, ring.1, ring.2, at, len);
+    if !control.is_empty() {
+        // The kernel pads each message; what is missing of the last one's padding is of no matter.
+        let padded = control.len().next_multiple_of(8).min(MAX_CONTROL as usize);
+        header.set_control_len(padded as u32);
+        segments(at.wrapping_add(datagram_record(len)), padded as u32).copy_from(control);
+    }
+    segments(at, 32).copy_from(&header_bytes(&header));
+    header.record()
 }
 
 fn header_from(raw: &[u8; 32]) -> DatagramHeader {

@@ -109,6 +109,9 @@ pub struct ReceivedDatagram {
     pub control: usize,
 }
 
+/// Takes a received datagram: payload, sender, control messages.
+pub type TakeDatagram<'a> = dyn FnMut(&[u8], SocketAddress, &[u8]) + 'a;
+
 /// One datagram to send.
 #[derive(Clone, Copy, Debug)]
 pub struct Datagram<'a> {
@@ -203,6 +206,16 @@ pub trait Stack: Send {
         into: &Segments,
         control: &mut [u8],
     ) -> Result<ReceivedDatagram, Errno>;
+
+    /// Receives small datagrams, at most `most`: gives each with its sender and control messages to `take`. Less than `most`:
+    /// no more wait. Datagrams of any size must be taken whole, but the service asks for this when they were small lately,
+    /// because one system call for several is worth a copy then.
+    fn recv_datagrams(
+        &mut self,
+        handle: Handle,
+        most: usize,
+        take: &mut TakeDatagram<'_>,
+    ) -> Result<usize, Errno>;
 
     /// Bytes of the next datagram that waits, 0 when none does.
     fn next_datagram(&mut self, handle: Handle) -> Result<usize, Errno>;

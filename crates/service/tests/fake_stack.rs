@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
 
 use netkernel_abi::nqe::flag;
-use netkernel_abi::socket::state;
+use netkernel_abi::socket::{datagram_record, state};
 use netkernel_abi::{Limits, Nqe, Op, SocketEntry};
 use netkernel_ring::bytes;
 use netkernel_service::*;
@@ -28,6 +28,7 @@ struct Peer {
     key: u64,
     sent: Vec<u8>,
     to_receive: VecDeque<u8>,
+    datagrams: VecDeque<Vec<u8>>,
     end: bool,
     /// Takes no more than this, then would block.
     room: usize,
@@ -132,11 +133,30 @@ impl Stack for Fake {
         }
         Ok(n)
     }
-    fn recv_datagram(&mut self, _: Handle, _: &Segments, _: &mut [u8]) -> Result<ReceivedDatagram, Errno> {
-        Err(Errno::AGAIN)
+    fn recv_datagram(
+        &mut self,
+        handle: Handle,
+        into: &Segments,
+        _: &mut [u8],
+    ) -> Result<ReceivedDatagram, Errno> {
+        let datagram = self.peer(handle).datagrams.pop_front().ok_or(Errno::AGAIN)?;
+        assert_eq!(into.copy_from(&datagram), datagram.len());
+        Ok(ReceivedDatagram { bytes: datagram.len(), from: SocketAddress::default(), control: 0 })
     }
-    fn next_datagram(&mut self, _: Handle) -> Result<usize, Errno> {
-        Ok(0)
+    fn recv_datagrams(
+        &mut self,
+        handle: Handle,
+        most: usize,
+        take: &mut TakeDatagram<'_>,
+    ) -> Result<usize, Errno> {
+        let n = most.min(self.peer(handle).datagrams.len());
+        for datagram in self.peer(handle).datagrams.drain(..n) {
+            take(&datagram, SocketAddress::default(), &[]);
+        }
+        if n == 0 { Err(Errno::AGAIN) } else { Ok(n) }
+    }
+    fn next_datagram(&mut self, handle: Handle) -> Result<usize, Errno> {
+        Ok(self.peer(handle).datagrams.front().map_or(0, Vec::len))
     }
     fn shutdown(&mut self, handle: Handle, _: Shutdown) -> Result<(), Errno> {
         self.peer(handle).shut = true;
@@ -442,6 +462,49 @@ fn ids_run_out_and_come_back() {
     rig.service.close(&mut rig.stack, first).unwrap();
     rig.turn().unwrap();
     assert_eq!(rig.stack.backlog, 100 - 33);
+}
+
+/// Of all sizes, small ones several at a time, through a ring that wraps, stalls and grows.
+#[test]
+fn datagrams_come_whole_and_in_order() {
+    let mut rig = Rig::new(1);
+    rig.service.open(&mut rig.stack, 1, 2, libc::SOCK_DGRAM as u32, 0).unwrap();
+    let handle = Handle(rig.stack.last);
+    let (mut sent, mut got, mut biggest) = (0u32, 0u32, 0);
+    while got < 5000 {
+        for _ in 0..rig.stack.random(200) {
+            let largest = if rig.stack.random(20) == 0 { 65536 } else { 300 };
+            let mut datagram = sent.to_le_bytes().to_vec();
+            let len = 4 + rig.stack.random(largest - 4) as usize;
+            datagram.resize(len, sent as u8);
+            rig.stack.peer(handle).datagrams.push_back(datagram);
+            sent += 1;
+        }
+        rig.ready(1, Readiness::READ);
+        rig.turn().unwrap();
+        biggest = biggest.max(rig.ring(1, false).1);
+        for _ in 0..rig.stack.random(300) {
+            let e = rig.entry(1);
+            let head = e.rx_head.load(Relaxed);
+            if head == e.rx_tail.load(Acquire) {
+                break;
+            }
+            let mut header = vec![0; 32];
+            rig.copy(1, false, head, &mut header);
+            let len = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+            let mut data = vec![0; len as usize];
+            rig.copy(1, false, head.wrapping_add(32), &mut data);
+            assert_eq!(data[..4], got.to_le_bytes());
+            assert!(data[4..].iter().all(|&b| b == got as u8));
+            got += 1;
+            let e = rig.entry(1);
+            e.rx_head.store(head.wrapping_add(datagram_record(len)), SeqCst);
+            if e.rx_stalled.swap(0, SeqCst) == 1 {
+                rig.push(true, Nqe::new(Op::Credit, 0, 1));
+            }
+        }
+    }
+    assert_eq!(biggest, 1 << 20);
 }
 
 #[test]

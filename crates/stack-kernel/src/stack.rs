@@ -3,7 +3,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use netkernel_service::{
     Accepted, Close, Connect, Datagram, Errno, Handle, Readiness, Ready, Received, ReceivedDatagram,
-    Segments, SendFlags, Shutdown, SocketAddress, Stack,
+    Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
 };
 
 use crate::KernelConfig;
@@ -16,6 +16,11 @@ const SIOCATMARK: u64 = 0x8905;
 /// Datagrams of one `sendmmsg`.
 const DATAGRAMS: usize = 16;
 
+/// Room for each datagram of one `recvmmsg`: whatever its size is. Only what datagrams touched takes memory.
+const DATAGRAM_BYTES: usize = 65536;
+/// Room for the control messages of each.
+const CONTROL_BYTES: usize = 512;
+
 /// The kernel stack of one switch thread and module.
 pub struct KernelStack {
     epoll: OwnedFd,
@@ -26,6 +31,8 @@ pub struct KernelStack {
     set_congestion: Option<String>,
     congestion: Option<String>,
     events: Vec<libc::epoll_event>,
+    /// Buffers of `recvmmsg`, made when they are needed.
+    datagrams: Vec<u8>,
     /// Descriptors from this number on are not given to sockets: the engine needs some to stay able to answer.
     highest: RawFd,
     /// The table was full; no accepts before something was closed or a while has passed.
@@ -63,6 +70,7 @@ impl KernelStack {
             set_congestion: config.congestion_control.clone().filter(|wanted| *wanted != default),
             congestion: config.congestion_control,
             events: vec![libc::epoll_event { events: 0, u64: 0 }; BATCH],
+            datagrams: Vec::new(),
             highest: highest_descriptor(),
             full: false,
         })
@@ -341,6 +349,52 @@ impl Stack for KernelStack {
         })
     }
 
+    fn recv_datagrams(
+        &mut self,
+        handle: Handle,
+        most: usize,
+        take: &mut TakeDatagram<'_>,
+    ) -> Result<usize, Errno> {
+        let fd = self.fd(handle)?;
+        let n = most.min(DATAGRAMS);
+        if self.datagrams.is_empty() {
+            self.datagrams = vec![0; DATAGRAMS * DATAGRAM_BYTES];
+        }
+        let mut addresses = [const { Address::new() }; DATAGRAMS];
+        let mut controls = [[0u64; CONTROL_BYTES / 8]; DATAGRAMS];
+        let mut iovecs = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; DATAGRAMS];
+        // SAFETY: all-zero mmsghdrs are valid values of that plain C struct.
+        let mut messages: [libc::mmsghdr; DATAGRAMS] = unsafe { std::mem::zeroed() };
+        for (i, bytes) in self.datagrams.chunks_exact_mut(DATAGRAM_BYTES).take(n).enumerate() {
+            iovecs[i] = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+            let message = &mut messages[i].msg_hdr;
+            message.msg_iov = &mut iovecs[i];
+            message.msg_iovlen = 1;
+            message.msg_name = addresses[i].pointer().cast();
+            message.msg_namelen = addresses[i].len;
+            message.msg_control = controls[i].as_mut_ptr().cast();
+            message.msg_controllen = CONTROL_BYTES;
+        }
+        let flags = libc::MSG_DONTWAIT;
+        // SAFETY: n headers that point to live iovecs, and to payload, name and control buffers of the lengths they say.
+        let got =
+            unsafe { libc::recvmmsg(fd, messages.as_mut_ptr(), n as u32, flags as _, std::ptr::null_mut()) };
+        if got < 0 {
+            return Err(last());
+        }
+        for i in 0..got as usize {
+            let message = &messages[i];
+            addresses[i].len = message.msg_hdr.msg_namelen;
+            let control = message.msg_hdr.msg_controllen.min(CONTROL_BYTES);
+            // SAFETY: the kernel wrote `control` bytes, at most the buffer's length.
+            let control = unsafe { std::slice::from_raw_parts(controls[i].as_ptr().cast::<u8>(), control) };
+            let data =
+                &self.datagrams[i * DATAGRAM_BYTES..][..(message.msg_len as usize).min(DATAGRAM_BYTES)];
+            take(data, addresses[i].get(), control);
+        }
+        Ok(got as usize)
+    }
+
     fn next_datagram(&mut self, handle: Handle) -> Result<usize, Errno> {
         Ok(ioctl_int(self.fd(handle)?, libc::FIONREAD)?.max(0) as usize)
     }
@@ -498,7 +552,7 @@ struct Address {
 }
 
 impl Address {
-    fn new() -> Address {
+    const fn new() -> Address {
         Address {
             // SAFETY: an all-zero sockaddr_in6 is a valid value of that plain C struct.
             storage: unsafe { std::mem::zeroed() },
