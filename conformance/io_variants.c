@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* The many ways to move bytes. */
 #include "socktest.h"
+#include <sys/syscall.h>
 
 CASE(io_readv_writev)
 {
@@ -330,6 +331,40 @@ CASE(io_second_names)
     socklen_t n = name_of(l, &a);
     int c = OK(socket(AF_INET, SOCK_STREAM, 0));
     OK(__connect(c, &a.sa, n));
+}
+
+CASE(io_bare_system_calls)
+{
+    int s[2], l = listener(AF_INET, 4), e = ep_new(), v = 0;
+    char b[8];
+    socklen_t n = sizeof v;
+    tcp_pair(s);
+    struct iovec w = {"abc", 3}, r = {b, 8};
+    struct mmsghdr m = {.msg_hdr = {.msg_iov = &w, .msg_iovlen = 1}};
+    EQ(syscall(SYS_writev, s[0], &w, 1), 3);
+    EQ(syscall(SYS_sendmmsg, s[0], &m, 1, 0), 1);
+    wait_bytes(s[1], 6);
+    EQ(syscall(SYS_readv, s[1], &r, 1), 6);
+    m.msg_hdr.msg_iov = &r;
+    ERR(syscall(SYS_recvmmsg, s[1], &m, 1, MSG_DONTWAIT, NULL), EAGAIN);
+    EQ(syscall(SYS_getsockopt, s[0], SOL_SOCKET, SO_TYPE, &v, &n), 0);
+    EQ(v, SOCK_STREAM);
+    EQ(syscall(SYS_fcntl, s[1], F_SETFL, O_NONBLOCK), 0);
+    EQ(fcntl(s[1], F_GETFL) & O_NONBLOCK, O_NONBLOCK);
+    connected(l);
+    int a = OK(syscall(SYS_accept4, l, NULL, NULL, SOCK_NONBLOCK));
+    struct epoll_event ev = {.events = EPOLLIN, .data.fd = s[1]};
+    EQ(syscall(SYS_epoll_ctl, e, EPOLL_CTL_ADD, s[1], &ev), 0);
+    say(s[0], "x");
+    EQ(syscall(SYS_epoll_wait, e, &ev, 1, 15000), 1);
+    int d = OK(syscall(SYS_dup, s[1]));
+    EQ(recv(d, b, 8, 0), 1);
+    EQ(syscall(SYS_shutdown, s[0], SHUT_WR), 0);
+    wait_all(s[1], POLLIN);
+    EQ(recv(d, b, 8, 0), 0);
+    OK(syscall(SYS_close_range, a, a, 0));
+    ERR(recv(a, b, 8, 0), EBADF);
+    EQ(syscall(SYS_socket, AF_INET, SOCK_STREAM, 0) >= 0, 1);
 }
 
 CASE(io_bad_buffers)

@@ -1011,13 +1011,20 @@ impl Sock {
 
     /// `send`, `sendto`, `sendmsg`, `write`, `writev`.
     pub fn send(&self, buffers: Buffers, flags: i32, address: &[u8]) -> Result<usize> {
-        self.send_with(buffers, flags, address, &[])
+        self.send_with(buffers, flags, address, &[], true)
     }
 
-    /// `sendmsg` with control messages.
-    pub fn send_with(&self, buffers: Buffers, flags: i32, address: &[u8], control: &[u8]) -> Result<usize> {
+    /// `sendmsg` with control messages. `announce` false: more datagrams come at once, and [`Sock::announce`] after them.
+    pub fn send_with(
+        &self,
+        buffers: Buffers,
+        flags: i32,
+        address: &[u8],
+        control: &[u8],
+        announce: bool,
+    ) -> Result<usize> {
         let result = if self.is_datagram() {
-            self.datagram_send(buffers, flags, address, control)
+            self.datagram_send(buffers, flags, address, control, announce)
         } else {
             self.stream_send(total(buffers), flags, |p, at, n| {
                 let mut to = p;
@@ -1070,7 +1077,21 @@ impl Sock {
 
     // ---- datagrams ---------------------------------------------------------------------------------------------
 
-    fn datagram_send(&self, buffers: Buffers, flags: i32, address: &[u8], control: &[u8]) -> Result<usize> {
+    /// Tells the engine of datagrams that were sent without announcing them.
+    pub fn announce(&self) {
+        if self.is_datagram() {
+            self.announce_send(0);
+        }
+    }
+
+    fn datagram_send(
+        &self,
+        buffers: Buffers,
+        flags: i32,
+        address: &[u8],
+        control: &[u8],
+        announce: bool,
+    ) -> Result<usize> {
         let len = total(buffers);
         let e = self.entry;
         if guest::engine_gone() {
@@ -1148,6 +1169,9 @@ impl Sock {
                     break;
                 }
             }
+            if !announce {
+                self.announce_send(0);
+            }
             if self.nonblock(flags) {
                 e.tx_wanted.store(1, Ordering::SeqCst);
                 return Err(libc::EAGAIN);
@@ -1158,7 +1182,9 @@ impl Sock {
                 self.tx_free() >= record || guest::engine_gone()
             })?;
         }
-        self.announce_send(0);
+        if announce {
+            self.announce_send(0);
+        }
         if header.address_len & 0xff == 16 && self.flags() & gflag::BROADCAST == 0 {
             self.check_broadcast(header.address[1])?;
         }

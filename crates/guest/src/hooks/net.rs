@@ -197,7 +197,12 @@ unsafe extern "C" fn sendto(
     }
 }
 
-unsafe fn send_message(s: &socket::Sock, m: *const msghdr, flags: c_int) -> Result<usize, i32> {
+unsafe fn send_message(
+    s: &socket::Sock,
+    m: *const msghdr,
+    flags: c_int,
+    announce: bool,
+) -> Result<usize, i32> {
     // SAFETY: the program's own message header.
     let m = unsafe { &*m };
     // SAFETY: the program's own vectors and address.
@@ -214,14 +219,14 @@ unsafe fn send_message(s: &socket::Sock, m: *const msghdr, flags: c_int) -> Resu
         // SAFETY: the program's own control buffer of the length it says.
         unsafe { core::slice::from_raw_parts(m.msg_control.cast::<u8>(), m.msg_controllen) }
     };
-    s.send_with(iov.ok_or(libc::EMSGSIZE)?, flags, to, control)
+    s.send_with(iov.ok_or(libc::EMSGSIZE)?, flags, to, control, announce)
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn sendmsg(fd: c_int, m: *const msghdr, flags: c_int) -> ssize_t {
     match guest_socket(fd) {
         // SAFETY: the program's own message.
-        Some(s) => finish(unsafe { send_message(&s, m, flags) }),
+        Some(s) => finish(unsafe { send_message(&s, m, flags, true) }),
         None => next!(sendmsg(fd => c_int, m => *const msghdr, flags => c_int) -> ssize_t),
     }
 }
@@ -231,21 +236,29 @@ unsafe extern "C" fn sendmmsg(fd: c_int, v: *mut libc::mmsghdr, n: u32, flags: c
     let Some(s) = guest_socket(fd) else {
         return next!(sendmmsg(fd => c_int, v => *mut libc::mmsghdr, n => u32, flags => c_int) -> c_int);
     };
-    let mut sent = 0;
+    let (mut sent, mut failed) = (0, None);
     for i in 0..n.min(1024) as usize {
         // SAFETY: the program's own array of n messages.
         let (result, entry) = unsafe {
             let entry = v.add(i);
-            (send_message(&s, &raw const (*entry).msg_hdr, flags), entry)
+            (send_message(&s, &raw const (*entry).msg_hdr, flags, false), entry)
         };
         match result {
             // SAFETY: as above.
             Ok(bytes) => unsafe { (*entry).msg_len = bytes as u32 },
-            Err(e) => return if sent > 0 { sent } else { finish_int(Err(e)) },
+            Err(e) => {
+                failed = Some(e);
+                break;
+            }
         }
         sent += 1;
     }
-    sent
+    // They go out together.
+    s.announce();
+    match failed {
+        Some(e) if sent == 0 => finish_int(Err(e)),
+        _ => sent,
+    }
 }
 
 #[unsafe(no_mangle)]

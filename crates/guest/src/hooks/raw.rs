@@ -3,7 +3,7 @@
 //! Called from inside malloc before any constructor ran (redis's jemalloc), so it must not look symbols up: everything that
 //! is not about a guest socket is the bare system call.
 
-use core::ffi::{c_int, c_long};
+use core::ffi::{c_int, c_long, c_void};
 
 use super::guest_socket;
 use crate::socket::Told;
@@ -35,11 +35,26 @@ unsafe extern "C" fn syscall(
                 // SAFETY: a plain number.
                 return unsafe { super::fd::close(fd) } as c_long;
             }
+            libc::SYS_close_range => {
+                // SAFETY: plain numbers.
+                return unsafe { libc::close_range(a as u32, b as u32, c as c_int) } as c_long;
+            }
             libc::SYS_read if ours => return next_here(0, fd, b, c),
             libc::SYS_write if ours => return next_here(1, fd, b, c),
             libc::SYS_socket if a as c_int == libc::AF_INET || a as c_int == libc::AF_INET6 => {
                 // SAFETY: plain numbers; the symbol is this library's own or an outer one's.
                 return unsafe { libc::socket(a as c_int, b as c_int, c as c_int) } as c_long;
+            }
+            // The instance becomes GuestLib's when the first guest socket is added to it.
+            libc::SYS_epoll_ctl if ours || table::slot(c as c_int) != Slot::None => {
+                // SAFETY: the caller's own arguments.
+                return unsafe { libc::epoll_ctl(fd, b as c_int, c as c_int, d as *mut _) } as c_long;
+            }
+            _ if ours => {
+                // SAFETY: the caller's own arguments.
+                if let Some(r) = unsafe { own_call(n, fd, b, c, d, e) } {
+                    return r;
+                }
             }
             _ => {}
         }
@@ -51,6 +66,50 @@ unsafe extern "C" fn syscall(
         return -1;
     }
     r as c_long
+}
+
+/// A call on one of GuestLib's descriptors that has a hook; the symbols are this library's own or an outer one's. libuv and
+/// others call some of them this way. `None`: it has none.
+///
+/// # Safety
+/// As for the system call.
+unsafe fn own_call(n: c_long, fd: c_int, b: usize, c: usize, d: usize, e: usize) -> Option<c_long> {
+    // SAFETY: the caller's own arguments, as the kernel would take them.
+    unsafe {
+        let r = match n {
+            libc::SYS_accept => libc::accept(fd, b as *mut _, c as *mut _) as c_long,
+            libc::SYS_accept4 => libc::accept4(fd, b as *mut _, c as *mut _, d as c_int) as c_long,
+            libc::SYS_bind => libc::bind(fd, b as *const _, c as u32) as c_long,
+            libc::SYS_connect => libc::connect(fd, b as *const _, c as u32) as c_long,
+            libc::SYS_listen => libc::listen(fd, b as c_int) as c_long,
+            libc::SYS_shutdown => libc::shutdown(fd, b as c_int) as c_long,
+            libc::SYS_getsockname => libc::getsockname(fd, b as *mut _, c as *mut _) as c_long,
+            libc::SYS_getpeername => libc::getpeername(fd, b as *mut _, c as *mut _) as c_long,
+            libc::SYS_setsockopt => {
+                libc::setsockopt(fd, b as c_int, c as c_int, d as *const c_void, e as u32) as c_long
+            }
+            libc::SYS_getsockopt => {
+                libc::getsockopt(fd, b as c_int, c as c_int, d as *mut c_void, e as *mut _) as c_long
+            }
+            libc::SYS_sendmsg => libc::sendmsg(fd, b as *const _, c as c_int) as c_long,
+            libc::SYS_recvmsg => libc::recvmsg(fd, b as *mut _, c as c_int) as c_long,
+            libc::SYS_sendmmsg => libc::sendmmsg(fd, b as *mut _, c as u32, d as _) as c_long,
+            libc::SYS_recvmmsg => libc::recvmmsg(fd, b as *mut _, c as u32, d as _, e as *mut _) as c_long,
+            libc::SYS_readv => libc::readv(fd, b as *const _, c as c_int) as c_long,
+            libc::SYS_writev => libc::writev(fd, b as *const _, c as c_int) as c_long,
+            libc::SYS_dup => libc::dup(fd) as c_long,
+            libc::SYS_dup2 => libc::dup2(fd, b as c_int) as c_long,
+            libc::SYS_dup3 => libc::dup3(fd, b as c_int, c as c_int) as c_long,
+            libc::SYS_fcntl => libc::fcntl(fd, b as c_int, c) as c_long,
+            libc::SYS_ioctl => libc::ioctl(fd, b as _, c) as c_long,
+            libc::SYS_epoll_wait => libc::epoll_wait(fd, b as *mut _, c as c_int, d as c_int) as c_long,
+            libc::SYS_epoll_pwait => {
+                libc::epoll_pwait(fd, b as *mut _, c as c_int, d as c_int, e as *const _) as c_long
+            }
+            _ => return None,
+        };
+        Some(r)
+    }
 }
 
 fn next_here(write: usize, fd: c_int, buffer: usize, n: usize) -> c_long {
