@@ -464,6 +464,40 @@ fn ids_run_out_and_come_back() {
     assert_eq!(rig.stack.backlog, 100 - 33);
 }
 
+/// Header, payload and one control message of level SOL_SOCKET; `control`: the bytes that the header tells of.
+fn with_control(payload: &[u8], control: u32, kind: i32) -> Vec<u8> {
+    let mut record = vec![0; 32];
+    record[..4].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+    record[4..8].copy_from_slice(&(control << 16).to_le_bytes());
+    record.extend(payload);
+    record.resize(record.len().next_multiple_of(8), 0);
+    if control > 0 {
+        record.extend(20u64.to_ne_bytes());
+        record.extend(libc::SOL_SOCKET.to_ne_bytes());
+        record.extend(kind.to_ne_bytes());
+        record.extend([0; 8]);
+    }
+    record
+}
+
+#[test]
+fn a_control_message_that_needs_a_privilege_loses_its_datagram_only() {
+    let mut rig = Rig::new(1);
+    rig.service.open(&mut rig.stack, 1, 2, libc::SOCK_DGRAM as u32, 0).unwrap();
+    let handle = Handle(rig.stack.last);
+    assert_eq!(rig.job(Op::SendRing, 1, 0), 0);
+    rig.write(1, &with_control(b"one", 0, 0));
+    rig.write(1, &with_control(b"lost", 24, libc::SO_MARK));
+    rig.write(1, &with_control(b"two", 0, 0));
+    rig.turn().unwrap();
+    rig.turn().unwrap();
+    assert_eq!(rig.stack.peer(handle).sent, b"onetwo");
+    assert_eq!(rig.entry(1).error.load(SeqCst), libc::EPERM as u32);
+    // A length that no guest writes.
+    rig.write(1, &with_control(b"bad", 20, libc::SO_MARK));
+    assert!(rig.turn().is_err());
+}
+
 /// Of all sizes, small ones several at a time, through a ring that wraps, stalls and grows.
 #[test]
 fn datagrams_come_whole_and_in_order() {
