@@ -617,6 +617,41 @@ CASE(udp_control_that_is_wrong)
     ERR(recv(b, cb, 8, MSG_DONTWAIT), EAGAIN);
 }
 
+/* What an ICMP message says of a datagram, with the datagram. */
+CASE(udp_error_queue)
+{
+    int s = udp4(), gone = bound(AF_INET, SOCK_DGRAM);
+    _Alignas(8) char buf[16], cb[256];
+    union addr to, name;
+    socklen_t n = name_of(gone, &to);
+    OK(close(gone));
+    struct iovec v = {buf, sizeof buf};
+    struct msghdr m = {.msg_name = &name, .msg_namelen = sizeof name, .msg_iov = &v, .msg_iovlen = 1};
+    m.msg_control = cb;
+    m.msg_controllen = sizeof cb;
+    setopt_int(s, IPPROTO_IP, IP_RECVERR, 1);
+    ERR(recvmsg(s, &m, MSG_ERRQUEUE), EAGAIN);
+    for (int i = 0; i < 2; i++) {
+        m.msg_namelen = sizeof name;
+        m.msg_controllen = sizeof cb;
+        EQ(sendto(s, "lost", 4, 0, &to.sa, n), 4);
+        wait_all(s, POLLERR);
+        EQ(recvmsg(s, &m, MSG_ERRQUEUE), 4);
+        MEMEQ(buf, "lost", 4);
+        EQ(m.msg_flags, MSG_ERRQUEUE);
+        TRUE(same_addr(&name, &to));
+        struct cmsghdr *c = CMSG_FIRSTHDR(&m);
+        TRUE(c && c->cmsg_level == IPPROTO_IP && c->cmsg_type == IP_RECVERR);
+        unsigned e[4];
+        memcpy(e, CMSG_DATA(c), sizeof e);
+        EQ(e[0], ECONNREFUSED);
+        obs("%zu", m.msg_controllen);
+        EV(poll_now(s, POLLIN), 0);
+        ERR(recvmsg(s, &m, MSG_ERRQUEUE), EAGAIN);
+    }
+    ERR(recv(s, buf, 4, MSG_DONTWAIT), EAGAIN); /* the error went with it */
+}
+
 CASE(udp_control_segments)
 {
     int a = udp4(), b = bound(AF_INET, SOCK_DGRAM);

@@ -83,6 +83,9 @@ ops! {
     Accept = 15,
     /// Job, sync. `op_data`: position behind a byte that is urgent (MSG_OOB) and that the guest publishes when it has the answer.
     Urgent = 16,
+    /// Job, sync. Takes the oldest message of the socket's error queue (MSG_ERRQUEUE). Completion: a record in the argument area,
+    /// as it stands in a datagram ring (payload cut at 256 bytes), or -EAGAIN.
+    ErrorQueue = 17,
     /// Send. New bytes (or datagrams) stand in the socket's send ring. One is pending per socket at most.
     Send = 32,
     /// Send. The guest read from a receive ring that had been full: the stack may go on receiving.

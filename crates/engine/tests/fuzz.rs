@@ -93,7 +93,7 @@ fn vandalise(guest: &Guest, random: &mut Random, ends: &mut Vec<OwnedFd>) {
         }
         // Elements, well-formed ones too.
         _ => {
-            let ops = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 32, 33];
+            let ops = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 32, 33];
             let op = ops[random.below(ops.len() as u64) as usize];
             let Some(op) = Op::from_u8(op) else { return };
             let mut nqe = Nqe::new(op, 0, 1 + random.below(12) as u32);

@@ -1048,7 +1048,7 @@ impl Sock {
     /// `recv`, `recvfrom`, `recvmsg`, `read`, `readv`. The second value is what `msg_flags` gets.
     pub fn receive(&self, buffers: Buffers, flags: i32, told: &mut Told) -> Result<(usize, i32)> {
         if flags & libc::MSG_ERRQUEUE != 0 {
-            return Err(libc::EAGAIN);
+            return self.receive_error(buffers, told);
         }
         self.make_room_for_signals();
         if self.is_datagram() {
@@ -1213,6 +1213,40 @@ impl Sock {
             known.store(address, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// `recvmsg(MSG_ERRQUEUE)`, which never waits.
+    #[cold]
+    fn receive_error(&self, buffers: Buffers, told: &mut Told) -> Result<(usize, i32)> {
+        let mut record = [0u8; netkernel_abi::layout::ARGUMENT_BYTES];
+        let size = self.job(Op::ErrorQueue, 0, &[], record.len() as u32, &mut record)?.size;
+        let word = |i: usize| {
+            u32::from_le_bytes([record[4 * i], record[4 * i + 1], record[4 * i + 2], record[4 * i + 3]])
+        };
+        let header = DatagramHeader {
+            len: word(0),
+            address_len: word(1),
+            address: core::array::from_fn(|i| word(2 + i)),
+        };
+        let len = header.len as usize;
+        let control = header.control_len() as usize;
+        if len > record.len() || header.record() as usize > size.min(record.len()) {
+            return Err(libc::EIO);
+        }
+        told.from = decode_address(&header);
+        told.control = record[datagram_record(header.len) as usize..][..control].to_vec();
+        // Linux forgets the pending error that came with it.
+        self.entry.error.store(0, Ordering::Release);
+        let n = len.min(total(buffers));
+        let mut from = record[32..].as_ptr();
+        walk(buffers, 0, n, |to, n| {
+            // SAFETY: the record has len >= n bytes from 32 on, `to` n bytes of the program's buffer.
+            unsafe {
+                core::ptr::copy_nonoverlapping(from, to, n);
+                from = from.add(n);
+            }
+        });
+        Ok((n, libc::MSG_ERRQUEUE | if n < len { libc::MSG_TRUNC } else { 0 }))
     }
 
     /// Checks control messages as Linux does, and drops those that it does not look at.

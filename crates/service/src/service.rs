@@ -144,6 +144,10 @@ const STREAM_CLASS: u8 = 1;
 const LISTENER_CLASS: u8 = 0;
 const DATAGRAM_CLASS: u8 = 3;
 const MAX_DATAGRAM: u32 = 65536;
+/// What fits into an argument area of a message of an error queue.
+const ERROR_PAYLOAD: usize = 256;
+const ERROR_CONTROL: usize = 192;
+const _: () = assert!(32 + ERROR_PAYLOAD + ERROR_CONTROL <= ARGUMENT_BYTES);
 /// Datagrams up to this size are received several at a time.
 const SMALL_DATAGRAM: usize = 4096;
 /// Stream bytes that one socket may move before the others get their turn.
@@ -1762,6 +1766,7 @@ impl Core {
                     Err(errno) => Done::of(Err(errno)),
                 }
             }
+            Op::ErrorQueue => self.job_error_queue(cx, q, id),
             Op::Urgent => {
                 let mark = nqe.op_data as u32;
                 if sock.kind != Kind::Stream
@@ -1960,6 +1965,27 @@ impl Core {
         self.publish_state(cx, id);
         self.accept(cx, id)?;
         Ok(Done::Answer(0, 0, 0))
+    }
+
+    fn job_error_queue(&mut self, cx: &mut Cx, q: u32, id: u32) -> Done {
+        let Some(sock) = self.socks.get(id) else { return Done::Answer(-libc::EBADF, 0, 0) };
+        let (mut payload, mut control) = ([0u8; ERROR_PAYLOAD], [0u8; ERROR_CONTROL]);
+        match cx.stack.recv_error(sock.handle, &mut payload, &mut control) {
+            Ok(received) => {
+                let len = received.bytes.min(ERROR_PAYLOAD);
+                let control = &control[..received.control.next_multiple_of(8).min(ERROR_CONTROL)];
+                let (address, address_len) = received.from.to_datagram();
+                let mut header = DatagramHeader { len: len as u32, address_len, address };
+                header.set_control_len(control.len() as u32);
+                let mut record = header_bytes(&header).to_vec();
+                record.extend(&payload[..len]);
+                record.resize(datagram_record(header.len) as usize, 0);
+                record.extend(control);
+                cx.region.write_argument(q, &record);
+                Done::Answer(0, record.len() as u32, 0)
+            }
+            Err(errno) => Done::of(Err(errno)),
+        }
     }
 
     fn job_shutdown(&mut self, cx: &mut Cx, id: u32, how: u64) -> Result<Done, Violation> {

@@ -217,6 +217,15 @@ pub trait Stack: Send {
         take: &mut TakeDatagram<'_>,
     ) -> Result<usize, Errno>;
 
+    /// Takes the oldest message of the error queue: what was sent, to whom, and as control message the error (IP_RECVERR).
+    /// EAGAIN: there is none.
+    fn recv_error(
+        &mut self,
+        handle: Handle,
+        into: &mut [u8],
+        control: &mut [u8],
+    ) -> Result<ReceivedDatagram, Errno>;
+
     /// Bytes of the next datagram that waits, 0 when none does.
     fn next_datagram(&mut self, handle: Handle) -> Result<usize, Errno>;
 

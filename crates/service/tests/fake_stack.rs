@@ -155,6 +155,9 @@ impl Stack for Fake {
         }
         if n == 0 { Err(Errno::AGAIN) } else { Ok(n) }
     }
+    fn recv_error(&mut self, _: Handle, _: &mut [u8], _: &mut [u8]) -> Result<ReceivedDatagram, Errno> {
+        Err(Errno::AGAIN)
+    }
     fn next_datagram(&mut self, handle: Handle) -> Result<usize, Errno> {
         Ok(self.peer(handle).datagrams.front().map_or(0, Vec::len))
     }

@@ -395,6 +395,35 @@ impl Stack for KernelStack {
         Ok(got as usize)
     }
 
+    fn recv_error(
+        &mut self,
+        handle: Handle,
+        into: &mut [u8],
+        control: &mut [u8],
+    ) -> Result<ReceivedDatagram, Errno> {
+        let fd = self.fd(handle)?;
+        let mut address = Address::new();
+        let iovec = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+        let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        let iovecs = [iovec, none];
+        let mut message = header(&iovecs, 1);
+        message.msg_name = address.pointer().cast();
+        message.msg_namelen = address.len;
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = control.len();
+        // SAFETY: the header points to a live iovec, and to name and control buffers of the lengths it says.
+        let received = unsafe { libc::recvmsg(fd, &mut message, libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT) };
+        if received < 0 {
+            return Err(last());
+        }
+        address.len = message.msg_namelen;
+        Ok(ReceivedDatagram {
+            bytes: received as usize,
+            from: address.get(),
+            control: message.msg_controllen.min(control.len()),
+        })
+    }
+
     fn next_datagram(&mut self, handle: Handle) -> Result<usize, Errno> {
         Ok(ioctl_int(self.fd(handle)?, libc::FIONREAD)?.max(0) as usize)
     }
