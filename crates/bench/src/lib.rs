@@ -19,7 +19,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use bench::Benchmark;
 use report::{Outcome, Record, Results};
-use session::{Session, Settings, Side, find_program};
+use session::{Placement, Session, Settings, Side, find_program};
 
 /// Measure NetKernel beside the plain kernel: a table with a verdict for each promise.
 #[derive(Args, Debug)]
@@ -48,6 +48,10 @@ pub struct BenchArgs {
     /// The guests' stack; a congestion control of the kernel, which the native side then uses too
     #[arg(long, value_name = "NAME", default_value = "cubic")]
     pub stack: String,
+
+    /// The cores: one for what is measured and its engine and one for its peer, or what the scheduler likes
+    #[arg(long, value_enum, value_name = "WHICH", default_value = "split")]
+    pub placement: Placement,
 
     /// Write the raw series, the results and the facts about the machine to this file
     #[arg(long, value_name = "FILE")]
@@ -180,6 +184,7 @@ fn settings(args: &BenchArgs, prefix: &[&str]) -> Result<Settings> {
         stack: args.stack.clone(),
         seconds: args.seconds.unwrap_or(if args.quick { 1.0 } else { 3.0 }),
         connections: args.connections.unwrap_or(if args.quick { 2_000 } else { 15_000 }) as usize,
+        placement: args.placement,
         quick: args.quick,
         helper: prefix.iter().map(|&word| word.to_owned()).collect(),
     })

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::bench::{Promise, Row};
 use crate::machine::Machine;
-use crate::session::{Side, Surroundings};
+use crate::session::{Placement, Side, Surroundings};
 
 /// The value below which the share `q` of the sorted `values` lies.
 pub fn quantile(values: &[f64], q: f64) -> f64 {
@@ -211,6 +211,13 @@ impl Results {
                 self.surroundings.native_congestion_control,
                 self.surroundings.network_namespace
             ),
+            match self.surroundings.placement {
+                Placement::Split => {
+                    "placement: the program and its engine on one core, its peer on another, on both sides"
+                        .into()
+                }
+                Placement::Free => "placement: the scheduler's".into(),
+            },
             format!(
                 "{} rounds of {} s, plain kernel and NetKernel by turns; median (min..max); ratio of the medians",
                 self.rounds, self.seconds

@@ -29,6 +29,26 @@ pub enum Side {
     Netkernel,
 }
 
+/// Where the programs run. The scheduler's placement of three busy threads on two cores is a matter of chance, and decides
+/// more than anything that is measured; so each side gets the same cores by default.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Placement {
+    /// What is measured (the program, and its engine) has one core, its peer another.
+    Split,
+    /// Wherever the scheduler puts them.
+    Free,
+}
+
+/// What a program is in a measurement.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// It is what is measured, natively or as a guest, or its engine.
+    Measured,
+    /// Its peer, always on the plain kernel.
+    Peer,
+}
+
 /// The choices of the command line that the benchmarks need.
 #[derive(Clone)]
 pub struct Settings {
@@ -36,6 +56,7 @@ pub struct Settings {
     pub stack: String,
     pub seconds: f64,
     pub connections: usize,
+    pub placement: Placement,
     pub quick: bool,
     /// How this program is asked for one of its hidden helpers.
     pub helper: Vec<String>,
@@ -50,6 +71,7 @@ pub struct Surroundings {
     pub native_congestion_control: String,
     /// What clients use that ask for none.
     pub default_congestion_control: String,
+    pub placement: Placement,
     pub warnings: Vec<String>,
 }
 
@@ -61,6 +83,8 @@ pub struct Session {
     pub warnings: RefCell<Vec<String>>,
     /// Why what was measured as a guest was none.
     pub unserved: RefCell<Option<String>>,
+    /// The cores of what is measured and of its peer.
+    cores: Option<[usize; 2]>,
     directory: tempfile::TempDir,
     next_port: AtomicU16,
     _netns: Option<sys::PrivateNetns>,
@@ -103,10 +127,18 @@ impl Session {
                  and the figures are not one to one"
             ));
         }
+        let cores = match settings.placement {
+            Placement::Free => None,
+            Placement::Split => sys::two_cores(),
+        };
+        if settings.placement == Placement::Split && cores.is_none() {
+            warnings.push("one core only: what is measured and its peer share it".to_owned());
+        }
         let surroundings = Surroundings {
             network_namespace,
             native_congestion_control,
             default_congestion_control: default,
+            placement: if cores.is_some() { Placement::Split } else { Placement::Free },
             warnings,
         };
         let next_port = AtomicU16::new(5200);
@@ -115,6 +147,7 @@ impl Session {
             surroundings,
             warnings: RefCell::default(),
             unserved: RefCell::default(),
+            cores,
             directory,
             next_port,
             _netns: netns.ok(),
@@ -159,16 +192,25 @@ impl Session {
         }
     }
 
+    /// Starts `command` on the core of its role.
+    fn start(&self, name: &str, mut command: Command, role: Role) -> Result<Process> {
+        if let Some([measured, peer]) = self.cores {
+            sys::keep_on(&mut command, if role == Role::Measured { measured } else { peer });
+        }
+        Process::start(name, command, self.directory())
+    }
+
     /// Starts a server and waits until something listens on `port`.
     /// A guest's must be the engine's.
     pub fn server(
         &self,
         name: &str,
+        role: Role,
         engine: Option<&Engine>,
         command: Command,
         port: u16,
     ) -> Result<Process> {
-        let mut server = Process::start(name, command, self.directory())?;
+        let mut server = self.start(name, command, role)?;
         let end = Instant::now() + START;
         let inode = loop {
             if let Some(inode) = listener(port) {
@@ -201,7 +243,7 @@ impl Session {
         port: u16,
         limit: Duration,
     ) -> Result<(String, sys::Exit)> {
-        let mut client = Process::start(name, command, self.directory())?;
+        let mut client = self.start(name, command, Role::Measured)?;
         let end = Instant::now() + START;
         let mut socket = connection(port);
         while socket.is_none() && Instant::now() < end && client.still_runs(Duration::from_millis(5)).is_ok()
@@ -215,7 +257,7 @@ impl Session {
     /// Starts a native server whose connections use the same congestion control as the guests'. The host's default may be
     /// another one, and making this one a namespace's default takes a setting of the whole machine.
     pub fn native_server(&self, name: &str, command: Command, port: u16) -> Result<Process> {
-        let server = self.server(name, None, command, port)?;
+        let server = self.server(name, Role::Measured, None, command, port)?;
         let inode = listener(port).context("a listener went away")?;
         let wanted = &self.surroundings.native_congestion_control;
         if let Err(error) = server.set_congestion(inode, wanted) {
@@ -229,8 +271,14 @@ impl Session {
     }
 
     /// Runs a client of the plain kernel to its end and returns what it printed.
-    pub fn client(&self, name: &str, command: Command, limit: Duration) -> Result<(String, sys::Exit)> {
-        Process::start(name, command, self.directory())?.finish(limit)
+    pub fn client(
+        &self,
+        name: &str,
+        role: Role,
+        command: Command,
+        limit: Duration,
+    ) -> Result<(String, sys::Exit)> {
+        self.start(name, command, role)?.finish(limit)
     }
 }
 
@@ -251,7 +299,7 @@ impl Engine {
         let socket = session.subdirectory("engine")?.join("engine.sock");
         let mut command = Command::new(&session.settings.netkernel);
         command.args(["up", "--socket"]).arg(&socket);
-        let mut process = Process::start("engine", command, session.directory())?;
+        let mut process = session.start("engine", command, Role::Measured)?;
         let end = Instant::now() + START;
         while !answers(&socket) {
             if Instant::now() > end {

@@ -117,6 +117,33 @@ pub fn prepare(command: &mut Command) {
     }
 }
 
+/// Two cores that this process may use; `None` when it has but one.
+pub fn two_cores() -> Option<[usize; 2]> {
+    // SAFETY: an all-zero cpu_set_t is an empty set; the call writes at most its size to it.
+    let set = unsafe {
+        let mut set: libc::cpu_set_t = mem::zeroed();
+        check(libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set)).ok()?;
+        set
+    };
+    // SAFETY: CPU_ISSET reads a bit below CPU_SETSIZE of the set.
+    let mut cores =
+        (0..libc::CPU_SETSIZE as usize).rev().filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) });
+    Some([cores.next()?, cores.next()?])
+}
+
+/// What `command` starts runs on the core `cpu` only.
+pub fn keep_on(command: &mut Command, cpu: usize) {
+    // SAFETY: the closure runs between fork and exec, allocates nothing and makes one async-signal-safe system call;
+    // `cpu` came from `two_cores`, so that it is below CPU_SETSIZE.
+    unsafe {
+        command.pre_exec(move || {
+            let mut set: libc::cpu_set_t = mem::zeroed();
+            libc::CPU_SET(cpu, &mut set);
+            check(libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)).map(drop)
+        });
+    }
+}
+
 pub fn pidfd(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes two integers.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };

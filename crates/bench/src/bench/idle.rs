@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::{Benchmark, Live, Promise, Row, Sample, nginx, redis, row};
 use crate::process::{self, Memory, Process};
-use crate::session::{Engine, Session, Settings, Side, find_program};
+use crate::session::{Engine, Role, Session, Settings, Side, find_program};
 use crate::sys;
 
 pub fn benchmarks(settings: &Settings) -> Vec<Benchmark> {
@@ -67,7 +67,7 @@ impl Live for Connections {
         let port = session.port()?;
         let mut command = helper(side, engine.as_ref());
         command.args(["idle-server", &port.to_string()]);
-        let mut server = session.server("idle-server", engine.as_ref(), command, port)?;
+        let mut server = session.server("idle-server", Role::Measured, engine.as_ref(), command, port)?;
 
         let mut look = |pause: Duration| -> Result<(Memory, Memory, f64)> {
             server.still_runs(pause)?;
@@ -203,7 +203,7 @@ impl Idlers {
         let mut start = |name, make: &dyn Fn(u16, &std::path::PathBuf) -> Result<Command>| -> Result<()> {
             let port = session.port()?;
             let command = make(port, &session.subdirectory(name)?)?;
-            servers.push(session.server(name, engine, command, port)?);
+            servers.push(session.server(name, Role::Measured, engine, command, port)?);
             Ok(())
         };
         start("redis-server", &|port, directory| {

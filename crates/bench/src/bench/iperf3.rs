@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Benchmark, Live, Pair, Promise, Sample, row};
 use crate::process::Process;
-use crate::session::{Engine, Session, Side};
+use crate::session::{Engine, Role, Session, Side};
 
 pub fn benchmarks() -> Vec<Benchmark> {
     vec![
@@ -42,11 +42,11 @@ pub fn benchmarks() -> Vec<Benchmark> {
 }
 
 /// How much is sent: a number of bytes that takes the wanted time natively, the same on both sides.
-fn calibrate(session: &Session, port: u16) -> Result<u64> {
+fn calibrate(session: &Session, role: Role, port: u16) -> Result<u64> {
     let mut command = session.command(Side::Native, None, "iperf3");
     let congestion = &session.surroundings.native_congestion_control;
     command.args(["-c", "127.0.0.1", "-J", "-t", "1", "-C", congestion, "-p"]).arg(port.to_string());
-    let (text, _) = session.client("iperf3", command, Duration::from_secs(30))?;
+    let (text, _) = session.client("iperf3", role, command, Duration::from_secs(30))?;
     let rate = Report::parse(&text)?.gbit_s * 1e9 / 8.0;
     Ok(((rate * session.settings.seconds / 1e6).ceil() * 1e6).max(1e8) as u64)
 }
@@ -54,6 +54,7 @@ fn calibrate(session: &Session, port: u16) -> Result<u64> {
 /// A client that sends `bytes`. A native one asks for the congestion control; a guest has that of its stack.
 fn sender(
     session: &Session,
+    role: Role,
     side: Side,
     engine: Option<&Engine>,
     port: u16,
@@ -67,7 +68,7 @@ fn sender(
     let limit = Duration::from_secs_f64(30.0 + 30.0 * session.settings.seconds);
     let (text, exit) = match (side, engine) {
         (Side::Netkernel, Some(engine)) => session.guest_client("iperf3", engine, command, port, limit)?,
-        _ => session.client("iperf3", command, limit)?,
+        _ => session.client("iperf3", role, command, limit)?,
     };
     Ok((Report::parse(&text)?, exit.cpu_s))
 }
@@ -119,10 +120,10 @@ impl Report {
     }
 }
 
-fn server(session: &Session, side: Side, engine: Option<&Engine>, port: u16) -> Result<Process> {
+fn server(session: &Session, role: Role, side: Side, engine: Option<&Engine>, port: u16) -> Result<Process> {
     let mut command = session.command(side, engine, "iperf3");
     command.args(["-s", "-p", &port.to_string()]);
-    session.server("iperf3-server", engine, command, port)
+    session.server("iperf3-server", role, engine, command, port)
 }
 
 struct Receive {
@@ -132,8 +133,10 @@ struct Receive {
 
 impl Receive {
     fn start(session: &Session) -> Result<Receive> {
-        let pair = Pair::start(session, server)?;
-        let bytes = calibrate(session, pair.port(Side::Native))?;
+        let pair = Pair::start(session, |session, side, engine, port| {
+            server(session, Role::Measured, side, engine, port)
+        })?;
+        let bytes = calibrate(session, Role::Peer, pair.port(Side::Native))?;
         Ok(Receive { pair, bytes })
     }
 }
@@ -141,7 +144,7 @@ impl Receive {
 impl Live for Receive {
     fn measure(&mut self, session: &Session, side: Side) -> Result<Sample> {
         let before = self.pair.cpu_s(side);
-        let (report, _) = sender(session, Side::Native, None, self.pair.port(side), self.bytes)?;
+        let (report, _) = sender(session, Role::Peer, Side::Native, None, self.pair.port(side), self.bytes)?;
         let cpu_s = self.pair.cpu_s(side) - before;
         Ok(report.sample(session, side, cpu_s))
     }
@@ -158,8 +161,8 @@ impl Send {
     fn start(session: &Session) -> Result<Send> {
         let engine = session.engine()?;
         let port = session.port()?;
-        let server = server(session, Side::Native, None, port)?;
-        let bytes = calibrate(session, port)?;
+        let server = server(session, Role::Peer, Side::Native, None, port)?;
+        let bytes = calibrate(session, Role::Measured, port)?;
         Ok(Send { engine, server, port, bytes })
     }
 }
@@ -168,7 +171,8 @@ impl Live for Send {
     fn measure(&mut self, session: &Session, side: Side) -> Result<Sample> {
         self.server.still_runs(Duration::ZERO)?;
         let before = self.engine.process.cpu_s();
-        let (report, client_s) = sender(session, side, Some(&self.engine), self.port, self.bytes)?;
+        let (report, client_s) =
+            sender(session, Role::Measured, side, Some(&self.engine), self.port, self.bytes)?;
         let engine_s = self.engine.process.cpu_s() - before;
         let cpu_s = if side == Side::Netkernel { client_s + engine_s } else { client_s };
         Ok(report.sample(session, side, cpu_s))

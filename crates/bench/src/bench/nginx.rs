@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{Benchmark, Live, Pair, Promise, Sample, row};
 use crate::process::Process;
-use crate::session::{Engine, Session, Side, find_program};
+use crate::session::{Engine, Role, Session, Side, find_program};
 use crate::sys;
 
 const NEEDS: &[&str] = &["nginx", "wrk"];
@@ -88,7 +88,7 @@ fn server(session: &Session, side: Side, engine: Option<&Engine>, port: u16) -> 
     let command = server_command(session, side, engine, port, &directory)?;
     match side {
         Side::Native => session.native_server("nginx", command, port),
-        Side::Netkernel => session.server("nginx", engine, command, port),
+        Side::Netkernel => session.server("nginx", Role::Measured, engine, command, port),
     }
 }
 
@@ -113,7 +113,7 @@ impl Web {
             command.args(["-H", "Connection: close"]);
         }
         command.arg(format!("http://127.0.0.1:{}/file", self.pair.port(side)));
-        let (text, _) = session.client("wrk", command, Duration::from_secs(30 + 3 * seconds))?;
+        let (text, _) = session.client("wrk", Role::Peer, command, Duration::from_secs(30 + 3 * seconds))?;
         Report::parse(&text)
     }
 }

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{Benchmark, Live, Pair, Promise, Sample, row};
 use crate::process::Process;
-use crate::session::{Engine, Session, Side};
+use crate::session::{Engine, Role, Session, Side};
 use crate::{report, sys};
 
 const NEEDS: &[&str] = &["redis-server", "redis-benchmark"];
@@ -73,7 +73,7 @@ fn server(session: &Session, side: Side, engine: Option<&Engine>, port: u16) -> 
     let command = server_command(session, side, engine, port, &directory);
     match side {
         Side::Native => session.native_server("redis-server", command, port),
-        Side::Netkernel => session.server("redis-server", engine, command, port),
+        Side::Netkernel => session.server("redis-server", Role::Measured, engine, command, port),
     }
 }
 
@@ -138,7 +138,7 @@ impl Load {
         command.args(["-c", &self.clients.to_string(), "-P", &self.depth.to_string()]);
         command.args(["-n", &self.requests.to_string()]);
         let limit = Duration::from_secs_f64(30.0 + 30.0 * session.settings.seconds);
-        let (text, _) = session.client("redis-benchmark", command, limit)?;
+        let (text, _) = session.client("redis-benchmark", Role::Peer, command, limit)?;
         Rates::parse(&text)
     }
 }
