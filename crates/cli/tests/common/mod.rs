@@ -50,7 +50,13 @@ impl Place {
     /// Starts `netkernel up` and waits until it is ready.
     pub fn up(&self, args: &[&str]) -> Engine {
         let mut command = self.netkernel(&["up"]);
-        command.args(args).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        command.args(args).stderr(Stdio::inherit());
+        self.start(command)
+    }
+
+    /// As [`Place::up`], for a command that was changed.
+    pub fn start(&self, mut command: Command) -> Engine {
+        command.stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut out = child.stdout.take().unwrap();
         let (sender, receiver) = std::sync::mpsc::channel();
