@@ -579,7 +579,8 @@ impl Sock {
         self.make_room_for_signals();
         loop {
             if guest::engine_gone() {
-                return Err(libc::ECONNABORTED);
+                // Not ECONNABORTED, at which servers try again at once, for ever.
+                return Err(libc::ENETDOWN);
             }
             let s = self.state();
             if s & state::LISTENING == 0 {
@@ -769,7 +770,8 @@ impl Sock {
 
     fn may_send(&self) -> Result<()> {
         if guest::engine_gone() {
-            return Err(libc::EPIPE);
+            // As after an RST; EPIPE would bring SIGPIPE with it.
+            return Err(libc::ECONNRESET);
         }
         let s = self.state();
         if s & (state::DEAD | state::CONNECT_FAILED) != 0 || self.entry.error.load(Ordering::Relaxed) != 0 {
