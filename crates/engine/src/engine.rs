@@ -419,7 +419,9 @@ impl Shared {
 
     /// Name of a guest, for the log.
     pub fn name(&self, id: u32) -> String {
-        lock(&self.registry).guests.get(&id).map(|guest| guest.name.clone()).unwrap_or_default()
+        // Chosen by who asked for the guest: it must not make lines of its own in a log.
+        let printable = |name: &String| name.replace(char::is_control, "?");
+        lock(&self.registry).guests.get(&id).map(|guest| printable(&guest.name)).unwrap_or_default()
     }
 }
 

@@ -608,6 +608,7 @@ impl Worker {
             }
             Command::End(id) => {
                 if let Some(slot) = self.slot(id) {
+                    log::info!("guest {id} ({}) was ended on request", self.shared.name(id));
                     self.remove(slot);
                 }
             }
@@ -917,6 +918,11 @@ impl Worker {
         let Some(module) = &mut self.modules[guest.nsm] else { return };
         if guest.over_since.is_none() {
             guest.over_since = Some(self.now_ns);
+            log::info!(
+                "guest {} ({}) is over: nobody holds it any more",
+                guest.id,
+                self.shared.name(guest.id)
+            );
             // Accepted connections that nobody took.
             if let Err(violation) = guest.service.close_all(&mut *module.stack) {
                 return self.violation(slot, violation);
