@@ -1091,7 +1091,7 @@ impl Core {
     fn receive_datagrams(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
         let region = cx.region;
         let Some(entry) = region.socket(id) else { return Ok(()) };
-        let (mut rounds, mut got) = (0usize, 0);
+        let (mut rounds, mut got, mut told) = (0usize, 0u32, 0u32);
         while let Some(sock) = self.socks.get_mut(id) {
             if sock.bits & (RX_READY | RX_STALLED | CLOSING) != RX_READY || sock.handle == Handle::NONE {
                 break;
@@ -1170,8 +1170,12 @@ impl Core {
                         sock.rx_tail = tail;
                         sock.used_at = self.sweeps;
                         self.bytes_in += bytes as u64;
-                        // SYNC: rx-tail
-                        entry.rx_tail.store(tail, Release);
+                        // Told together with what follows at once, so that recvmmsg finds together what was sent so.
+                        if got - told >= DATAGRAM_BATCH as u32 {
+                            told = got;
+                            // SYNC: rx-tail
+                            entry.rx_tail.store(tail, Release);
+                        }
                     }
                     Err(errno) => {
                         rounds += 1;
@@ -1199,14 +1203,16 @@ impl Core {
                     let control = &control[..received.control.min(control.len())];
                     let record = put_header(region, ring, sock.rx_tail, len, received.from, control);
                     sock.rx_tail = sock.rx_tail.wrapping_add(record);
-                    if len as usize <= SMALL_DATAGRAM {
-                        sock.bits |= SMALL;
-                    }
+                    let small = len as usize <= SMALL_DATAGRAM;
+                    sock.bits = if small { sock.bits | SMALL } else { sock.bits & !SMALL };
                     sock.used_at = self.sweeps;
                     self.bytes_in += len as u64;
                     got += 1;
-                    // SYNC: rx-tail
-                    entry.rx_tail.store(sock.rx_tail, Release);
+                    if sock.bits & SMALL == 0 {
+                        told = got;
+                        // SYNC: rx-tail
+                        entry.rx_tail.store(sock.rx_tail, Release);
+                    }
                 }
                 Err(errno) => {
                     if self.receive_failed(cx, id, errno)? {
@@ -1218,6 +1224,8 @@ impl Core {
         if got > 0
             && let Some(sock) = self.socks.get_mut(id)
         {
+            // SYNC: rx-tail
+            entry.rx_tail.store(sock.rx_tail, Release);
             let generation = sock.generation;
             // One sleeper a datagram; a sender that waits for room must not be that one.
             let most = if entry.tx_wanted.load(Relaxed) != 0 { u32::MAX } else { got };
