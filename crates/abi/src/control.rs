@@ -13,6 +13,9 @@ pub mod kind {
     pub const SOCKET: u32 = 3;
     /// An accepted socket got its placeholder. `a`: id, `b`: generation. Descriptor: as above.
     pub const ACCEPTED: u32 = 4;
+    /// The guest put a seccomp filter on itself. `a`: 1 if what cannot be served may use the host's stack, else 0.
+    /// Descriptor: the filter's listener. The guest lives as long as a process has the filter.
+    pub const AGENT: u32 = 5;
 }
 
 #[repr(C)]

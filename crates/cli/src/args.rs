@@ -29,6 +29,8 @@ pub enum Command {
     Ps(ShowArgs),
     /// List the sockets of guests
     Sockets(SocketsArgs),
+    /// Say of each socket of the guests by which stack it is served, in which way, and why
+    Explain(ExplainArgs),
     /// End the engine; its guests' connections are reset
     Stop(StopArgs),
     /// Say what this host offers, and whether a program can be served
@@ -89,12 +91,42 @@ pub struct RunArgs {
     #[arg(long, value_name = "LEVEL", num_args = 0..=1, require_equals = true, default_missing_value = "1",
           value_parser = clap::value_parser!(u32).range(0..=2))]
     pub trace: Option<u32>,
-    /// Run a program that cannot be served on the kernel's own stack, with a warning, instead of refusing
+    /// How the program's sockets are attached to the stack
+    ///
+    /// queued: a preloaded library and the engine's queues. direct: a seccomp filter, and sockets of the host's kernel that
+    /// the engine makes (in the stack's network namespace, with its congestion control) and gives to the program: native
+    /// speed, any program. auto: queued for programs that a library can be preloaded to, with the filter behind it for what
+    /// the library does not see; direct for all others.
+    #[arg(long, value_enum, value_name = "HOW", default_value = "auto")]
+    pub attach: Attach,
+    /// Refuse what cannot be served: programs, and sockets (the default)
+    #[arg(long, conflicts_with = "fail_open")]
+    pub fail_closed: bool,
+    /// Let what cannot be served use the kernel's own stack, with a warning, instead of refusing
     #[arg(long)]
     pub fail_open: bool,
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM [ARGS]")]
     pub program: Vec<OsString>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Attach {
+    Auto,
+    Queued,
+    Direct,
+}
+
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// Socket of the engine to ask
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Only the guest that this process belongs to
+    pub pid: Option<u32>,
 }
 
 #[derive(Debug, Args)]

@@ -43,6 +43,7 @@ pub fn of(config: &Config) -> Result<EngineConfig> {
                 stack: nsm.stack.as_ref().map_or_else(|| "kernel".into(), |s| s.get_ref().clone()),
                 congestion_control: nsm.congestion_control.as_ref().map(|s| s.get_ref().clone()),
                 netns: nsm.netns.as_ref().map(|s| s.get_ref().clone()),
+                congestion_policy: nsm.congestion_policy.unwrap_or_default(),
             })
             .collect();
     }

@@ -41,6 +41,7 @@ pub struct NsmSection {
     pub stack: Option<Spanned<String>>,
     pub congestion_control: Option<Spanned<String>>,
     pub netns: Option<Spanned<String>>,
+    pub congestion_policy: Option<netkernel_engine::Policy>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]

@@ -6,6 +6,7 @@ mod catalog;
 mod config;
 mod doctor;
 mod engine;
+mod explain;
 mod library;
 mod locate;
 mod logger;
@@ -67,6 +68,7 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         Command::Run(args) => run::run(&args),
         Command::Stacks(args) => show::stacks(&args).map(|()| 0),
         Command::Ps(args) => show::ps(&args).map(|()| 0),
+        Command::Explain(args) => explain::explain(&args).map(|()| 0),
         Command::Sockets(args) => show::sockets(&args).map(|()| 0),
         Command::Stop(args) => show::stop(&args).map(|()| 0),
         Command::Doctor(args) => doctor::doctor(&args),

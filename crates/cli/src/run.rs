@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr, OsString};
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
-use netkernel_abi::control::env;
+use netkernel_abi::control::{Message, env, kind};
 use netkernel_control::{Attached, Client, ClientError, ErrorCode};
 
-use crate::args::RunArgs;
+use crate::args::{Attach, RunArgs};
 use crate::program::{self, Program};
 use crate::{Exit, exit, library, locate, private, sys};
 
@@ -21,18 +21,43 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         environment.remove(OsStr::new(name));
     }
     let report = program::inspect(&program);
-    match report.verdict() {
-        Ok(()) => serve(args, &program, &mut environment)?,
-        Err(why) if args.fail_open => {
+    let unserved = |why: String| -> Result<()> {
+        if args.fail_open {
             eprintln!("netkernel: warning: {why}; it runs on the kernel's own stack now (--fail-open)");
-            remove_preload(&mut environment);
+            return Ok(());
         }
-        Err(why) => {
-            return Err(Exit(
-                exit::FAILED,
-                format!("{why}: use a dynamically linked build, or --fail-open to run it on the kernel's own stack"),
-            )
-            .into());
+        Err(Exit(exit::FAILED, format!("{why}, or --fail-open to run it on the kernel's own stack")).into())
+    };
+    // Nothing after this makes a socket, and nothing undoes the filter.
+    match (args.attach, report.verdict()) {
+        (Attach::Queued, Err(why)) => {
+            remove_preload(&mut environment);
+            unserved(format!("{why}: use --attach direct, or a dynamically linked build"))?;
+        }
+        (Attach::Queued, Ok(())) => {
+            queued(args, &program, &mut environment)?;
+        }
+        (Attach::Auto, Ok(())) => {
+            let channel = queued(args, &program, &mut environment)?;
+            if let Err(why) = filtered(args, channel.as_fd(), true) {
+                eprintln!(
+                    "netkernel: warning: {why}; sockets that the preloaded library does not see are not served"
+                );
+            }
+        }
+        (Attach::Auto | Attach::Direct, verdict) => {
+            remove_preload(&mut environment);
+            match (report.privileged && sys::effective_uid() != 0, verdict) {
+                (true, Err(why)) if args.attach == Attach::Auto => {
+                    unserved(format!("{why}; a filter would take its privileges: run it as root"))?;
+                }
+                _ => {
+                    let (_, fds, _) = guest(args, &name_of(args, &program))?;
+                    if let Err(why) = filtered(args, fds[1].as_fd(), false) {
+                        unserved(format!("{why} if the program can be preloaded to"))?;
+                    }
+                }
+            }
         }
     }
     let arguments: Vec<CString> = args.program.iter().filter_map(|a| sys::c_string(a)).collect();
@@ -53,15 +78,35 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     Err(Exit(code, format!("cannot execute {}: {error}", program.path.display())).into())
 }
 
-/// Makes the guest and puts what it needs into descriptors and environment.
-fn serve(args: &RunArgs, program: &Program, environment: &mut BTreeMap<OsString, OsString>) -> Result<()> {
+/// The guest's name: as asked for, or the program's.
+fn name_of(args: &RunArgs, program: &Program) -> String {
+    let own = || program.path.file_name().map(|n| n.to_string_lossy().into_owned());
+    args.name.clone().or_else(own).unwrap_or_else(|| "guest".into())
+}
+
+/// Puts the seccomp filter on this process and gives the other end to the engine.
+fn filtered(args: &RunArgs, channel: BorrowedFd<'_>, behind_preload: bool) -> Result<()> {
+    let listener = netkernel_agent::filter::install()?;
+    let message = Message {
+        kind: kind::AGENT,
+        a: u32::from(args.fail_open),
+        b: u32::from(behind_preload),
+        ..Message::default()
+    };
+    netkernel_shm::fds::send(channel.as_raw_fd(), &message.to_bytes(), &[listener.as_raw_fd()], 0)
+        .context("the engine is gone")?;
+    Ok(())
+}
+
+/// Makes the guest and puts what its library needs into descriptors and environment. Returns the guest's channel.
+fn queued(
+    args: &RunArgs,
+    program: &Program,
+    environment: &mut BTreeMap<OsString, OsString>,
+) -> Result<OwnedFd> {
     let library = library::find()?;
-    let guest_name = args
-        .name
-        .clone()
-        .or_else(|| program.path.file_name().map(|n| n.to_string_lossy().into_owned()))
-        .unwrap_or_else(|| "guest".into());
-    let (attached, fds, socket) = guest(args, &guest_name)?;
+    let (attached, fds, socket) = guest(args, &name_of(args, program))?;
+    let channel = fds[1].try_clone().context("no descriptor is left")?;
     let numbers = place(fds)?;
     let mut set = |name: &str, value: OsString| environment.insert(name.into(), value);
     set(env::FDS, numbers.map(|n| n.to_string()).join(",").into());
@@ -73,7 +118,7 @@ fn serve(args: &RunArgs, program: &Program, environment: &mut BTreeMap<OsString,
     let before = environment.get(OsStr::new("LD_PRELOAD")).cloned();
     environment.insert("LD_PRELOAD".into(), library::preload(&library, before.as_deref()));
     environment.insert(env::LIBRARY.into(), library.into());
-    Ok(())
+    Ok(channel)
 }
 
 /// A guest of the engine that was named, of one that runs, or of a private one.

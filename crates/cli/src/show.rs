@@ -43,7 +43,7 @@ fn stack_row(nsm: &NsmInfo) -> Vec<String> {
 }
 
 /// The engines to show: the named one, or all of this user's, private ones too.
-fn engines(args: &ShowArgs) -> Result<Vec<Client>> {
+pub(crate) fn engines(args: &ShowArgs) -> Result<Vec<Client>> {
     let mut list = locate::find(args.socket.as_deref())?;
     if args.socket.is_none() {
         list.extend(locate::private_engines());
@@ -129,8 +129,9 @@ pub fn sockets(args: &SocketsArgs) -> Result<()> {
 /// What the engine tells of sockets, in the order of its first mention.
 fn columns(sockets: &[SocketInfo]) -> Vec<String> {
     let mut columns: Vec<String> = Vec::new();
-    for key in sockets.iter().flat_map(|s: &SocketInfo| Map::keys(&s.details)) {
-        if !columns.contains(key) {
+    for (key, value) in sockets.iter().flat_map(|s: &SocketInfo| Map::iter(&s.details)) {
+        // `explain` has the long story; what is empty for all is left out.
+        if key != "reason" && !value.is_null() && *value != 0 && !columns.contains(key) {
             columns.push(key.clone());
         }
     }
@@ -181,6 +182,6 @@ fn print_table(header: &[&str], rows: Vec<Vec<String>>) -> Result<()> {
 }
 
 /// Names come from guests: nothing that a terminal would obey.
-fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }

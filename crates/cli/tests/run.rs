@@ -182,25 +182,6 @@ fn what_a_killed_private_engine_left_is_swept() {
 }
 
 #[test]
-fn a_static_program_is_refused_or_run_unserved() {
-    let place = Place::new("static");
-    // Debian's ldconfig is linked statically.
-    if !place.run(&["doctor", "--", "/sbin/ldconfig"]).out.contains("statically linked") {
-        eprintln!("no static program at hand");
-        return;
-    }
-    place
-        .run(&["run", "--", "/sbin/ldconfig", "-p"])
-        .fails(125, &["/sbin/ldconfig is statically linked", "--fail-open"]);
-    let done = place.run(&["run", "--fail-open", "--", "/sbin/ldconfig", "--version"]);
-    assert!(
-        done.succeeds().err.starts_with("netkernel: warning: /sbin/ldconfig is statically linked"),
-        "{done:?}"
-    );
-    assert!(done.out.contains("ldconfig"), "{done:?}");
-}
-
-#[test]
 fn a_run_inside_a_run_is_a_guest_of_its_own() {
     let place = Place::new("nested");
     let netkernel = env!("CARGO_BIN_EXE_netkernel");

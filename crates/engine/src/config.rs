@@ -16,6 +16,8 @@ pub struct NsmConfig {
     pub congestion_control: Option<String>,
     /// Network namespace: a name in `/run/netns`, or a path. `None`: the engine's own.
     pub netns: Option<String>,
+    /// What becomes of a program's own choice of a congestion control, when its sockets are the kernel's.
+    pub congestion_policy: netkernel_agent::Policy,
 }
 
 impl NsmConfig {
@@ -26,6 +28,7 @@ impl NsmConfig {
             stack: "kernel".into(),
             congestion_control: congestion_control.map(str::to_owned),
             netns: None,
+            congestion_policy: netkernel_agent::Policy::default(),
         }
     }
 }

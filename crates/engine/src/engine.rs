@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use netkernel_shm::{Region, fds};
 
+use crate::direct::{self, Direct};
 use crate::status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
 use crate::watch::{self, Watch};
 use crate::worker::{NewGuest, Worker};
@@ -63,6 +64,7 @@ struct Registered {
     worker: usize,
     region: OwnedFd,
     doorbell: OwnedFd,
+    direct: Option<Direct>,
 }
 
 /// The way to a switch thread.
@@ -203,6 +205,7 @@ impl Engine {
             worker,
             region: region_fd.try_clone_to_owned().map_err(resource)?,
             doorbell: doorbell.try_clone().map_err(resource)?,
+            direct: None,
         };
         {
             let mut registry = lock(&shared.registry);
@@ -266,6 +269,7 @@ impl Engine {
             let left = deadline.saturating_duration_since(Instant::now());
             guests.extend(receiver.recv_timeout(left).unwrap_or_default());
         }
+        let mut agents = Vec::new();
         let registry = lock(&shared.registry);
         for status in &mut guests {
             if let Some(guest) = registry.guests.get(&status.id) {
@@ -275,9 +279,35 @@ impl Engine {
                 status.uid = guest.uid;
                 status.age_seconds = guest.created.elapsed().as_secs();
                 status.switch_thread = guest.worker;
+                status.attachment = match &guest.direct {
+                    None => "queued",
+                    Some(direct) if direct.behind_preload => "queued, direct",
+                    Some(_) => "direct",
+                };
+                status.pids = u32::try_from(guest.pid).into_iter().collect();
+                if let Some(direct) = &guest.direct {
+                    agents.push((status.id, guest.nsm, guest.pid, direct.clone()));
+                }
             }
         }
         drop(registry);
+        // Looking through /proc takes a while: not under the lock.
+        for (id, nsm, pid, direct) in agents {
+            let Some(status) = guests.iter_mut().find(|status| status.id == id) else { continue };
+            status.direct_served = direct.counters.served.load(Ordering::Relaxed);
+            status.direct_refused = direct.counters.refused.load(Ordering::Relaxed);
+            status.direct_let_through = direct.counters.let_through.load(Ordering::Relaxed);
+            status.pids = direct::census(&direct, pid).processes.into_iter().collect();
+            if !direct.behind_preload {
+                // The agent's thread stands for the guest on the switch thread.
+                status.processes = status.pids.len();
+            } else {
+                status.processes = status.processes.saturating_sub(1);
+            }
+            if status.direct_served > 0 {
+                status.sockets += direct::sockets(shared, id, &shared.config.nsms[nsm], &direct, pid).len();
+            }
+        }
         guests.sort_by_key(|guest| guest.id);
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &shared.counters;
@@ -300,9 +330,16 @@ impl Engine {
 
     /// The sockets of a guest; empty when there is no such guest.
     pub fn sockets(&self, guest: u32) -> Vec<SocketStatus> {
-        let worker = lock(&self.shared.registry).guests.get(&guest).map(|guest| guest.worker);
-        let Some(worker) = worker else { return Vec::new() };
-        self.ask(worker, |answer| Command::Sockets(guest, answer)).unwrap_or_default()
+        let known = lock(&self.shared.registry)
+            .guests
+            .get(&guest)
+            .map(|guest| (guest.worker, guest.nsm, guest.pid, guest.direct.clone()));
+        let Some((worker, nsm, pid, direct)) = known else { return Vec::new() };
+        let mut sockets = self.ask(worker, |answer| Command::Sockets(guest, answer)).unwrap_or_default();
+        if let Some(direct) = &direct {
+            sockets.extend(direct::sockets(&self.shared, guest, &self.shared.config.nsms[nsm], direct, pid));
+        }
+        sockets
     }
 
     /// The catalog, each entry checked now.
@@ -400,6 +437,13 @@ impl Shared {
 
     pub fn watch(&self, worker: usize) -> Arc<Watch> {
         Arc::clone(&self.watches[worker])
+    }
+
+    /// A guest has an agent now.
+    pub fn has_agent(&self, id: u32, direct: Direct) {
+        if let Some(guest) = lock(&self.registry).guests.get_mut(&id) {
+            guest.direct = Some(direct);
+        }
     }
 
     /// The guest is over and nothing of it is left.

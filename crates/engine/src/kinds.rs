@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use netkernel_agent::Sockets;
 use netkernel_service::Stack;
 
 use crate::NsmConfig;
@@ -8,9 +9,12 @@ use crate::NsmConfig;
 type Make = dyn Fn(&NsmConfig) -> Result<Box<dyn Stack>, String> + Send + Sync;
 type Check = dyn Fn(&NsmConfig) -> Result<(), String> + Send + Sync;
 
+type Direct = dyn Fn(&NsmConfig) -> Result<Box<dyn Sockets>, String> + Send + Sync;
+
 struct Kind {
     check: Box<Check>,
     make: Box<Make>,
+    direct: Option<Box<Direct>>,
 }
 
 /// How a stack of each kind is checked and made: the place where concrete stacks are registered. The error texts are one
@@ -34,7 +38,25 @@ impl StackKinds {
         check: impl Fn(&NsmConfig) -> Result<(), String> + Send + Sync + 'static,
         make: impl Fn(&NsmConfig) -> Result<Box<dyn Stack>, String> + Send + Sync + 'static,
     ) {
-        self.kinds.insert(kind.into(), Arc::new(Kind { check: Box::new(check), make: Box::new(make) }));
+        let kind_of = Kind { check: Box::new(check), make: Box::new(make), direct: None };
+        self.kinds.insert(kind.into(), Arc::new(kind_of));
+    }
+
+    /// The sockets of this kind, registered before, are the kernel's and can be given to programs (direct attachment).
+    /// `direct` is called for each guest that has an agent, on the agent's thread.
+    pub fn register_direct(
+        &mut self,
+        kind: &str,
+        direct: impl Fn(&NsmConfig) -> Result<Box<dyn Sockets>, String> + Send + Sync + 'static,
+    ) {
+        if let Some(kind) = self.kinds.get_mut(kind).and_then(Arc::get_mut) {
+            kind.direct = Some(Box::new(direct));
+        }
+    }
+
+    /// `None`: this kind has no sockets to give away.
+    pub(crate) fn direct(&self, nsm: &NsmConfig) -> Option<Result<Box<dyn Sockets>, String>> {
+        Some((self.kind(nsm).ok()?.direct.as_ref()?)(nsm))
     }
 
     pub(crate) fn check(&self, nsm: &NsmConfig) -> Result<(), String> {
@@ -56,7 +78,7 @@ impl StackKinds {
 impl Default for StackKinds {
     /// The kernel stack.
     fn default() -> Self {
-        use netkernel_stack_kernel::{KernelConfig, KernelStack, check};
+        use netkernel_stack_kernel::{DirectSockets, KernelConfig, KernelStack, check};
         fn kernel(nsm: &NsmConfig) -> KernelConfig {
             KernelConfig { congestion_control: nsm.congestion_control.clone(), netns: nsm.netns.clone() }
         }
@@ -66,6 +88,9 @@ impl Default for StackKinds {
             |nsm| check(&kernel(nsm)),
             |nsm| Ok(Box::new(KernelStack::new(kernel(nsm))?) as Box<dyn Stack>),
         );
+        kinds.register_direct("kernel", |nsm| {
+            Ok(Box::new(DirectSockets::new(kernel(nsm))?) as Box<dyn Sockets>)
+        });
         kinds
     }
 }

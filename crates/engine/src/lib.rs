@@ -7,6 +7,7 @@
 //! The engine knows no concrete stack: [`StackKinds`] says how a stack of each kind is made.
 
 mod config;
+mod direct;
 mod engine;
 mod keeper;
 mod kinds;
@@ -19,5 +20,6 @@ pub use config::{EngineConfig, EngineError, GuestFds, GuestSpec, NsmConfig};
 pub use engine::Engine;
 pub use kinds::StackKinds;
 pub use netkernel_abi::Limits;
+pub use netkernel_agent::Policy;
 pub use netkernel_shm::HugePages;
 pub use status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};

@@ -32,6 +32,14 @@ pub struct GuestStatus {
     /// Payload memory in the rings of its sockets.
     pub ring_bytes: u64,
     pub switch_thread: usize,
+    /// How its sockets are attached: `queued`, `direct`, or `queued, direct` (the agent behind the preloaded library).
+    pub attachment: &'static str,
+    /// Of direct attachment: sockets given, refused, and let through to the host's stack (--fail-open).
+    pub direct_served: u64,
+    pub direct_refused: u64,
+    pub direct_let_through: u64,
+    /// Its processes, as far as the engine knows them; without an agent only the first one.
+    pub pids: Vec<u32>,
 }
 
 #[derive(Clone, Debug, Default, Serialize)]
@@ -62,7 +70,11 @@ pub struct Counters {
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct SocketStatus {
     pub guest: u32,
+    /// Of a queued socket its number in the region, of a direct one its inode.
     pub id: u32,
+    /// `queued` or `direct`, and why.
+    pub attachment: &'static str,
+    pub reason: &'static str,
     /// `stream`, `datagram` or `listener`.
     pub kind: &'static str,
     pub state: &'static str,
@@ -73,4 +85,10 @@ pub struct SocketStatus {
     /// Bytes that the program has not read, and that the stack has not taken.
     pub unread_bytes: u32,
     pub unsent_bytes: u32,
+    /// Of a direct socket: what the kernel says of it, and its first holder.
+    pub congestion_control: Option<String>,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub pid: u32,
+    pub fd: u32,
 }

@@ -15,11 +15,14 @@ use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::fence;
 
 use netkernel_abi::control::{Message, kind};
+use netkernel_agent::Settings;
+use netkernel_agent::notify::Listener;
 use netkernel_ring::spin::{Polling, Spin};
 use netkernel_service::{Host, Ready, Service, Stack, Table, Violation};
 use netkernel_shm::{Region, fds};
 
 use crate::EngineError;
+use crate::direct::{self, Direct};
 use crate::engine::{Command, Shared};
 use crate::keeper::{Keeper, send_wakes};
 use crate::poller::{Poller, Source};
@@ -68,6 +71,7 @@ struct Guest {
     hangups: Vec<u32>,
     hot: bool,
     last_active_ns: u64,
+    has_agent: bool,
     /// All processes are gone; since when.
     over_since: Option<u64>,
 }
@@ -676,6 +680,7 @@ impl Worker {
             hangups: Vec::new(),
             hot: false,
             last_active_ns: self.now_ns,
+            has_agent: false,
             over_since: None,
         }));
         if let Some(module) = &mut self.modules[new.nsm] {
@@ -732,6 +737,8 @@ impl Worker {
             .map(|s| SocketStatus {
                 guest: id,
                 id: s.id,
+                attachment: "queued",
+                reason: "the preloaded library serves it",
                 kind: s.kind,
                 state: s.state,
                 local: text(s.local),
@@ -740,6 +747,7 @@ impl Worker {
                 send_ring_bytes: s.send_ring_bytes,
                 unread_bytes: s.unread_bytes,
                 unsent_bytes: s.unsent_bytes,
+                ..SocketStatus::default()
             })
             .collect()
     }
@@ -793,6 +801,9 @@ impl Worker {
             }
             return Ok(());
         }
+        if message.kind == kind::AGENT {
+            return self.agent(slot, message, fd);
+        }
         // Nothing but a real Unix stream socket: other descriptors could block this thread.
         if !is_unix_stream(&fd) {
             return Err(Violation("channel message with a descriptor that is not a Unix stream socket"));
@@ -827,6 +838,33 @@ impl Worker {
     }
 
     /// Holds the engine's end of a placeholder until the guest's last descriptor for it is closed.
+    /// Starts the agent of a guest. It holds the guest as a process does.
+    fn agent(&mut self, slot: u32, message: Message, fd: OwnedFd) -> Result<(), Violation> {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
+        let listener = Listener::new(fd).ok_or(Violation("agent without a seccomp listener"))?;
+        if guest.has_agent {
+            return Err(Violation("second agent"));
+        }
+        let nsm = &self.shared.config.nsms[guest.nsm];
+        let settings = Settings { policy: nsm.congestion_policy, fail_open: message.a == 1 };
+        // What goes wrong here ends the listener: the guest's sockets fail with ENOSYS, and nothing waits.
+        let started = direct::start(&self.shared, guest.id, nsm, listener, settings);
+        let (end, counters) = match started {
+            Ok(started) => started,
+            Err(error) => {
+                log::error!("guest {}: its agent cannot start: {error}", guest.id);
+                return Ok(());
+            }
+        };
+        let number = vacancy(&mut guest.processes);
+        if self.poller.add_hangup(end.as_raw_fd(), Source::Process(slot, number as u32)).is_ok() {
+            guest.processes[number] = Some(Process { tag: 0, _pair: end });
+            guest.has_agent = true;
+            self.shared.has_agent(guest.id, Direct { counters, behind_preload: message.b == 1 });
+        }
+        Ok(())
+    }
+
     fn keep_placeholder(&mut self, slot: u32, id: u32, fd: OwnedFd) -> Result<(), Violation> {
         let end = if self.ends_here < self.most_ends_here {
             match self.poller.add_hangup(fd.as_raw_fd(), Source::Placeholder(slot, id)) {

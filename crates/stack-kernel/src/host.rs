@@ -82,8 +82,13 @@ pub(crate) fn set_congestion(fd: &OwnedFd, name: &str) -> io::Result<()> {
 }
 
 pub(crate) fn socket(domain: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
+    kernel_socket(domain, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, protocol)
+}
+
+/// A socket of exactly this type, flags included.
+pub(crate) fn kernel_socket(domain: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
     // SAFETY: plain system call; the result is checked.
-    let fd = unsafe { libc::socket(domain, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, protocol) };
+    let fd = unsafe { libc::socket(domain, kind, protocol) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -4,10 +4,12 @@
 //! with the module's congestion control. Payload moves between the guest's rings and the kernel by `sendmsg` and
 //! `recvmsg` on the rings' own memory. Readiness comes from one edge-triggered epoll instance.
 
+mod direct;
 mod host;
 mod options;
 mod stack;
 
+pub use direct::DirectSockets;
 pub use host::{available_congestion_controls, check};
 pub use stack::KernelStack;
 

@@ -1,0 +1,250 @@
+//! The thread that answers a guest's notifications.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::notify::{Listener, Notification};
+
+/// Processes that are remembered for [`crate::Census`]; the dead are forgotten when there are more.
+const MAX_PROCESSES: usize = 4096;
+/// Obsolete, but the kernel still knows it.
+const SOCK_PACKET: i32 = 10;
+/// The type proper, without SOCK_NONBLOCK and SOCK_CLOEXEC.
+const TYPE_MASK: i32 = 0xf;
+
+/// A socket that a program asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketRequest {
+    /// AF_INET or AF_INET6.
+    pub domain: i32,
+    /// Type without flags.
+    pub kind: i32,
+    pub protocol: i32,
+    pub nonblocking: bool,
+}
+
+/// What makes the sockets: a module of kernel sockets. Belongs to one agent's thread.
+pub trait Sockets: Send {
+    /// A kernel socket in the module's namespace, with its congestion control. Errors: a positive errno, Linux's own.
+    fn socket(&mut self, request: &SocketRequest) -> Result<OwnedFd, i32>;
+
+    /// The congestion control that the module promises; `None`: whatever the namespace has.
+    fn congestion_control(&self) -> Option<&str>;
+
+    /// Does `work` in the module's network namespace.
+    fn within(&self, work: &mut dyn FnMut());
+}
+
+/// What a program's own `setsockopt(TCP_CONGESTION)` comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    Allow,
+    /// It succeeds and changes nothing; `getsockopt` tells the truth.
+    Ignore,
+    /// EPERM for any other than the module's.
+    #[default]
+    Refuse,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Settings {
+    pub policy: Policy,
+    /// What cannot be served is let through to the host's stack, and counted, instead of refused.
+    pub fail_open: bool,
+}
+
+/// Counts, for `netkernel explain`.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Sockets that were injected.
+    pub served: AtomicU64,
+    /// Sockets that were refused, by Linux's rules or because they cannot be served.
+    pub refused: AtomicU64,
+    /// Sockets that were let through unserved.
+    pub let_through: AtomicU64,
+    /// Threads that asked, as far as they are not known to be dead.
+    processes: Mutex<BTreeSet<u32>>,
+}
+
+impl Counters {
+    fn remember(&self, pid: u32) {
+        let mut processes = self.processes.lock().unwrap_or_else(PoisonError::into_inner);
+        if processes.insert(pid) && processes.len() > MAX_PROCESSES {
+            processes.retain(|pid| std::path::Path::new(&format!("/proc/{pid}")).exists());
+        }
+    }
+
+    pub fn processes(&self) -> Vec<u32> {
+        self.processes.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
+    }
+}
+
+/// A guest's agent: dropped or not, its thread ends when no process has the filter any more, or `end` is closed by the
+/// other side.
+pub struct Agent {
+    pub listener: Listener,
+    /// One end of a pair; the engine holds the other.
+    pub end: OwnedFd,
+    pub settings: Settings,
+    pub counters: Arc<Counters>,
+    /// For the log.
+    pub guest: u32,
+}
+
+impl Agent {
+    /// Answers until nobody asks any more. When the listener is closed in the end, a call that waits gets ENOSYS.
+    pub fn run(self, mut sockets: Box<dyn Sockets>) {
+        loop {
+            let mut polled = [
+                libc::pollfd { fd: self.listener.fd(), events: libc::POLLIN, revents: 0 },
+                libc::pollfd { fd: self.end.as_raw_fd(), events: 0, revents: 0 },
+            ];
+            // SAFETY: two entries, valid for reads and writes.
+            let n = unsafe { libc::poll(polled.as_mut_ptr(), 2, -1) };
+            if n < 0 {
+                continue;
+            }
+            if polled[1].revents != 0 {
+                return;
+            }
+            if polled[0].revents & libc::POLLIN != 0 {
+                // An error: the thread that asked is dead, or was interrupted.
+                if let Ok(notification) = self.listener.receive() {
+                    self.answer(&mut *sockets, &notification);
+                }
+            } else if polled[0].revents != 0 {
+                return;
+            }
+        }
+    }
+
+    fn answer(&self, sockets: &mut dyn Sockets, call: &Notification) {
+        self.counters.remember(call.pid);
+        // An answer that fails: nobody waits for it any more.
+        let _ =
+            if is_setsockopt(call) { self.set_congestion(sockets, call) } else { self.socket(sockets, call) };
+    }
+
+    fn socket(&self, sockets: &mut dyn Sockets, call: &Notification) -> std::io::Result<()> {
+        let [domain, kind, protocol] = [0, 1, 2].map(|i| call.arguments[i] as i32);
+        let request = SocketRequest {
+            domain,
+            kind: kind & TYPE_MASK,
+            protocol,
+            nonblocking: kind & libc::SOCK_NONBLOCK != 0,
+        };
+        let known = TYPE_MASK | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+        let made = if kind & !known != 0 {
+            Err(libc::EINVAL)
+        } else if needs_permission(&request) && !may_use_raw(call.pid, &request) {
+            // The kernel asks who makes the socket, and that is the engine.
+            Err(if request.kind == libc::SOCK_DGRAM { libc::EACCES } else { libc::EPERM })
+        } else if request.protocol == libc::IPPROTO_MPTCP {
+            // Its subflows have a congestion control and paths of their own; programs fall back to TCP.
+            Err(libc::EPROTONOSUPPORT)
+        } else {
+            sockets.socket(&request)
+        };
+        let failed = match made {
+            Ok(fd) => match self.listener.give(call, &fd, kind & libc::SOCK_CLOEXEC != 0) {
+                Ok(()) => {
+                    self.counters.served.fetch_add(1, Relaxed);
+                    return Ok(());
+                }
+                // EMFILE is the program's own limit; ENOENT: it is gone.
+                Err(error) => error.raw_os_error().unwrap_or(libc::ENOBUFS),
+            },
+            Err(errno) => errno,
+        };
+        // The engine's shortage, not the program's fault, is what fail-open is for.
+        if self.settings.fail_open
+            && matches!(failed, libc::ENETDOWN | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)
+        {
+            let count = self.counters.let_through.fetch_add(1, Relaxed);
+            if count == 0 {
+                log::warn!(
+                    "guest {}: a socket could not be served (errno {failed}) and is the host's own now (--fail-open)",
+                    self.guest
+                );
+            }
+            return self.listener.let_through(call);
+        }
+        self.counters.refused.fetch_add(1, Relaxed);
+        self.listener.fail(call, failed)
+    }
+
+    fn set_congestion(&self, sockets: &mut dyn Sockets, call: &Notification) -> std::io::Result<()> {
+        let Some(promised) = sockets.congestion_control() else { return self.listener.let_through(call) };
+        match self.settings.policy {
+            Policy::Allow => self.listener.let_through(call),
+            Policy::Ignore => self.listener.succeed(call, 0),
+            Policy::Refuse => {
+                let wanted = read_memory(call.pid, call.arguments[3], (call.arguments[4] as usize).min(15));
+                if !self.listener.is_valid(call) {
+                    return Ok(());
+                }
+                match wanted {
+                    None => self.listener.fail(call, libc::EFAULT),
+                    Some(name) if name.split(|&b| b == 0).next() == Some(promised.as_bytes()) => {
+                        // It has it since it was made.
+                        self.listener.succeed(call, 0)
+                    }
+                    Some(_) => self.listener.fail(call, libc::EPERM),
+                }
+            }
+        }
+    }
+}
+
+fn is_setsockopt(call: &Notification) -> bool {
+    const I386: u32 = 0x4000_0003;
+    if call.arch == I386 { call.nr == 366 } else { i64::from(call.nr) == libc::SYS_setsockopt }
+}
+
+/// What the kernel does not give to everybody.
+fn needs_permission(request: &SocketRequest) -> bool {
+    let ping = request.kind == libc::SOCK_DGRAM
+        && matches!(
+            (request.domain, request.protocol),
+            (libc::AF_INET, libc::IPPROTO_ICMP) | (libc::AF_INET6, libc::IPPROTO_ICMPV6)
+        );
+    ping || matches!(request.kind, libc::SOCK_RAW | SOCK_PACKET)
+}
+
+/// Whether the kernel would let the thread make a raw or ping socket: CAP_NET_RAW in the engine's user namespace, or a
+/// group of net.ipv4.ping_group_range.
+fn may_use_raw(pid: u32, request: &SocketRequest) -> bool {
+    let namespace =
+        |who: &str| std::fs::metadata(format!("/proc/{who}/ns/user")).ok().map(|m| (m.dev(), m.ino()));
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    let capable = field("CapEff:")
+        .and_then(|hex| u64::from_str_radix(hex, 16).ok())
+        .is_some_and(|capabilities| capabilities >> 13 & 1 == 1);
+    if capable && namespace(&pid.to_string()).is_some_and(|own| Some(own) == namespace("self")) {
+        return true;
+    }
+    if request.kind != libc::SOCK_DGRAM {
+        return false;
+    }
+    let range: Vec<u32> = std::fs::read_to_string("/proc/sys/net/ipv4/ping_group_range")
+        .unwrap_or_default()
+        .split_whitespace()
+        .filter_map(|n| n.parse().ok())
+        .collect();
+    let group: Option<u32> = field("Gid:").and_then(|ids| ids.split_whitespace().nth(1)?.parse().ok());
+    matches!((range.as_slice(), group), (&[low, high], Some(group)) if (low..=high).contains(&group))
+}
+
+fn read_memory(pid: u32, address: u64, length: usize) -> Option<Vec<u8>> {
+    let mut bytes = vec![0u8; length];
+    let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: length };
+    let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: length };
+    // SAFETY: `local` is valid for writes of its length; the other address is only looked at in the other process.
+    let n = unsafe { libc::process_vm_readv(pid as i32, &local, 1, &remote, 1, 0) };
+    (n == length as isize).then_some(bytes)
+}

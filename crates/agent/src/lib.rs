@@ -1,0 +1,21 @@
+//! The seccomp agent: what serves the programs that a preloaded library cannot reach.
+//!
+//! `netkernel run` puts a [`filter`] on itself before it becomes the program. From then on each creation of an INET socket,
+//! in whatever way (static binary, Go, a bare system call), stops in the kernel until the agent answers with a descriptor
+//! that it injects (seccomp_unotify(2)). One notification for each socket, none for its data: the socket is the kernel's
+//! own, made in the module's network namespace with its congestion control. This is *direct attachment*.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`filter`] | the BPF program, and putting it on |
+//! | [`notify`] | the kernel's notification calls |
+//! | [`agent`] | the thread that answers |
+//! | [`census`] | the processes of a guest and their INET sockets, by /proc and sock_diag |
+
+pub mod agent;
+pub mod census;
+pub mod filter;
+pub mod notify;
+
+pub use agent::{Agent, Counters, Policy, Settings, SocketRequest, Sockets};
+pub use census::{Census, DirectSocket};

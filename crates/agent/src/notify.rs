@@ -1,0 +1,122 @@
+//! The kernel's notification calls (seccomp_unotify(2); layouts: include/uapi/linux/seccomp.h).
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// One call that waits for its answer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Notification {
+    pub id: u64,
+    /// Thread that made the call, as this process sees it; 0: not visible from here.
+    pub pid: u32,
+    pub flags: u32,
+    pub nr: i32,
+    pub arch: u32,
+    pub instruction_pointer: u64,
+    pub arguments: [u64; 6],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct Response {
+    id: u64,
+    value: i64,
+    error: i32,
+    flags: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct AddFd {
+    id: u64,
+    flags: u32,
+    source: u32,
+    number: u32,
+    number_flags: u32,
+}
+
+const RECEIVE: libc::c_ulong = 0xc050_2100;
+const SEND: libc::c_ulong = 0xc018_2101;
+const ID_VALID: libc::c_ulong = 0x4008_2102;
+const ADD_FD: libc::c_ulong = 0x4018_2103;
+const SET_FLAGS: libc::c_ulong = 0x4008_2104;
+const FLAG_CONTINUE: u32 = 1;
+const ADD_FD_SEND: u32 = 2;
+/// The agent is woken on the caller's core (Linux 6.6).
+const SYNC_WAKE_UP: libc::c_ulong = 1;
+
+const _: () =
+    assert!(size_of::<Notification>() == 80 && size_of::<Response>() == 24 && size_of::<AddFd>() == 24);
+
+/// The descriptor that [`crate::filter::install`] gives.
+#[derive(Debug)]
+pub struct Listener(OwnedFd);
+
+impl Listener {
+    /// `None`: the descriptor is no seccomp listener. A guest could hand over anything, also what blocks for ever.
+    pub fn new(fd: OwnedFd) -> Option<Listener> {
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
+        if link.as_os_str() != "anon_inode:seccomp notify" {
+            return None;
+        }
+        // SAFETY: takes an integer. Older kernels refuse it, and lose some microseconds for each call.
+        unsafe { libc::ioctl(fd.as_raw_fd(), SET_FLAGS, SYNC_WAKE_UP) };
+        Some(Listener(fd))
+    }
+
+    pub fn fd(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+
+    /// The next call. ENOENT: its thread died meanwhile.
+    pub fn receive(&self) -> io::Result<Notification> {
+        let mut notification = Notification::default();
+        // SAFETY: the kernel writes a struct seccomp_notif, which is what `notification` is; it must be all zero before.
+        check(unsafe { libc::ioctl(self.fd(), RECEIVE, &raw mut notification) })?;
+        Ok(notification)
+    }
+
+    /// Whether the thread still waits for this answer: what was read of its memory before is its own.
+    pub fn is_valid(&self, notification: &Notification) -> bool {
+        // SAFETY: the kernel reads eight bytes.
+        unsafe { libc::ioctl(self.fd(), ID_VALID, &raw const notification.id) == 0 }
+    }
+
+    /// The call returns `value`.
+    pub fn succeed(&self, notification: &Notification, value: i64) -> io::Result<()> {
+        self.answer(Response { id: notification.id, value, ..Response::default() })
+    }
+
+    /// The call fails.
+    pub fn fail(&self, notification: &Notification, errno: i32) -> io::Result<()> {
+        self.answer(Response { id: notification.id, error: -errno, ..Response::default() })
+    }
+
+    /// The call is made as if there were no filter. Only for what needs no protection: the arguments may have changed.
+    pub fn let_through(&self, notification: &Notification) -> io::Result<()> {
+        self.answer(Response { id: notification.id, flags: FLAG_CONTINUE, ..Response::default() })
+    }
+
+    /// The call returns a copy of `fd`. Errors: EMFILE, when the process has no number left for it.
+    pub fn give(&self, notification: &Notification, fd: &OwnedFd, close_on_exec: bool) -> io::Result<()> {
+        let add = AddFd {
+            id: notification.id,
+            flags: ADD_FD_SEND,
+            source: fd.as_raw_fd() as u32,
+            number: 0,
+            number_flags: if close_on_exec { libc::O_CLOEXEC as u32 } else { 0 },
+        };
+        // SAFETY: the kernel reads a struct seccomp_notif_addfd, which is what `add` is.
+        check(unsafe { libc::ioctl(self.fd(), ADD_FD, &raw const add) })
+    }
+
+    fn answer(&self, response: Response) -> io::Result<()> {
+        // SAFETY: the kernel reads a struct seccomp_notif_resp, which is what `response` is.
+        check(unsafe { libc::ioctl(self.fd(), SEND, &raw const response) })
+    }
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

@@ -1,0 +1,325 @@
+//! Attachment: programs that no library can be preloaded to, direct sockets, and who may do what. Network: loopback, and a
+//! namespace that the test makes and removes.
+
+mod common;
+
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use common::{Done, Place, finish, until};
+
+/// Asks for sockets and says what became of it: one line for each argument.
+const PROGRAM: &str = r#"
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static int made(const char *what, int fd) { printf("%s %d\n", what, fd < 0 ? -errno : 1); return fd; }
+int main(int argc, char **argv) {
+    setvbuf(stdout, 0, _IONBF, 0);
+    for (int i = 1; i < argc; i++) {
+        char *a = argv[i];
+        if (!strcmp(a, "cc")) {
+            char name[16] = ""; socklen_t length = sizeof name;
+            int fd = socket(AF_INET6, SOCK_STREAM, 0);
+            if (fd < 0) { made("cc", fd); continue; }
+            getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &length);
+            printf("cc %s\n", name);
+            int other = setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, argv[i + 1], strlen(argv[i + 1]));
+            int error = other ? errno : 0;
+            length = sizeof name;
+            getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &length);
+            printf("set %d now %s\n", error, name);
+            i++;
+        } else if (!strcmp(a, "udp")) made("udp", socket(AF_INET, SOCK_DGRAM, 0));
+        else if (!strcmp(a, "bare")) made("bare", syscall(SYS_socket, AF_INET, SOCK_STREAM, 0));
+        else if (!strcmp(a, "raw")) made("raw", socket(AF_INET, SOCK_RAW, IPPROTO_ICMP));
+        else if (!strcmp(a, "smc")) made("smc", socket(43, SOCK_STREAM, 0));
+        else if (!strcmp(a, "mptcp")) made("mptcp", socket(AF_INET, SOCK_STREAM, 262));
+        else if (!strcmp(a, "type")) made("type", socket(AF_INET, 0x100 | SOCK_STREAM, 0));
+        else if (!strcmp(a, "unix")) made("unix", socket(AF_UNIX, SOCK_STREAM, 0));
+        else if (!strcmp(a, "uring")) { char p[256] = ""; made("uring", syscall(SYS_io_uring_setup, 4, p)); }
+        else if (!strcmp(a, "full")) {
+            struct rlimit limit = {32, 32};
+            setrlimit(RLIMIT_NOFILE, &limit);
+            int fd, count = 0;
+            while ((fd = socket(AF_INET, SOCK_STREAM, 0)) >= 0 && count < 100) count++;
+            printf("full %d %d\n", count > 10, -errno);
+        } else if (!strcmp(a, "flags")) {
+            int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+            char b;
+            printf("flags %d %d\n", (int)syscall(SYS_fcntl, fd, 1, 0), (int)syscall(SYS_fcntl, fd, 3, 0) & 04000 ? 1 : 0);
+            (void)b;
+        } else if (!strcmp(a, "listen")) {
+            struct sockaddr_in any = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+            socklen_t length = sizeof any;
+            int fd = socket(AF_INET, SOCK_STREAM, 0);
+            if (bind(fd, (void *)&any, sizeof any) || listen(fd, 5) || getsockname(fd, (void *)&any, &length)) made("listen", -1);
+            else printf("listen %d\n", ntohs(any.sin_port));
+        } else if (!strcmp(a, "connect")) {
+            struct sockaddr_in to = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK), .sin_port = htons(atoi(argv[++i]))};
+            int fd = socket(AF_INET, SOCK_STREAM, 0);
+            made("connect", connect(fd, (void *)&to, sizeof to));
+        } else if (!strcmp(a, "wait")) { char b; while (read(0, &b, 1) < 0 && errno == EINTR) {} }
+        else if (!strcmp(a, "exec")) { execv(argv[i + 1], argv + i + 1); perror("exec"); return 1; }
+    }
+    return 0;
+}
+"#;
+
+struct Programs {
+    place: Place,
+    fixed: PathBuf,
+    dynamic: PathBuf,
+}
+
+fn programs(name: &str) -> Programs {
+    let place = Place::new(name);
+    let source = place.file("program.c", PROGRAM);
+    let build = |output: &str, flag: &[&str]| {
+        let path = place.dir.join(output);
+        let mut command = Command::new("cc");
+        command.arg("-w").args(flag).arg("-o").arg(&path).arg(&source);
+        finish(command).succeeds();
+        path
+    };
+    let (fixed, dynamic) = (build("static", &["-static"]), build("dynamic", &[]));
+    Programs { place, fixed, dynamic }
+}
+
+impl Programs {
+    fn run(&self, options: &[&str], program: &PathBuf, arguments: &[&str]) -> Done {
+        let program = program.to_str().unwrap();
+        self.place.run(&[&["run"], options, &["--", program], arguments].concat())
+    }
+}
+
+fn is_root() -> bool {
+    // SAFETY: cannot fail and touches no memory.
+    unsafe { libc::geteuid() == 0 }
+}
+
+#[test]
+fn a_static_program_gets_the_stack_that_was_chosen() {
+    let p = programs("static-cc");
+    for stack in ["reno", "cubic"] {
+        let other = if stack == "reno" { "cubic" } else { "reno" };
+        let done = p.run(&["--stack", stack], &p.fixed, &["cc", other, "cc", stack]);
+        let expected =
+            format!("cc {stack}\nset {} now {stack}\ncc {stack}\nset 0 now {stack}\n", libc::EPERM);
+        assert_eq!(done.succeeds().out, expected, "{done:?}");
+        assert_eq!(done.err, "");
+    }
+}
+
+#[test]
+fn what_the_library_does_not_see_is_served_too() {
+    let p = programs("behind");
+    // A bare system call; a static program that a dynamic one becomes, and the way back.
+    let fixed = p.fixed.to_str().unwrap();
+    let dynamic = p.dynamic.to_str().unwrap();
+    let done = p.run(
+        &["--stack", "reno"],
+        &p.dynamic,
+        &["cc", "reno", "bare", "exec", fixed, "cc", "reno", "exec", dynamic, "cc", "reno"],
+    );
+    let one = "cc reno\nset 0 now reno\n";
+    assert_eq!(done.succeeds().out, format!("{one}bare 1\n{one}{one}"), "{done:?}");
+    let script = format!("{fixed} cc reno | cat; {dynamic} cc reno | cat; exec {fixed} udp");
+    let done = p.place.run(&["run", "--stack", "reno", "--", "sh", "-c", &script]);
+    assert_eq!(done.succeeds().out, format!("{one}{one}udp 1\n"), "{done:?}");
+}
+
+#[test]
+fn there_is_no_way_around() {
+    let p = programs("around");
+    let all = ["uring", "smc", "mptcp", "type", "unix"];
+    let expected = format!(
+        "uring -{}\nsmc -{}\nmptcp -{}\ntype -{}\nunix 1\n",
+        libc::ENOSYS,
+        libc::EAFNOSUPPORT,
+        libc::EPROTONOSUPPORT,
+        libc::EINVAL
+    );
+    assert_eq!(p.run(&[], &p.fixed, &all).succeeds().out, expected);
+}
+
+#[test]
+fn limits_and_flags_are_the_programs_own() {
+    let p = programs("limits");
+    let done = p.run(&[], &p.fixed, &["flags", "full"]);
+    assert_eq!(done.succeeds().out, format!("flags 1 1\nfull 1 -{}\n", libc::EMFILE));
+}
+
+#[test]
+fn a_user_without_the_right_gets_no_raw_socket_from_a_privileged_engine() {
+    if !is_root() {
+        eprintln!("NOT RUN: only root can run an engine for another user");
+        return;
+    }
+    let p = programs("raw");
+    let config = p.place.file("engine.toml", "[engine]\nallow_users = [65534]\n");
+    let engine =
+        p.place.up(&["--socket", p.place.socket().to_str().unwrap(), "--config", config.to_str().unwrap()]);
+    let ask = |uid: u32| {
+        let mut command = p.place.netkernel(&["run", "--socket", p.place.socket().to_str().unwrap(), "--"]);
+        command.arg(&p.fixed).args(["raw", "udp"]).uid(uid);
+        finish(command).succeeds().out.clone()
+    };
+    assert_eq!(ask(65534), format!("raw -{}\nudp 1\n", libc::EPERM));
+    assert_eq!(ask(0), "raw 1\nudp 1\n");
+    engine.end();
+}
+
+#[test]
+fn the_policy_for_a_programs_own_congestion_control() {
+    let p = programs("policy");
+    let nsm = |policy: &str| {
+        format!(
+            "[[nsm]]\nname = \"{policy}\"\ncongestion_control = \"cubic\"\ncongestion_policy = \"{policy}\"\n"
+        )
+    };
+    let text = ["allow", "ignore", "refuse"].map(nsm).concat();
+    let config = p.place.file("engine.toml", &text);
+    let engine =
+        p.place.up(&["--socket", p.place.socket().to_str().unwrap(), "--config", config.to_str().unwrap()]);
+    let socket = p.place.socket();
+    let ask = |policy: &str| {
+        let done =
+            p.run(&["--socket", socket.to_str().unwrap(), "--stack", policy], &p.fixed, &["cc", "reno"]);
+        done.succeeds().out.clone()
+    };
+    assert_eq!(ask("allow"), "cc cubic\nset 0 now reno\n");
+    assert_eq!(ask("ignore"), "cc cubic\nset 0 now cubic\n");
+    assert_eq!(ask("refuse"), format!("cc cubic\nset {} now cubic\n", libc::EPERM));
+    engine.end();
+}
+
+#[test]
+fn explain_names_each_direct_socket_and_the_guest_ends_with_its_last_process() {
+    let p = programs("explain");
+    let engine = p.place.up(&["--socket", p.place.socket().to_str().unwrap()]);
+    let mut command =
+        p.place.netkernel(&["run", "--socket", p.place.socket().to_str().unwrap(), "--stack", "reno", "--"]);
+    command.arg(&p.fixed).args(["listen", "wait"]).stdin(Stdio::piped()).stdout(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let socket = p.place.socket();
+    let pid = child.id().to_string();
+    let explain = |more: &[&str]| {
+        let done = p.place.run(&[&["explain", "--socket", socket.to_str().unwrap()], more].concat());
+        done.out
+    };
+    until("the listener is seen", || explain(&[&pid]).contains("listening"));
+    let text = explain(&[&pid]);
+    assert!(text.contains("stack reno, attachment direct"), "{text}");
+    assert!(text.contains("given directly 1, refused 0"), "{text}");
+    assert!(text.contains("the guest has no preloaded library; reno"), "{text}");
+    assert!(text.contains(&format!("held by pid {pid}")), "{text}");
+    let json = explain(&["--json"]);
+    assert!(json.contains("\"attachment\": \"direct\""), "{json}");
+    let stranger = p.place.run(&["explain", "--socket", socket.to_str().unwrap(), "1"]);
+    stranger.fails(125, &["process 1 belongs to no guest"]);
+    drop(child.stdin.take());
+    assert!(child.wait().unwrap().success());
+    until("the guest is over", || !explain(&[]).contains("guest"));
+    engine.end();
+}
+
+#[test]
+fn an_engine_that_dies_leaves_direct_sockets_alive_and_no_call_waiting() {
+    let p = programs("dies");
+    let engine = p.place.up(&["--socket", p.place.socket().to_str().unwrap()]);
+    let mut command = p.place.netkernel(&["run", "--socket", p.place.socket().to_str().unwrap(), "--"]);
+    command
+        .arg(&p.fixed)
+        .args(["listen", "wait", "udp", "wait"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+    let port = lines.next().unwrap().unwrap().strip_prefix("listen ").unwrap().parse::<u16>().unwrap();
+    engine.signal(libc::SIGKILL);
+    let _ = engine.wait();
+    std::net::TcpStream::connect(("127.0.0.1", port)).expect("the listener lives on");
+    let mut stdin = child.stdin.take().unwrap();
+    std::io::Write::write_all(&mut stdin, b"x").unwrap();
+    assert_eq!(lines.next().unwrap().unwrap(), format!("udp -{}", libc::ENOSYS));
+    drop(stdin);
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn sockets_are_made_in_the_stacks_network_namespace() {
+    if !is_root() {
+        eprintln!("NOT RUN: only root can make a network namespace");
+        return;
+    }
+    let p = programs("namespace");
+    let name = format!("nk-test-{}", std::process::id());
+    let ip = |arguments: &[&str]| {
+        let mut command = Command::new("ip");
+        command.args(arguments);
+        finish(command)
+    };
+    ip(&["netns", "add", &name]).succeeds();
+    struct Remove(String);
+    impl Drop for Remove {
+        fn drop(&mut self) {
+            let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+        }
+    }
+    let _remove = Remove(name.clone());
+    ip(&["-n", &name, "link", "set", "lo", "up"]).succeeds();
+    let config = p.place.file("engine.toml", &format!("[[nsm]]\nname = \"there\"\nnetns = \"{name}\"\n"));
+    let engine =
+        p.place.up(&["--socket", p.place.socket().to_str().unwrap(), "--config", config.to_str().unwrap()]);
+    // A listener of the host is not there.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    let socket = p.place.socket();
+    let done = p.run(&["--socket", socket.to_str().unwrap()], &p.fixed, &["connect", &port]);
+    assert_eq!(done.succeeds().out, format!("connect -{}\n", libc::ECONNREFUSED));
+    let done =
+        p.run(&["--socket", socket.to_str().unwrap(), "--attach", "direct"], &p.dynamic, &["connect", &port]);
+    assert_eq!(done.succeeds().out, format!("connect -{}\n", libc::ECONNREFUSED));
+    engine.end();
+}
+
+#[test]
+fn a_debugger_and_a_tracer_see_a_served_program() {
+    let p = programs("tracer");
+    let fixed = p.fixed.to_str().unwrap();
+    for tracer in
+        [&["strace", "-f", "-o", "/dev/null"][..], &["gdb", "-q", "-batch", "-ex", "run", "--args"][..]]
+    {
+        let line = [&["run", "--stack", "reno", "--"], tracer, &[fixed, "cc", "reno"]].concat();
+        let done = p.place.run(&line);
+        if done.err.contains("was not found") {
+            eprintln!("NOT RUN: {} is not installed (scripts/deps)", tracer[0]);
+            continue;
+        }
+        assert!(done.succeeds().out.contains("cc reno\nset 0 now reno\n"), "{done:?}");
+    }
+}
+
+#[test]
+fn attachments_that_cannot_be_are_refused_in_one_sentence() {
+    let p = programs("refused");
+    p.run(&["--attach", "queued"], &p.fixed, &["udp"])
+        .fails(125, &["statically linked", "--attach direct", "--fail-open"]);
+    // A filter with a listener in a process that has one.
+    let netkernel = env!("CARGO_BIN_EXE_netkernel");
+    let fixed = p.fixed.to_str().unwrap();
+    p.place
+        .run(&["run", "--", netkernel, "run", "--private", "--attach", "direct", "--", fixed, "udp"])
+        .fails(125, &["another agent watches this process already"]);
+}

@@ -1,0 +1,98 @@
+//! Guests with an agent: sockets that are the kernel's own, given to programs.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use netkernel_agent::notify::Listener;
+use netkernel_agent::{Agent, Census, Counters, DirectSocket, Settings};
+use netkernel_shm::fds;
+
+use crate::NsmConfig;
+use crate::engine::Shared;
+use crate::status::SocketStatus;
+
+/// What is known of a guest's agent.
+#[derive(Clone)]
+pub(crate) struct Direct {
+    pub counters: Arc<Counters>,
+    /// There is a preloaded library, which serves what it sees; the agent has the rest.
+    pub behind_preload: bool,
+}
+
+/// Starts the agent's thread. Returns the end of a pair that hangs up when the thread ends; closing it ends the thread.
+pub(crate) fn start(
+    shared: &Arc<Shared>,
+    guest: u32,
+    nsm: &NsmConfig,
+    listener: Listener,
+    settings: Settings,
+) -> io::Result<(OwnedFd, Arc<Counters>)> {
+    let (ours, end) = fds::pair(libc::SOCK_STREAM | libc::SOCK_CLOEXEC)?;
+    let counters = Arc::new(Counters::default());
+    let agent = Agent { listener, end, settings, counters: Arc::clone(&counters), guest };
+    let (kinds, nsm) = (shared.config.kinds.clone(), nsm.clone());
+    std::thread::Builder::new().name("nk-agent".into()).stack_size(256 << 10).spawn(move || {
+        match kinds.direct(&nsm) {
+            Some(Ok(sockets)) => agent.run(sockets),
+            Some(Err(reason)) => log::error!(
+                "guest {guest}: no sockets for programs that the preloaded library cannot serve: {reason}"
+            ),
+            None => log::error!(
+                "guest {guest}: stack {} cannot serve programs that the preloaded library cannot: use a kernel stack",
+                nsm.name
+            ),
+        }
+    })?;
+    Ok((ours, counters))
+}
+
+/// The guest's processes, found from the one that made it and those that asked for a socket.
+pub(crate) fn census(direct: &Direct, first: i32) -> Census {
+    Census::of(direct.counters.processes().into_iter().chain(u32::try_from(first)))
+}
+
+/// Kernel sockets of a guest.
+pub(crate) fn sockets(
+    shared: &Shared,
+    guest: u32,
+    nsm: &NsmConfig,
+    direct: &Direct,
+    first: i32,
+) -> Vec<SocketStatus> {
+    let Some(Ok(maker)) = shared.config.kinds.direct(nsm) else { return Vec::new() };
+    let census = census(direct, first);
+    let mut found = Vec::new();
+    maker.within(&mut || match census.sockets() {
+        Ok(sockets) => found = sockets,
+        Err(error) => log::warn!("guest {guest}: the kernel's list of sockets: {error}"),
+    });
+    let reason = if direct.behind_preload {
+        "made past the preloaded library"
+    } else {
+        "the guest has no preloaded library"
+    };
+    found.into_iter().map(|socket| status(guest, socket, reason)).collect()
+}
+
+fn status(guest: u32, socket: DirectSocket, reason: &'static str) -> SocketStatus {
+    SocketStatus {
+        guest,
+        id: socket.inode as u32,
+        attachment: "direct",
+        reason,
+        kind: socket.kind,
+        state: socket.state,
+        local: socket.local,
+        peer: socket.peer,
+        receive_ring_bytes: 0,
+        send_ring_bytes: 0,
+        unread_bytes: socket.unread_bytes,
+        unsent_bytes: socket.unsent_bytes,
+        congestion_control: socket.congestion_control,
+        bytes_in: socket.bytes_in,
+        bytes_out: socket.bytes_out,
+        pid: socket.pid,
+        fd: socket.fd,
+    }
+}
