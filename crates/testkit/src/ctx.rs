@@ -31,6 +31,8 @@ pub(crate) struct Guests {
     pub engine: Engine,
     pub netkernel: PathBuf,
     pub stack: String,
+    /// `netkernel run --attach`.
+    pub attach: String,
 }
 
 impl Ctx {
@@ -63,7 +65,8 @@ impl Ctx {
         if let (true, Some(guests)) = (guest, &self.guests) {
             wrapper.extend([guests.netkernel.clone().into(), "run".into(), "--socket".into()]);
             wrapper.push(guests.engine.socket().into());
-            wrapper.extend(["--stack".into(), OsString::from(&guests.stack), "--".into()]);
+            wrapper.extend(["--stack".into(), OsString::from(&guests.stack)]);
+            wrapper.extend(["--attach".into(), OsString::from(&guests.attach), "--".into()]);
         }
         Ok(Cmd::new(&path, wrapper, &self.dir, (file("out"), file("err")), self.limit))
     }

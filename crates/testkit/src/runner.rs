@@ -46,6 +46,9 @@ pub struct Options {
     /// The stack that guests get
     #[arg(long, default_value = "cubic")]
     stack: String,
+    /// How guests are attached: auto, queued, direct
+    #[arg(long, default_value = "auto")]
+    attach: String,
     /// Programs that are not installed are no failure
     #[arg(long)]
     allow_missing: bool,
@@ -175,7 +178,7 @@ fn supervise(options: &Options, scenarios: &[Scenario]) -> Result<bool> {
     let [passed, failed, skipped] = *lock(&counts);
     if let Some(path) = &options.json {
         let report = json!({
-            "passed": passed, "failed": failed, "skipped": skipped, "stack": options.stack,
+            "passed": passed, "failed": failed, "skipped": skipped, "stack": options.stack, "attach": options.attach,
             "results": *lock(&results),
         });
         fs::write(path, format!("{report:#}\n"))
@@ -231,7 +234,14 @@ fn watch_in(
         command.arg("--netkernel").arg(netkernel);
     }
     command
-        .args(["--stack", &options.stack, "--seconds", &options.seconds.to_string()])
+        .args([
+            "--stack",
+            &options.stack,
+            "--attach",
+            &options.attach,
+            "--seconds",
+            &options.seconds.to_string(),
+        ])
         .args(["--patience", &options.patience.to_string()])
         .args(["--worker", run.scenario.name, run.mode.name()])
         .arg(dir)
@@ -314,7 +324,12 @@ fn work(options: &Options, scenarios: &[Scenario]) -> Result<bool> {
         (_, None) => bail!("--netkernel is needed for mode {}", mode.name()),
         (_, Some(netkernel)) => match Engine::start(netkernel, &dir) {
             Ok(engine) => {
-                let guests = Guests { engine, netkernel: netkernel.clone(), stack: options.stack.clone() };
+                let guests = Guests {
+                    engine,
+                    netkernel: netkernel.clone(),
+                    stack: options.stack.clone(),
+                    attach: options.attach.clone(),
+                };
                 try_once(options, scenario, mode, &dir, first_port, Some(guests))
             }
             Err(e) => Err(e),

@@ -1,6 +1,7 @@
 //! Real programs, one module for each; the scripts that they run stand in `scripts/`.
 
 mod databases;
+mod fixed;
 mod haproxy;
 mod http;
 mod nginx;
@@ -18,6 +19,7 @@ use netkernel_testkit::{Cmd, Ctx, Output, Proc, Scenario};
 pub fn all() -> Vec<Scenario> {
     [
         http::SCENARIOS,
+        fixed::SCENARIOS,
         python::SCENARIOS,
         nginx::SCENARIOS,
         redis::SCENARIOS,
