@@ -150,7 +150,7 @@ impl Agent {
             sockets.socket(&request)
         };
         let failed = match made {
-            Ok(fd) => match self.listener.give(call, &fd, kind & libc::SOCK_CLOEXEC != 0) {
+            Ok(fd) => match self.listener.give(call, fd, kind & libc::SOCK_CLOEXEC != 0) {
                 Ok(()) => {
                     self.counters.served.fetch_add(1, Relaxed);
                     return Ok(());

@@ -42,7 +42,6 @@ const ID_VALID: libc::c_ulong = 0x4008_2102;
 const ADD_FD: libc::c_ulong = 0x4018_2103;
 const SET_FLAGS: libc::c_ulong = 0x4008_2104;
 const FLAG_CONTINUE: u32 = 1;
-const ADD_FD_SEND: u32 = 2;
 /// The agent is woken on the caller's core (Linux 6.6).
 const SYNC_WAKE_UP: libc::c_ulong = 1;
 
@@ -98,17 +97,23 @@ impl Listener {
         self.answer(Response { id: notification.id, flags: FLAG_CONTINUE, ..Response::default() })
     }
 
-    /// The call returns a copy of `fd`. Errors: EMFILE, when the process has no number left for it.
-    pub fn give(&self, notification: &Notification, fd: &OwnedFd, close_on_exec: bool) -> io::Result<()> {
+    /// The call returns `fd`, which this process has no longer when the program goes on: the program's close is the last
+    /// one from the first moment. (SECCOMP_ADDFD_FLAG_SEND would save a system call, but the program could bind and close
+    /// the socket before this process has closed its own, and find the port still taken.) Errors: EMFILE, when the
+    /// process has no number left for it.
+    pub fn give(&self, notification: &Notification, fd: OwnedFd, close_on_exec: bool) -> io::Result<()> {
         let add = AddFd {
             id: notification.id,
-            flags: ADD_FD_SEND,
+            flags: 0,
             source: fd.as_raw_fd() as u32,
             number: 0,
             number_flags: if close_on_exec { libc::O_CLOEXEC as u32 } else { 0 },
         };
         // SAFETY: the kernel reads a struct seccomp_notif_addfd, which is what `add` is.
-        check(unsafe { libc::ioctl(self.fd(), ADD_FD, &raw const add) })
+        let number = unsafe { libc::ioctl(self.fd(), ADD_FD, &raw const add) };
+        check(number)?;
+        drop(fd);
+        self.succeed(notification, number.into())
     }
 
     fn answer(&self, response: Response) -> io::Result<()> {

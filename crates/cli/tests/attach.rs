@@ -59,6 +59,20 @@ int main(int argc, char **argv) {
             char b;
             printf("flags %d %d\n", (int)syscall(SYS_fcntl, fd, 1, 0), (int)syscall(SYS_fcntl, fd, 3, 0) & 04000 ? 1 : 0);
             (void)b;
+        } else if (!strcmp(a, "close")) {
+            /* The last close is this one: the port is free at once. */
+            int taken = 0;
+            for (int n = 0; n < 300; n++) {
+                struct sockaddr_in any = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+                socklen_t length = sizeof any;
+                int again = socket(AF_INET, SOCK_DGRAM, 0), fd = socket(AF_INET, SOCK_DGRAM, 0);
+                bind(fd, (void *)&any, sizeof any);
+                getsockname(fd, (void *)&any, &length);
+                close(fd);
+                taken += bind(again, (void *)&any, sizeof any) != 0;
+                close(again);
+            }
+            printf("close %d\n", taken);
         } else if (!strcmp(a, "listen")) {
             struct sockaddr_in any = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
             socklen_t length = sizeof any;
@@ -158,6 +172,12 @@ fn limits_and_flags_are_the_programs_own() {
     let p = programs("limits");
     let done = p.run(&[], &p.fixed, &["flags", "full"]);
     assert_eq!(done.succeeds().out, format!("flags 1 1\nfull 1 -{}\n", libc::EMFILE));
+}
+
+#[test]
+fn the_programs_close_is_the_last_one() {
+    let p = programs("close");
+    assert_eq!(p.run(&[], &p.fixed, &["close"]).succeeds().out, "close 0\n");
 }
 
 #[test]
