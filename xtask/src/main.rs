@@ -74,6 +74,8 @@ fn ci(arguments: &[String]) -> Result<bool> {
     steps.push(("loom", Box::new(loom)));
     steps.push(("conformance", Box::new(|| conformance::compare(&[]))));
     steps.push(("apps", Box::new(|| apps(&[]))));
+    let direct = ["--attach", "direct", "--mode", "both", "--skip", "soak"].map(String::from);
+    steps.push(("apps direct", Box::new(move || apps(&direct))));
 
     let started = Instant::now();
     let mut summary = Vec::new();
@@ -171,7 +173,11 @@ fn apps(arguments: &[String]) -> Result<Tally> {
             continue;
         };
         let mut again = Command::new(artifact("apps"));
-        again.arg("--netkernel").arg(artifact("netkernel")).args(["--only", name, "--mode", mode]);
+        again.arg("--netkernel").arg(artifact("netkernel"));
+        if let Some(at) = arguments.iter().position(|a| a == "--attach") {
+            again.args(&arguments[at..(at + 2).min(arguments.len())]);
+        }
+        again.args(["--only", name, "--mode", mode]);
         let (status, _) = step::capture(again, 5 * MINUTE, true)?;
         if status.success() {
             println!("FLAKY  {name} [{mode}]: failed, and passed when it was run once more, alone");

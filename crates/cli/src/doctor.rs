@@ -40,7 +40,7 @@ struct ProgramFinding {
     #[serde(flatten)]
     report: Report,
     served: bool,
-    /// `preload`, or nothing.
+    /// `preload`, `direct`, or nothing.
     how: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
@@ -67,8 +67,12 @@ pub fn doctor(args: &DoctorArgs) -> Result<i32> {
 fn examine(program: program::Program) -> ProgramFinding {
     let report = program::inspect(&program);
     let reason = report.verdict().err();
-    let served = reason.is_none();
-    ProgramFinding { report, served, how: served.then_some("preload"), reason }
+    let how = match &reason {
+        None => Some("preload"),
+        Some(_) if report.privileged && sys::effective_uid() != 0 => None,
+        Some(_) => netkernel_agent::filter::available().then_some("direct"),
+    };
+    ProgramFinding { report, served: how.is_some(), how, reason }
 }
 
 fn print_program(program: &ProgramFinding) -> io::Result<()> {
@@ -97,10 +101,15 @@ fn print_program(program: &ProgramFinding) -> io::Result<()> {
         writeln!(out, "privilege set-user-id, set-group-id or file capabilities")?;
     }
     match &program.reason {
+        Some(reason) if program.how == Some("direct") => writeln!(
+            out,
+            "verdict   served directly, by the seccomp agent ({reason}): netkernel run -- {}",
+            report.program.display()
+        ),
         None => writeln!(out, "verdict   served by preload: netkernel run -- {}", report.program.display()),
         Some(reason) => writeln!(
             out,
-            "verdict   not served: {reason}\n          use a dynamically linked build; `netkernel run --fail-open` runs it on the kernel's own stack"
+            "verdict   not served: {reason}\n          use a dynamically linked build, or run it as root; `netkernel run --fail-open` runs it on the kernel's own stack"
         ),
     }
 }
@@ -286,9 +295,13 @@ fn pidfd() -> Finding {
 fn seccomp() -> Finding {
     match read("/proc/sys/kernel/seccomp/actions_avail") {
         Some(actions) if actions.split_whitespace().any(|a| a == "user_notif") => {
-            ok("seccomp", "user notification is there (for static programs, in a later version)")
+            ok("seccomp", "user notification is there: static and Go programs can be served")
         }
-        _ => warn("seccomp", "no user notification", "static programs will need it in a later version"),
+        _ => warn(
+            "seccomp",
+            "no user notification",
+            "static and Go programs cannot be served: Linux 5.14 or later with CONFIG_SECCOMP_FILTER is needed",
+        ),
     }
 }
 

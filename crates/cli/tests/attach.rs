@@ -4,7 +4,7 @@
 mod common;
 
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use common::{Done, Place, finish, until};
@@ -111,7 +111,7 @@ fn programs(name: &str) -> Programs {
 }
 
 impl Programs {
-    fn run(&self, options: &[&str], program: &PathBuf, arguments: &[&str]) -> Done {
+    fn run(&self, options: &[&str], program: &Path, arguments: &[&str]) -> Done {
         let program = program.to_str().unwrap();
         self.place.run(&[&["run"], options, &["--", program], arguments].concat())
     }
