@@ -32,6 +32,8 @@ pub mod state {
     pub const ON_DEMAND: u32 = 1 << 12;
     /// Such a listener's queue, which is the stack's, has a connection.
     pub const ACCEPTABLE: u32 = 1 << 13;
+    /// There is no memory for a send ring: the socket is not writable. An event tells when there is one.
+    pub const NO_MEMORY: u32 = 1 << 14;
 }
 
 /// Bits of [`SocketEntry::flags`], written by the guest.

@@ -394,7 +394,10 @@ impl Sock {
 
     fn writable(&self) -> bool {
         let size = self.entry.tx_size.load(Ordering::Acquire);
-        size == 0 || self.tx_free() >= size / 4
+        match size {
+            0 => self.state() & state::NO_MEMORY == 0,
+            _ => self.tx_free() >= size / 4,
+        }
     }
 
     /// The poll mask that Linux would show (tcp_poll, udp: datagram_poll).
@@ -799,7 +802,11 @@ impl Sock {
             return Ok((0, false));
         }
         if e.tx_size.load(Ordering::Acquire) == 0 {
-            self.job(Op::SendRing, 0, &[], 0, &mut [])?;
+            match self.job(Op::SendRing, 0, &[], 0, &mut []) {
+                // No memory is left: as with a full ring.
+                Err(libc::EAGAIN) => return Ok((0, false)),
+                other => other?,
+            };
         }
         let lock = RegionLock::take(&e.tx_lock)?;
         let head = e.tx_head.load(Ordering::Acquire);

@@ -310,6 +310,11 @@ impl Service {
         self.core.ready(&mut Cx { region: &self.region, stack }, id, readiness)
     }
 
+    /// True when [`Service::flush`] has somebody to wake.
+    pub fn owes_wake_ups(&self) -> bool {
+        self.core.events.has_pending()
+    }
+
     /// The end of a batch: wakes who must be woken.
     #[inline]
     pub fn flush(&mut self, host: &mut dyn Host) {
@@ -805,6 +810,9 @@ impl Core {
     fn send_stream(&mut self, cx: &mut Cx, id: u32, more: bool) -> Result<(), Violation> {
         let region = cx.region;
         let (Some(sock), Some(entry)) = (self.socks.get_mut(id), region.socket(id)) else { return Ok(()) };
+        if sock.tx.is_none() && sock.state & state::NO_MEMORY != 0 {
+            return self.send_ring_at_last(cx, id);
+        }
         if sock.tx.is_none()
             || sock.state & state::CONNECTED == 0
             || sock.state & (state::DEAD | state::TX_END) != 0
@@ -868,6 +876,19 @@ impl Core {
             }
         }
         Ok(())
+    }
+
+    /// A writer waits for memory.
+    fn send_ring_at_last(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        if !self.ensure_tx(cx, id, STREAM_CLASS) {
+            self.starve(id);
+            return Ok(());
+        }
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return Ok(()) };
+        sock.state &= !state::NO_MEMORY;
+        let generation = sock.generation;
+        self.publish_state(cx, id);
+        self.events.raise(cx.region, entry, id, generation, OUT, u32::MAX)
     }
 
     /// The stack refuses to send: the connection is over. Bytes that came before are still received.
@@ -1900,7 +1921,19 @@ impl Core {
                     Kind::Stream if sock.state & state::CONNECTED != 0 => STREAM_CLASS,
                     _ => return Ok(Done::Answer(-libc::ENOTCONN, 0, 0)),
                 };
-                let status = if self.ensure_tx(cx, id, class) { 0 } else { -libc::ENOBUFS };
+                let status = match (self.ensure_tx(cx, id, class), class) {
+                    (true, _) => 0,
+                    (false, DATAGRAM_CLASS) => -libc::ENOBUFS,
+                    // TCP never says ENOBUFS: it is as if the ring were full.
+                    (false, _) => {
+                        if let Some(sock) = self.socks.get_mut(id) {
+                            sock.state |= state::NO_MEMORY;
+                        }
+                        self.publish_state(cx, id);
+                        self.starve(id);
+                        -libc::EAGAIN
+                    }
+                };
                 Done::Answer(status, 0, 0)
             }
             Op::Ioctl => {

@@ -273,9 +273,14 @@ def blocked(how, port, full_port, *calls):
 
 def memory(port, echo_port, count):
     """Fills the send side of many sockets, then has their receive side filled, then works on."""
-    sockets = [connect(port) for _ in range(int(count))]
-    for s in sockets:
+    sockets = []
+    for _ in range(int(count)):
+        s = socket.socket()
+        # Little in the kernel, so that the region fills.
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        s.connect((HERE, int(port)))
         s.setblocking(False)
+        sockets.append(s)
     errors, sent = set(), 0
     block = b"y" * 16384
     rounds_without = 0
