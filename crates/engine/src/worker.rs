@@ -1014,6 +1014,10 @@ impl Worker {
 
 /// Makes the guest ring its doorbell. False: it pushed something before it could know, or has work.
 fn cool(guest: &mut Guest) -> bool {
+    // Only guests that are polled are flushed: their sleepers would not wake.
+    if guest.service.owes_wake_ups() {
+        return false;
+    }
     let waiting = &guest.service.region().header().engine_waiting;
     // SYNC: engine-waiting - a guest that pushed before it could see this 1 is seen by the look that follows.
     waiting.store(1, SeqCst);
