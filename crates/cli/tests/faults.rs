@@ -584,6 +584,84 @@ fn the_second_guest_on_a_port_is_told_so() {
 // ---- things that run out
 
 #[test]
+fn a_guest_without_region_memory_waits_and_works_on() {
+    const SOCKETS: usize = 1500;
+    raise_descriptor_limit();
+    let place = Place::new("memory");
+    let config = place.file("small.toml", "[engine]\nregion_bytes = \"64MiB\"\n");
+    let engine = Logged::start_with(&place, &["--config", config.to_str().unwrap()], |_| {});
+    let (echo, silent) = (Native::echo(), Native::silent());
+    // Small buffers in the kernel, so that the region's fill.
+    let small = 4096i32;
+    for option in [libc::SO_RCVBUF, libc::SO_SNDBUF] {
+        // SAFETY: an int option of an open descriptor.
+        unsafe {
+            libc::setsockopt(
+                std::os::fd::AsRawFd::as_raw_fd(&silent.listener),
+                libc::SOL_SOCKET,
+                option,
+                (&raw const small).cast(),
+                4,
+            )
+        };
+    }
+    let bystander = Bystander::start(&place, &echo);
+    let baseline = Baseline::of(&place, &engine);
+    let [port, echo_port] = [silent.port(), echo.port()].map(|p| p.to_string());
+    let mut guest = Guest::start(&place, &["memory", &port, &echo_port, &SOCKETS.to_string()]);
+    let told = guest.told("sent");
+    let (sent, errors) = told.split_once(' ').unwrap();
+    assert_eq!(errors, "EAGAIN", "a full socket says so as on Linux");
+    bystander.advances();
+    println!("{SOCKETS} sockets took {sent} bytes");
+
+    let mut streams = std::mem::take(&mut *silent.silent.lock().unwrap());
+    assert_eq!(streams.len(), SOCKETS);
+    streams.iter().for_each(|s| s.set_nonblocking(true).unwrap());
+    let sent: usize = sent.parse().unwrap();
+    let mut read = 0;
+    let mut buffer = vec![0; 1 << 20];
+    until("all that was sent arrives", || {
+        for stream in &mut streams {
+            while let Ok(n @ 1..) = stream.read(&mut buffer) {
+                read += n;
+            }
+        }
+        read >= sent
+    });
+    assert_eq!(read, sent);
+    // More than the region can hold, little enough for the kernel's own limits.
+    let mut each = vec![0; SOCKETS];
+    let mut quiet = 0;
+    while quiet < 5 {
+        quiet += 1;
+        for (stream, filled) in streams.iter_mut().zip(&mut each) {
+            while *filled < 64 << 10
+                && let Ok(n @ 1..) = stream.write(&buffer[..16384])
+            {
+                *filled += n;
+                quiet = 0;
+            }
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let filled: usize = each.iter().sum();
+    println!("and were filled with {filled}");
+    bystander.advances();
+    streams.iter().for_each(|s| s.shutdown(Shutdown::Write).unwrap());
+    guest.tell("drain");
+    assert_eq!(guest.told("received"), filled.to_string());
+    assert_eq!(guest.told("echoed"), "True");
+    drop(streams);
+    guest.ends();
+    bystander.advances();
+    baseline.returns(&place, &engine);
+    bystander.ends();
+    assert_eq!(engine.logged("broke the protocol"), 0, "{}", engine.log());
+    engine.engine.end();
+}
+
+#[test]
 fn a_guest_without_descriptors_is_told_so_and_works_on() {
     let place = Place::new("descriptors");
     let engine = Logged::start(&place);
@@ -605,6 +683,40 @@ fn a_guest_without_descriptors_is_told_so_and_works_on() {
     guest.ends();
     baseline.returns(&place, &engine);
     bystander.ends();
+    engine.engine.end();
+}
+
+#[test]
+fn an_engine_without_descriptors_refuses_and_works_on() {
+    let place = Place::new("engine-descriptors");
+    let engine = Logged::start_with(&place, &[], |command| {
+        let limit = libc::rlimit { rlim_cur: 300, rlim_max: 300 };
+        // SAFETY: setrlimit is async-signal-safe; the limit is a copy of the closure's own.
+        unsafe {
+            command.pre_exec(move || match libc::setrlimit(libc::RLIMIT_NOFILE, &limit) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            })
+        };
+    });
+    let (echo, silent) = (Native::echo(), Native::silent());
+    let bystander = Bystander::start(&place, &echo);
+    let baseline = Baseline::of(&place, &engine);
+    let [port, echo_port] = [silent.port(), echo.port()].map(|p| p.to_string());
+    let mut guest = Guest::start(&place, &["many", &port, &echo_port, "600"]);
+    let mut waiting = dial(guest.port());
+    waiting.write_all(b"later").unwrap();
+    assert_eq!(guest.told("connected"), "600 ENFILE");
+    bystander.advances();
+    guest.tell("close");
+    assert_eq!(guest.told("accepted"), "later");
+    assert_eq!(guest.told("echoed"), "True");
+    guest.ends();
+    silent.silent.lock().unwrap().clear();
+    bystander.advances();
+    until("guests and sockets are those of the start", || seen(&place) == baseline.seen);
+    bystander.ends();
+    assert_eq!(engine.logged("broke the protocol"), 0, "{}", engine.log());
     engine.engine.end();
 }
 

@@ -25,6 +25,8 @@ pub struct Hangup {
     pub slot: u32,
     pub id: u32,
     pub serial: u32,
+    /// There was no room for it: nothing is known of its end.
+    pub refused: bool,
 }
 
 const ADD: u32 = 1;
@@ -198,8 +200,8 @@ impl Table {
             match word(0) {
                 ADD => {
                     let Some(fd) = received.pop() else {
-                        // This table is full, too: the socket is closed.
-                        lock(&self.reports).push_back(Hangup { slot, id: second, serial });
+                        // This table is full, too.
+                        lock(&self.reports).push_back(Hangup { slot, id: second, serial, refused: true });
                         write_eventfd(self.wake.as_raw_fd());
                         continue;
                     };
@@ -229,7 +231,7 @@ impl Table {
             let mut reports = lock(&self.reports);
             for &serial in hung {
                 if let Some(end) = self.ends.remove(&serial) {
-                    reports.push_back(Hangup { slot: end.slot, id: end.id, serial });
+                    reports.push_back(Hangup { slot: end.slot, id: end.id, serial, refused: false });
                 }
             }
         }
@@ -277,7 +279,7 @@ mod tests {
             std::thread::yield_now();
         }
         hung.sort_by_key(|hangup| hangup.id);
-        assert_eq!(hung[9], Hangup { slot: 7, id: 9, serial: 10 });
+        assert_eq!(hung[9], Hangup { slot: 7, id: 9, serial: 10, refused: false });
         keeper.remove_slot(7);
         // SAFETY: as above; the end of the stream comes when the keeper has closed its end.
         let n = unsafe { libc::recv(ours[0].as_raw_fd(), bytes.as_mut_ptr().cast(), 8, 0) };

@@ -769,7 +769,9 @@ impl Worker {
                 Ok((32, mut received)) => {
                     let message = Message::from_bytes(&bytes);
                     let Some(fd) = received.pop() else {
-                        // Sent without one, or this process had no room for it: the other end sees that it is closed.
+                        if let Err(violation) = self.without_descriptor(slot, message) {
+                            return self.violation(slot, violation);
+                        }
                         continue;
                     };
                     if !received.is_empty() {
@@ -784,6 +786,21 @@ impl Worker {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return,
             }
+        }
+    }
+
+    /// Sent without a descriptor, or this process had no room for it: the other end sees that it is closed.
+    fn without_descriptor(&mut self, slot: u32, message: Message) -> Result<(), Violation> {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
+        let Some(module) = &mut self.modules[guest.nsm] else { return Ok(()) };
+        let (stack, id) = (&mut *module.stack, message.a);
+        match message.kind {
+            kind::SOCKET => {
+                guest.service.open(stack, id, message.b, message.c, message.d)?;
+                guest.service.refuse(stack, id)
+            }
+            kind::ACCEPTED if guest.service.adopted(id, message.b) => guest.service.refuse(stack, id),
+            _ => Ok(()),
         }
     }
 
@@ -877,8 +894,8 @@ impl Worker {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
         let Some(module) = &mut self.modules[guest.nsm] else { return Ok(()) };
         match (end, guest.ends.placeholders.make(id)) {
-            // No memory or no descriptor for one more: the socket is closed, the guest sees its placeholder's end.
-            (End::None, _) | (_, None) => guest.service.close(&mut *module.stack, id),
+            // No memory or no descriptor for one more.
+            (End::None, _) | (_, None) => guest.service.refuse(&mut *module.stack, id),
             (end, Some(place)) => {
                 if matches!(end, End::Here(_)) {
                     self.ends_here += 1;
@@ -920,9 +937,25 @@ impl Worker {
             let Some(Some(guest)) = self.guests.get_mut(hangup.slot as usize) else { continue };
             // Not an end of a guest that had this slot before.
             let same = |end: &End| matches!(end, End::Kept(serial) if *serial == hangup.serial);
-            if guest.ends.placeholders.get(hangup.id).is_some_and(same) {
+            if !guest.ends.placeholders.get(hangup.id).is_some_and(same) {
+                continue;
+            }
+            if !hangup.refused {
                 guest.hangups.push(hangup.id);
                 self.hung.push(hangup.slot);
+                continue;
+            }
+            if let Some(end) = guest.ends.placeholders.get_mut(hangup.id) {
+                *end = End::None;
+                guest.ends.placeholder_count -= 1;
+            }
+            let Some(module) = &mut self.modules[guest.nsm] else { continue };
+            match guest.service.refuse(&mut *module.stack, hangup.id) {
+                Ok(()) => {
+                    self.warm(hangup.slot);
+                    self.maybe_over(hangup.slot);
+                }
+                Err(violation) => self.violation(hangup.slot, violation),
             }
         }
     }

@@ -127,6 +127,17 @@ impl Guest {
         }
     }
 
+    /// The other end of a placeholder is closed. Most likely the engine is dead, which the channel tells as well, if a little
+    /// later; but an engine without descriptors refuses single sockets.
+    #[cold]
+    pub fn placeholder_hung_up(&self) {
+        if self.check_engine() {
+            let mut p = libc::pollfd { fd: self.channel.load(Ordering::Relaxed), events: 0, revents: 0 };
+            raw!(libc::SYS_poll, &mut p as *mut libc::pollfd, 1, 100);
+            self.check_engine();
+        }
+    }
+
     /// Asks the kernel whether the engine still holds its end of the channel.
     pub fn check_engine(&self) -> bool {
         if engine_gone() {

@@ -192,7 +192,7 @@ fn sleep(
                     raw!(libc::SYS_recvfrom, r.fd, &mut byte as *mut u8, 1, libc::MSG_DONTWAIT, 0, 0)
                 };
                 if got == 0 {
-                    guest::engine_is_gone();
+                    guest.placeholder_hung_up();
                 }
                 if got == 1
                     && let Some((_, share)) = shares.iter_mut().find(|s| s.0 == id)

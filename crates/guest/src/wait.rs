@@ -63,7 +63,7 @@ pub fn wait(
             if ready() || guest::engine_gone() {
                 break;
             }
-            match sleep(fd, begin, timeout_us) {
+            match sleep(guest, fd, begin, timeout_us) {
                 Ok(byte) => took = byte,
                 Err(errno) => {
                     result = Err(errno);
@@ -115,7 +115,7 @@ impl Share {
 }
 
 /// True: a wake-up byte was taken.
-fn sleep(fd: i32, begin: u64, timeout_us: u64) -> Result<bool, i32> {
+fn sleep(guest: &Guest, fd: i32, begin: u64, timeout_us: u64) -> Result<bool, i32> {
     let mut byte = 0u8;
     if timeout_us != 0 {
         let left = (timeout_us * 1000).saturating_sub(sys::now_ns() - begin);
@@ -143,8 +143,8 @@ fn sleep(fd: i32, begin: u64, timeout_us: u64) -> Result<bool, i32> {
     let n = if n < 0 { -(sys::errno() as isize) } else { n };
     match n {
         0 => {
-            guest::engine_is_gone();
-            Ok(false)
+            guest.placeholder_hung_up();
+            if guest::engine_gone() { Ok(false) } else { Err(libc::ECONNRESET) }
         }
         1 => Ok(true),
         e if e == -(libc::EAGAIN as isize) => Ok(false),

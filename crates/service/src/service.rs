@@ -273,6 +273,12 @@ impl Service {
         }
     }
 
+    /// The engine has no descriptor for the socket's placeholder: nothing will work on it but closing. As its end will not
+    /// be seen either, the entry stays in use until the guest is over; a later socket must not find itself in its place.
+    pub fn refuse(&mut self, stack: &mut dyn Stack, id: u32) -> Result<(), Violation> {
+        self.core.refuse(&mut Cx { region: &self.region, stack }, id)
+    }
+
     /// The last descriptor for the socket was closed.
     pub fn close(&mut self, stack: &mut dyn Stack, id: u32) -> Result<(), Violation> {
         self.core.close(&mut Cx { region: &self.region, stack }, id)
@@ -785,6 +791,21 @@ impl Core {
         entry.state.store(sock.state, Release);
         let generation = sock.generation;
         self.events.raise(cx.region, entry, id, generation, IN | OUT | ERR | HUP | RDHUP, u32::MAX)
+    }
+
+    fn refuse(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        let Some(sock) = self.socks.get_mut(id).filter(|sock| sock.kind != Kind::Free) else { return Ok(()) };
+        let handle = std::mem::replace(&mut sock.handle, Handle::NONE);
+        if handle != Handle::NONE {
+            cx.stack.close(handle, Close::Abort);
+        }
+        if sock.state & state::CONNECTED != 0 {
+            self.fail(cx, id, libc::ECONNRESET)?;
+        }
+        if let Some(sock) = self.socks.get_mut(id) {
+            sock.error = libc::ENFILE;
+        }
+        Ok(())
     }
 
     /// An error that does not end the socket (datagrams).

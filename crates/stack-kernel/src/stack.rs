@@ -35,7 +35,7 @@ pub struct KernelStack {
     datagrams: Vec<u8>,
     /// Descriptors from this number on are not given to sockets: the engine needs some to stay able to answer.
     highest: RawFd,
-    /// The table was full; no accepts before something was closed or a while has passed.
+    /// The table was full; no accepts before something was closed.
     full: bool,
 }
 
@@ -95,6 +95,11 @@ impl KernelStack {
         socket.and_then(|s| s.fd.as_ref()).map(|fd| fd.as_raw_fd()).ok_or(Errno(libc::EBADF))
     }
 
+    /// The number that the next descriptor would get.
+    fn lowest_free(&self) -> Option<RawFd> {
+        self.epoll.try_clone().ok().map(|copy| copy.as_raw_fd())
+    }
+
     /// Puts the socket into the epoll instance. Only from here on are there reports; a TCP socket that is neither
     /// connected nor listening would report a hang-up that means nothing.
     fn register(&mut self, handle: Handle) -> Result<(), Errno> {
@@ -134,6 +139,9 @@ impl Stack for KernelStack {
                 Errno(libc::EMFILE) => Errno(libc::ENFILE),
                 other => other,
             })?;
+        if fd.as_raw_fd() >= self.highest {
+            return Err(Errno(libc::ENFILE));
+        }
         if tcp && let Some(name) = &self.set_congestion {
             host::set_congestion(&fd, name).map_err(from_io)?;
         }
@@ -205,9 +213,7 @@ impl Stack for KernelStack {
 
     fn accept(&mut self, listener: Handle, key: u64) -> Result<Accepted, Errno> {
         let fd = self.fd(listener)?;
-        if self.full {
-            // Reported once; the next attempt is made in earnest.
-            self.full = false;
+        if self.full && self.lowest_free().is_none_or(|fd| fd >= self.highest) {
             return Err(Errno(libc::EMFILE));
         }
         let mut address = Address::new();
