@@ -323,6 +323,7 @@ def descriptors(echo_port, limit):
     say("port", listener.getsockname()[1])
     told()
     # The test has connected once and waits for somebody to accept.
+    select.select([listener], [], [])
     sockets = []
     try:
         while True:
