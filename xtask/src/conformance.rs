@@ -23,9 +23,18 @@ pub fn compare(cases: &[String]) -> Result<Tally> {
     native.arg("run").args(cases);
     let (_, native) = capture(native, 10 * MINUTE, false)?;
     let native = parse(&native);
-    let mut served = parse(&serve(cases)?);
     let expected = std::fs::read_to_string(EXPECTED).with_context(|| format!("cannot read {EXPECTED}"))?;
     let expected = parse_expected(&expected)?;
+    let mut tally = built;
+    for attach in ["auto", "direct"] {
+        tally = tally.and(attached(&native, &expected, cases, attach)?);
+    }
+    Ok(tally)
+}
+
+/// Runs the program as a guest and compares.
+fn attached(native: &Cases, expected: &Cases, cases: &[String], attach: &str) -> Result<Tally> {
+    let mut served = parse(&serve(cases, attach)?);
     // What differs unexpectedly is run once more: what is as it should be then is told as flaky.
     let differing: Vec<String> = native
         .iter()
@@ -33,7 +42,7 @@ pub fn compare(cases: &[String]) -> Result<Tally> {
         .map(|(name, _)| name.clone())
         .collect();
     if !differing.is_empty() && differing.len() < 12 {
-        for (name, got) in parse(&serve(&differing)?) {
+        for (name, got) in parse(&serve(&differing, attach)?) {
             if let Some(before) = served.insert(name.clone(), got.clone())
                 && before != got
             {
@@ -41,16 +50,29 @@ pub fn compare(cases: &[String]) -> Result<Tally> {
             }
         }
     }
-    let report = judge(&native, &served, &expected);
+    let report = judge(native, &served, expected);
+    println!("--- conformance, --attach {attach}");
     report.lines.iter().for_each(|line| println!("{line}"));
-    Ok(built.and(report.tally))
+    Ok(report.tally)
 }
 
 /// Runs cases as a guest.
-fn serve(cases: &[String]) -> Result<Vec<String>> {
+fn serve(cases: &[String], attach: &str) -> Result<Vec<String>> {
     let mut served = Command::new(artifact("netkernel"));
     served
-        .args(["run", "--private", "--stack", "cubic", "--name", "socktest", "--", PROGRAM, "run"])
+        .args([
+            "run",
+            "--private",
+            "--attach",
+            attach,
+            "--stack",
+            "cubic",
+            "--name",
+            "socktest",
+            "--",
+            PROGRAM,
+            "run",
+        ])
         .args(cases);
     Ok(capture(served, 10 * MINUTE, false)?.1)
 }

@@ -12,6 +12,8 @@ use crate::notify::{Listener, Notification};
 const MAX_PROCESSES: usize = 4096;
 /// Obsolete, but the kernel still knows it.
 const SOCK_PACKET: i32 = 10;
+/// TCP_CA_NAME_MAX without its end.
+const NAME_MAX: usize = 15;
 /// The type proper, without SOCK_NONBLOCK and SOCK_CLOEXEC.
 const TYPE_MASK: i32 = 0xf;
 
@@ -33,6 +35,9 @@ pub trait Sockets: Send {
 
     /// The congestion control that the module promises; `None`: whatever the namespace has.
     fn congestion_control(&self) -> Option<&str>;
+
+    /// Whether the kernel has a congestion control of this name.
+    fn knows(&mut self, congestion_control: &[u8]) -> bool;
 
     /// Does `work` in the module's network namespace.
     fn within(&self, work: &mut dyn FnMut());
@@ -178,22 +183,31 @@ impl Agent {
     }
 
     fn set_congestion(&self, sockets: &mut dyn Sockets, call: &Notification) -> std::io::Result<()> {
-        let Some(promised) = sockets.congestion_control() else { return self.listener.let_through(call) };
+        let Some(promised) = sockets.congestion_control().map(str::to_owned) else {
+            return self.listener.let_through(call);
+        };
         match self.settings.policy {
             Policy::Allow => self.listener.let_through(call),
             Policy::Ignore => self.listener.succeed(call, 0),
             Policy::Refuse => {
-                let wanted = read_memory(call.pid, call.arguments[3], (call.arguments[4] as usize).min(15));
+                // As the kernel's do_tcp_setsockopt: EINVAL, EFAULT, ENOENT, in this order.
+                let length = call.arguments[4] as i32;
+                if length < 1 {
+                    return self.listener.fail(call, libc::EINVAL);
+                }
+                let wanted = read_memory(call.pid, call.arguments[3], (length as usize).min(NAME_MAX));
                 if !self.listener.is_valid(call) {
                     return Ok(());
                 }
-                match wanted {
-                    None => self.listener.fail(call, libc::EFAULT),
-                    Some(name) if name.split(|&b| b == 0).next() == Some(promised.as_bytes()) => {
-                        // It has it since it was made.
-                        self.listener.succeed(call, 0)
-                    }
-                    Some(_) => self.listener.fail(call, libc::EPERM),
+                let Some(wanted) = wanted else { return self.listener.fail(call, libc::EFAULT) };
+                let name = wanted.split(|&b| b == 0).next().unwrap_or_default();
+                if name == promised.as_bytes() {
+                    // It has it since it was made.
+                    self.listener.succeed(call, 0)
+                } else if sockets.knows(name) {
+                    self.listener.fail(call, libc::EPERM)
+                } else {
+                    self.listener.fail(call, libc::ENOENT)
                 }
             }
         }

@@ -44,6 +44,10 @@ impl Sockets for DirectSockets {
         self.config.congestion_control.as_deref()
     }
 
+    fn knows(&mut self, congestion_control: &[u8]) -> bool {
+        host::available_congestion_controls().iter().any(|name| name.as_bytes() == congestion_control)
+    }
+
     fn within(&self, work: &mut dyn FnMut()) {
         let _ = self.namespace.within(work);
     }
