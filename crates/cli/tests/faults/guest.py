@@ -295,6 +295,10 @@ def memory(port, echo_port, count):
                 errors.add(name(e))
         time.sleep(0.05)
     say("sent", sent, ",".join(sorted(errors)))
+    # Who blocks waits until there is memory.
+    late = connect(echo_port)
+    blocking = threading.Thread(target=lambda: say("late", echoed(late, 9, 30000)))
+    blocking.start()
     told()
     # The peer has read all, and filled the other direction until nothing went any more.
     for s in sockets:
@@ -311,6 +315,7 @@ def memory(port, echo_port, count):
             received += len(data)
             if not data:
                 of.pop(fd).close()
+    blocking.join()
     say("received", received)
     s = connect(echo_port)
     say("echoed", all(echoed(s, i, 30000) for i in range(50)))
@@ -350,6 +355,7 @@ def many(port, echo_port, count):
     """Wants more sockets than the engine has descriptors."""
     listener = listen()
     say("port", listener.getsockname()[1])
+    before = connect(echo_port)
     sockets, errors = [], set()
     for _ in range(int(count)):
         try:
@@ -358,7 +364,7 @@ def many(port, echo_port, count):
             s.connect((HERE, int(port)))
         except OSError as e:
             errors.add(name(e))
-    say("connected", len(sockets), ",".join(sorted(errors)))
+    say("connected", len(sockets), ",".join(sorted(errors)), echoed(before, 1, 30000))
     told()
     for s in sockets:
         s.close()
