@@ -277,6 +277,32 @@ fn an_engine_that_dies_leaves_direct_sockets_alive_and_no_call_waiting() {
     assert!(child.wait().unwrap().success());
 }
 
+/// A network namespace with loopback, removed with the value.
+struct Netns(String);
+
+impl Netns {
+    fn new(name: &str) -> Netns {
+        let netns = Netns(format!("nk-test-{}-{name}", std::process::id()));
+        for arguments in [&["netns", "add", &netns.0][..], &["-n", &netns.0, "link", "set", "lo", "up"]] {
+            let mut command = Command::new("ip");
+            command.args(arguments);
+            finish(command).succeeds();
+        }
+        netns
+    }
+
+    /// The configuration of an engine whose only stack is here.
+    fn config(&self) -> String {
+        format!("[[nsm]]\nname = \"there\"\nnetns = \"{}\"\n", self.0)
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
 #[test]
 fn sockets_are_made_in_the_stacks_network_namespace() {
     if !is_root() {
@@ -284,33 +310,78 @@ fn sockets_are_made_in_the_stacks_network_namespace() {
         return;
     }
     let p = programs("namespace");
-    let name = format!("nk-test-{}", std::process::id());
-    let ip = |arguments: &[&str]| {
-        let mut command = Command::new("ip");
-        command.args(arguments);
-        finish(command)
-    };
-    ip(&["netns", "add", &name]).succeeds();
-    struct Remove(String);
-    impl Drop for Remove {
-        fn drop(&mut self) {
-            let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
-        }
-    }
-    let _remove = Remove(name.clone());
-    ip(&["-n", &name, "link", "set", "lo", "up"]).succeeds();
-    let config = p.place.file("engine.toml", &format!("[[nsm]]\nname = \"there\"\nnetns = \"{name}\"\n"));
+    let netns = Netns::new("there");
+    let config = p.place.file("engine.toml", &netns.config());
     let engine =
         p.place.up(&["--socket", p.place.socket().to_str().unwrap(), "--config", config.to_str().unwrap()]);
     // A listener of the host is not there.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port().to_string();
     let socket = p.place.socket();
-    let done = p.run(&["--socket", socket.to_str().unwrap()], &p.fixed, &["connect", &port]);
+    let socket = socket.to_str().unwrap();
+    let done = p.run(&["--socket", socket], &p.fixed, &["connect", &port]);
     assert_eq!(done.succeeds().out, format!("connect -{}\n", libc::ECONNREFUSED));
-    let done =
-        p.run(&["--socket", socket.to_str().unwrap(), "--attach", "direct"], &p.dynamic, &["connect", &port]);
+    let done = p.run(&["--socket", socket, "--attach", "direct"], &p.dynamic, &["connect", &port]);
     assert_eq!(done.succeeds().out, format!("connect -{}\n", libc::ECONNREFUSED));
+    engine.end();
+}
+
+/// Answers every question for an address with 192.0.2.7.
+const DNS_SERVER: &str = r#"
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.bind(("127.0.0.1", 53))
+print("ready", flush=True)
+while True:
+    q, peer = s.recvfrom(512)
+    end = q.index(b"\0", 12) + 5
+    a = q[end - 4:end - 2] == b"\0\1"
+    head = q[:2] + b"\x81\x80" + q[4:6] + (b"\0\1" if a else b"\0\0") + b"\0\0\0\0"
+    s.sendto(head + q[12:end] + (b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\xc0\0\2\x07" if a else b""), peer)
+"#;
+
+#[test]
+fn names_are_asked_for_by_way_of_the_stack() {
+    if !is_root() {
+        eprintln!("NOT RUN: only root can make a network namespace");
+        return;
+    }
+    let p = programs("names");
+    let netns = Netns::new("names");
+    let script = p.place.file("dns.py", DNS_SERVER);
+    let mut server = Command::new("ip");
+    server.args(["netns", "exec", &netns.0, "/usr/bin/python3"]).arg(script).stdout(Stdio::piped());
+    let mut server = server.spawn().unwrap();
+    let mut line = String::new();
+    let mut out = std::io::BufReader::new(server.stdout.take().unwrap());
+    std::io::BufRead::read_line(&mut out, &mut line).unwrap();
+    assert_eq!(line, "ready\n");
+
+    let config = p.place.file("engine.toml", &netns.config());
+    let engine =
+        p.place.up(&["--socket", p.place.socket().to_str().unwrap(), "--config", config.to_str().unwrap()]);
+    let resolv = p.place.file("resolv.conf", "nameserver 127.0.0.1\noptions timeout:2 attempts:1\n");
+    // The C library's resolver makes its sockets past every preloaded library.
+    for attach in ["auto", "direct"] {
+        let mut command = Command::new("unshare");
+        command
+            .args(["--mount", "sh", "-c", "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\""])
+            .arg(&resolv);
+        let netkernel = p.place.netkernel(&[]);
+        command.arg(netkernel.get_program());
+        for (key, value) in netkernel.get_envs() {
+            match value {
+                Some(value) => command.env(key, value),
+                None => command.env_remove(key),
+            };
+        }
+        command.args(["run", "--attach", attach, "--socket"]).arg(p.place.socket());
+        command.args(["--", "getent", "ahostsv4", "somewhere.test"]).stdin(Stdio::null());
+        let done = finish(command);
+        assert!(done.succeeds().out.starts_with("192.0.2.7 "), "{attach}: {done:?}");
+    }
+    server.kill().unwrap();
+    server.wait().unwrap();
     engine.end();
 }
 
