@@ -2184,6 +2184,7 @@ impl Core {
         self.sweeps = self.sweeps.wrapping_add(1);
         self.suspects = false;
         let mut wanted = false;
+        let scarce = !self.starved.is_empty();
         let mut at = Some(0);
         while let Some(id) = at {
             at = self.socks.next_id(id);
@@ -2205,7 +2206,8 @@ impl Core {
             }
             let Some(entry) = region.socket(id) else { continue };
             wanted = true;
-            if !idle || sock.bits & CLOSING != 0 {
+            // Who waits for memory needs it more than who will ask for an empty ring again.
+            if !(idle || scarce) || sock.bits & CLOSING != 0 {
                 continue;
             }
             if !sock.rx.is_none()
