@@ -19,7 +19,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use bench::Benchmark;
 use report::{Outcome, Record, Results};
-use session::{Placement, Session, Settings, Side, find_program};
+use session::{Attach, Placement, Session, Settings, Side, find_program};
 
 /// Measure NetKernel beside the plain kernel: a table with a verdict for each promise.
 #[derive(Args, Debug)]
@@ -52,6 +52,10 @@ pub struct BenchArgs {
     /// The cores: one for what is measured and its engine and one for its peer, or what the scheduler likes
     #[arg(long, value_enum, value_name = "WHICH", default_value = "split")]
     pub placement: Placement,
+
+    /// How guests are attached to the stack
+    #[arg(long, value_enum, value_name = "HOW", default_value = "queued")]
+    pub attach: Attach,
 
     /// Write the raw series, the results and the facts about the machine to this file
     #[arg(long, value_name = "FILE")]
@@ -150,7 +154,7 @@ pub fn run_as(args: BenchArgs, prefix: &[&str]) -> Result<()> {
         machine: machine::Machine::look(&session.settings.netkernel),
         surroundings: session.surroundings.clone(),
         stack: session.settings.stack.clone(),
-        attachment: "queued",
+        attachment: session.settings.attach.name(),
         rounds,
         seconds: session.settings.seconds,
         records,
@@ -185,6 +189,7 @@ fn settings(args: &BenchArgs, prefix: &[&str]) -> Result<Settings> {
         seconds: args.seconds.unwrap_or(if args.quick { 1.0 } else { 3.0 }),
         connections: args.connections.unwrap_or(if args.quick { 2_000 } else { 15_000 }) as usize,
         placement: args.placement,
+        attach: args.attach,
         quick: args.quick,
         helper: prefix.iter().map(|&word| word.to_owned()).collect(),
     })

@@ -68,6 +68,12 @@ impl Process {
         Ok(Process { name: name.to_owned(), pid, pidfd, output, errors, pipes, exit: None })
     }
 
+    /// Whether a seccomp filter is on it.
+    pub fn is_filtered(&self) -> bool {
+        fs::read_to_string(format!("/proc/{}/status", self.pid))
+            .is_ok_and(|status| status.lines().any(|line| line.split_whitespace().eq(["Seccomp:", "2"])))
+    }
+
     #[cfg(test)]
     fn pid(&self) -> i32 {
         self.pid

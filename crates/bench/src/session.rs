@@ -40,6 +40,23 @@ pub enum Placement {
     Free,
 }
 
+/// How guests are attached: `netkernel run --attach`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Attach {
+    Queued,
+    Direct,
+}
+
+impl Attach {
+    pub fn name(self) -> &'static str {
+        match self {
+            Attach::Queued => "queued",
+            Attach::Direct => "direct",
+        }
+    }
+}
+
 /// What a program is in a measurement.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Role {
@@ -57,6 +74,7 @@ pub struct Settings {
     pub seconds: f64,
     pub connections: usize,
     pub placement: Placement,
+    pub attach: Attach,
     pub quick: bool,
     /// How this program is asked for one of its hidden helpers.
     pub helper: Vec<String>,
@@ -184,7 +202,8 @@ impl Session {
         match (side, engine) {
             (Side::Netkernel, Some(engine)) => {
                 let mut command = Command::new(&self.settings.netkernel);
-                command.args(["run", "--stack", &self.settings.stack, "--socket"]).arg(&engine.socket);
+                command.args(["run", "--attach", self.settings.attach.name()]);
+                command.args(["--stack", &self.settings.stack, "--socket"]).arg(&engine.socket);
                 command.arg("--").arg(program);
                 command
             }
@@ -222,16 +241,21 @@ impl Session {
             server.still_runs(Duration::from_millis(10))?;
         };
         if let Some(engine) = engine {
-            self.check_served(name, engine, Some(inode));
+            self.check_served(name, engine, &server, Some(inode));
         }
         Ok(server)
     }
 
     /// A guest that the engine does not serve runs at native speed and would keep every promise: that is no result.
-    fn check_served(&self, name: &str, engine: &Engine, socket: Option<u64>) {
-        if !socket.is_some_and(|inode| engine.process.holds(inode)) {
-            self.unserved.replace(Some(format!("not served: {name}'s socket is not the engine's")));
-        }
+    fn check_served(&self, name: &str, engine: &Engine, program: &Process, socket: Option<u64>) {
+        let reason = match self.settings.attach {
+            Attach::Queued if !socket.is_some_and(|inode| engine.process.holds(inode)) => {
+                "its socket is not the engine's"
+            }
+            Attach::Direct if !program.is_filtered() => "it has no seccomp filter",
+            _ => return,
+        };
+        self.unserved.replace(Some(format!("not served: {name}: {reason}")));
     }
 
     /// Runs a guest client of a native server on `port` to its end.
@@ -250,7 +274,7 @@ impl Session {
         {
             socket = connection(port);
         }
-        self.check_served(name, engine, socket);
+        self.check_served(name, engine, &client, socket);
         client.finish(limit)
     }
 

@@ -55,6 +55,14 @@ pub fn benchmarks() -> Vec<Benchmark> {
             most_rounds: u32::MAX,
             start: |session| Ok(Box::new(Web::start(session, true)?)),
         },
+        Benchmark {
+            id: "ab-client",
+            about: "ab -c 20, a connection per request, guest client, native nginx".into(),
+            needs: &["nginx", "ab"],
+            rows: vec![row("ab-client", "ab, a guest that opens connections", "requests/s", Promise::None)],
+            most_rounds: u32::MAX,
+            start: |session| Ok(Box::new(Opener::start(session)?)),
+        },
     ]
 }
 
@@ -115,6 +123,50 @@ impl Web {
         command.arg(format!("http://127.0.0.1:{}/file", self.pair.port(side)));
         let (text, _) = session.client("wrk", Role::Peer, command, Duration::from_secs(30 + 3 * seconds))?;
         Report::parse(&text)
+    }
+}
+
+/// A client whose every request is a new socket.
+struct Opener {
+    engine: Engine,
+    _server: Process,
+    port: u16,
+    requests: u64,
+}
+
+impl Opener {
+    fn start(session: &Session) -> Result<Opener> {
+        let engine = session.engine()?;
+        let port = session.port()?;
+        let directory = session.subdirectory("nginx")?;
+        let command = server_command(session, Side::Native, None, port, &directory)?;
+        let server = session.server("nginx", Role::Peer, None, command, port)?;
+        let mut opener = Opener { engine, _server: server, port, requests: 2_000 };
+        let rate = opener.run(session, Side::Native)?;
+        opener.requests = ((rate * session.settings.seconds) as u64).max(1_000);
+        Ok(opener)
+    }
+
+    fn run(&self, session: &Session, side: Side) -> Result<f64> {
+        let mut command = session.command(side, Some(&self.engine), "ab");
+        command.args(["-q", "-c", "20", "-n", &self.requests.to_string()]);
+        command.arg(format!("http://127.0.0.1:{}/file", self.port));
+        let limit = Duration::from_secs_f64(30.0 + 30.0 * session.settings.seconds);
+        // Connections are too short to be looked at; `run` refuses what it cannot serve.
+        let (text, _) = session.client("ab", Role::Measured, command, limit)?;
+        let field = |name: &str| -> Option<f64> {
+            text.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?.parse().ok()
+        };
+        if field("Failed requests:") != Some(0.0) {
+            bail!("ab had failed requests: {}", text.trim());
+        }
+        field("Requests per second:").with_context(|| format!("ab printed no rate: {}", text.trim()))
+    }
+}
+
+impl Live for Opener {
+    fn measure(&mut self, session: &Session, side: Side) -> Result<Sample> {
+        Ok(Sample::new(vec![self.run(session, side)?], json!({ "requests": self.requests })))
     }
 }
 
