@@ -47,6 +47,12 @@ pub fn by_id(id: u32, fd: i32) -> Option<Sock> {
     Some(Sock { guest, entry: guest.region.socket(id)?, id, fd })
 }
 
+/// A writer that is this far ahead of the engine lets it run, should it want this very core. Otherwise the engine would not
+/// send before the ring is full, and the peer fall asleep meanwhile: waking it costs more than the switch. Measured with
+/// bulk sends, guest and engine on one core, a ring of 1 MiB: 0.77 of the kernel's throughput without, 0.86-0.88 with
+/// 300 to 650 KB, 0.7 with 100 KB (a switch for each write).
+const GIVE_WAY: u32 = 384 << 10;
+
 pub const SIOCATMARK: u64 = 0x8905;
 
 /// A set of program buffers, as in `struct iovec`; addresses are the program's own.
@@ -843,6 +849,9 @@ impl Sock {
         drop(lock);
         if put > 0 {
             self.announce_send(flags);
+            if self.tx_used() >= GIVE_WAY {
+                sys::yield_now();
+            }
             // A blocked writer is woken by room, not by luck.
             return Ok((put, short));
         }
