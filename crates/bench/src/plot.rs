@@ -5,10 +5,10 @@ use std::fmt::Write;
 use crate::bench::Promise;
 use crate::report::{Outcome, Record, Results, Summary, Verdict, figure};
 
-const WIDTH: f64 = 980.0;
+const WIDTH: f64 = 1040.0;
 /// Where the bars begin and end.
-const LEFT: f64 = 330.0;
-const RIGHT: f64 = 700.0;
+const LEFT: f64 = 390.0;
+const RIGHT: f64 = 760.0;
 const LINE: f64 = 30.0;
 const TOP: f64 = 96.0;
 
