@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod conformance;
+mod fuzz;
 mod step;
 
 use std::path::{Path, PathBuf};
@@ -22,6 +23,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   loom                 all interleavings of the rings' two sides
   conformance [CASE..] the socket test program, natively and under NetKernel, compared line by line
   apps [ARGS..]        unmodified programs
+  fuzz [TARGET..] [--seconds N]
+                       the fuzz targets under libFuzzer (a nightly compiler is needed; not part of ci)
   bench [ARGS..]       netkernel bench";
 
 /// Profile of all that the tests run: as release, without link-time optimisation, which every test program would pay for.
@@ -54,6 +57,7 @@ fn command(arguments: &[String]) -> Result<bool> {
         "loom" => loom()?,
         "conformance" => build()?.and(conformance::compare(rest)?),
         "apps" => build()?.and(apps(rest)?),
+        "fuzz" => fuzz::fuzz(rest)?,
         "bench" => release()?.and(bench(rest)?),
         _ => bail!("there is no command '{name}'\n{USAGE}"),
     };

@@ -538,6 +538,10 @@ impl Core {
     fn ready(&mut self, cx: &mut Cx, id: u32, readiness: Readiness) -> Result<(), Violation> {
         let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
         sock.used_at = self.sweeps;
+        if sock.handle == Handle::NONE {
+            // A late report of the socket that had this id before; the stack refused this one.
+            return Ok(());
+        }
         match sock.kind {
             Kind::Free => Ok(()),
             Kind::Listener => {
