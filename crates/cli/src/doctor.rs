@@ -317,16 +317,20 @@ fn namespaces() -> Finding {
 }
 
 fn io_uring() -> Finding {
-    match read_number("/proc/sys/kernel/io_uring_disabled") {
-        Some(0) => warn(
-            "io_uring",
-            "on: programs that use it for sockets pass NetKernel by",
-            "most fall back to ordinary calls when it is off: sysctl kernel.io_uring_disabled=2",
-        ),
-        Some(1) => ok("io_uring", "for privileged programs only"),
-        Some(_) => ok("io_uring", "off"),
-        None => warn("io_uring", "unknown", "programs that use it for sockets pass NetKernel by"),
+    let state = match read_number("/proc/sys/kernel/io_uring_disabled") {
+        Some(0) => "on",
+        Some(1) => "for privileged programs only",
+        Some(_) => return ok("io_uring", "off"),
+        None => "unknown",
+    };
+    if netkernel_agent::filter::available() {
+        return ok("io_uring", format!("{state}; refused to guests, so that their programs use ordinary calls"));
     }
+    warn(
+        "io_uring",
+        format!("{state}: without an agent, programs that use it for sockets pass NetKernel by"),
+        "most fall back to ordinary calls when it is off: sysctl kernel.io_uring_disabled=2",
+    )
 }
 
 fn shared_sockets() -> Finding {
