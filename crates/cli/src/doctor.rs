@@ -324,7 +324,10 @@ fn io_uring() -> Finding {
         None => "unknown",
     };
     if netkernel_agent::filter::available() {
-        return ok("io_uring", format!("{state}; refused to guests, so that their programs use ordinary calls"));
+        return ok(
+            "io_uring",
+            format!("{state}; refused to guests, so that their programs use ordinary calls"),
+        );
     }
     warn(
         "io_uring",

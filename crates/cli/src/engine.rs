@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use netkernel_control::{
-    ApiError, EngineApi, ErrorCode, Grant, NsmInfo, PROTOCOL_VERSION, Peer, SocketInfo, Status, VersionInfo,
+    ApiError, EngineApi, ErrorCode, Grant, NewGuest, NsmInfo, PROTOCOL_VERSION, Peer, SocketInfo, Status,
+    VersionInfo,
 };
 use netkernel_engine::{Engine, EngineError, GuestFds, GuestSpec};
 
@@ -86,15 +87,10 @@ impl EngineApi for Adapter {
         }
     }
 
-    fn create_guest(
-        &self,
-        name: Option<String>,
-        stack: Option<String>,
-        peer: Peer,
-    ) -> Result<Grant, ApiError> {
+    fn create_guest(&self, guest: NewGuest, peer: Peer) -> Result<Grant, ApiError> {
         let spec = GuestSpec {
-            name: name.unwrap_or_else(|| "guest".into()),
-            stack: stack.unwrap_or_default(),
+            name: guest.name.unwrap_or_else(|| "guest".into()),
+            stack: guest.stack.unwrap_or_default(),
             pid: peer.pid,
             uid: peer.uid,
             limits: None,
@@ -136,6 +132,10 @@ impl EngineApi for Adapter {
 
     fn stop(&self) {
         let _ = (&self.stop).write(&1u64.to_ne_bytes());
+    }
+
+    fn metrics(&self) -> String {
+        crate::metrics::render(&self.engine.status())
     }
 }
 

@@ -10,6 +10,7 @@ mod explain;
 mod library;
 mod locate;
 mod logger;
+mod metrics;
 mod private;
 mod program;
 mod run;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use netkernel_abi::control::{Message, env, kind};
-use netkernel_control::{Attached, Client, ClientError, ErrorCode};
+use netkernel_control::{Attached, Client, ClientError, ErrorCode, NewGuest};
 
 use crate::args::{Attach, RunArgs};
 use crate::program::{self, Program};
@@ -123,7 +123,9 @@ fn queued(
 
 /// A guest of the engine that was named, of one that runs, or of a private one.
 fn guest(args: &RunArgs, name: &str) -> Result<(Attached, [OwnedFd; 3], PathBuf)> {
-    let create = |client: &mut Client| client.create_guest(Some(name.to_owned()), args.stack.clone());
+    let create = |client: &mut Client| {
+        client.create_guest(NewGuest { name: Some(name.to_owned()), stack: args.stack.clone() })
+    };
     let named = args.socket.clone().or_else(|| std::env::var_os(locate::SOCKET_ENV).map(PathBuf::from));
     if args.private && args.socket.is_some() {
         bail!("--private starts an engine of its own, --socket names one that runs: give one of them");

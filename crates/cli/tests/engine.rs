@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::process::{Command, Stdio};
 
 use common::{Engine, Place, finish, is_root, until, wait};
-use netkernel_control::{Client, ClientError, ErrorCode};
+use netkernel_control::{Client, ClientError, ErrorCode, NewGuest};
 
 #[test]
 fn up_run_ps_and_an_end_in_order() {
@@ -194,7 +194,7 @@ fn attaching_needs_the_token() {
     let place = Place::new("token");
     let engine = place.up(&[]);
     let mut client = Client::connect(&place.socket()).unwrap();
-    let (made, fds) = client.create_guest(Some("twice".into()), None).unwrap();
+    let (made, fds) = client.create_guest(NewGuest { name: Some("twice".into()), stack: None }).unwrap();
     let token = netkernel_control::parse_token(&made.token).unwrap();
     let (again, more) = client.attach(&token).unwrap();
     assert_eq!(made, again);

@@ -1,18 +1,19 @@
 //! The asking side.
 
-use std::io::{self, Write as _};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use netkernel_shm::fds;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use crate::api::encode;
+use crate::http::{self, Answer};
 use crate::peer::peer_of;
-use crate::proto::{Envelope, MAX_REPLY_BYTES, Reply};
 use crate::{
-    ApiError, Attached, GuestInfo, NsmInfo, PROTOCOL_VERSION, Request, SocketInfo, Status, VersionInfo,
+    ApiError, Attached, GuestInfo, NewGuest, NsmInfo, Request, SocketInfo, Status, Token, VersionInfo,
     token_hex,
 };
 
@@ -97,23 +98,19 @@ impl Client {
     }
 
     pub fn version(&mut self) -> Result<VersionInfo, ClientError> {
-        self.ask(Request::Version).map(|(value, _)| value)
+        self.ask(&Request::Version).map(|(value, _)| value)
     }
 
-    pub fn create_guest(
-        &mut self,
-        name: Option<String>,
-        stack: Option<String>,
-    ) -> Result<(Attached, [OwnedFd; 3]), ClientError> {
-        self.ask_descriptors(Request::CreateGuest { name, stack })
+    pub fn create_guest(&mut self, guest: NewGuest) -> Result<(Attached, [OwnedFd; 3]), ClientError> {
+        self.ask_descriptors(&Request::CreateGuest(guest))
     }
 
     pub fn attach(&mut self, token: &[u8; 16]) -> Result<(Attached, [OwnedFd; 3]), ClientError> {
-        self.ask_descriptors(Request::Attach { token: token_hex(token) })
+        self.ask_descriptors(&Request::Attach(Token { token: token_hex(token) }))
     }
 
     pub fn status(&mut self) -> Result<Status, ClientError> {
-        self.ask(Request::Status).map(|(value, _)| value)
+        self.ask(&Request::Status).map(|(value, _)| value)
     }
 
     pub fn guests(&mut self) -> Result<Vec<GuestInfo>, ClientError> {
@@ -121,22 +118,22 @@ impl Client {
     }
 
     pub fn stacks(&mut self) -> Result<Vec<NsmInfo>, ClientError> {
-        self.ask(Request::Stacks).map(|(value, _)| value)
+        self.ask(&Request::Stacks).map(|(value, _)| value)
     }
 
     pub fn sockets(&mut self, guest: Option<u32>) -> Result<Vec<SocketInfo>, ClientError> {
-        self.ask(Request::Sockets { guest }).map(|(value, _)| value)
+        self.ask(&Request::Sockets { guest }).map(|(value, _)| value)
     }
 
     pub fn end_guest(&mut self, guest: u32) -> Result<(), ClientError> {
-        self.ask::<serde_json::Value>(Request::EndGuest { guest }).map(drop)
+        self.ask::<serde_json::Value>(&Request::EndGuest { guest }).map(drop)
     }
 
     pub fn stop(&mut self) -> Result<(), ClientError> {
-        self.ask::<serde_json::Value>(Request::Stop).map(drop)
+        self.ask::<serde_json::Value>(&Request::Stop).map(drop)
     }
 
-    fn ask_descriptors(&mut self, request: Request) -> Result<(Attached, [OwnedFd; 3]), ClientError> {
+    fn ask_descriptors(&mut self, request: &Request) -> Result<(Attached, [OwnedFd; 3]), ClientError> {
         let (value, fds) = self.ask(request)?;
         let count = fds.len();
         let fds = fds.try_into().map_err(|_| {
@@ -148,63 +145,47 @@ impl Client {
         Ok((value, fds))
     }
 
-    fn ask<T: DeserializeOwned>(&mut self, request: Request) -> Result<(T, Vec<OwnedFd>), ClientError> {
-        let envelope = Envelope { version: PROTOCOL_VERSION, request };
-        let mut line = serde_json::to_vec(&envelope).map_err(|e| ClientError::Protocol(e.to_string()))?;
-        line.push(b'\n');
-        // An engine that refuses at once answers and closes; its answer counts, not our failed write.
-        let written = self.stream.write_all(&line);
-        let (reply, descriptors) = match self.read_reply() {
-            Err(ClientError::Io(..)) if written.is_err() => return Err(self.io(written.unwrap_err())),
-            other => other?,
-        };
-        if reply.version != PROTOCOL_VERSION {
-            return Err(ClientError::Protocol(format!(
-                "the engine at {} speaks version {} of the control protocol, this command version {PROTOCOL_VERSION}: \
-                 use the netkernel command that came with the engine",
-                self.path.display(),
-                reply.version
-            )));
-        }
-        if let Some(error) = reply.error {
-            return Err(ClientError::Refused(error));
-        }
-        let value =
-            serde_json::from_value(reply.ok.unwrap_or_default()).map_err(|e| self.garbled(&e.to_string()))?;
-        Ok((value, descriptors))
+    /// Counters in the text format of OpenMetrics.
+    pub fn metrics(&mut self) -> Result<String, ClientError> {
+        let answer = self.exchange(&Request::Metrics)?;
+        String::from_utf8(answer.body).map_err(|e| self.garbled(&e.to_string()))
     }
 
-    fn read_reply(&mut self) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
-        let mut line = Vec::new();
-        let mut descriptors = Vec::new();
-        let mut chunk = vec![0; 64 * 1024];
-        while line.last() != Some(&b'\n') {
-            match fds::receive(self.stream.as_raw_fd(), &mut chunk, 0) {
-                Ok((0, _)) if line.is_empty() => {
-                    return Err(
-                        self.io(io::Error::new(io::ErrorKind::ConnectionReset, "it closed the connection"))
-                    );
-                }
-                Ok((0, _)) => return Err(self.garbled("it ends in the middle")),
-                Ok((n, more)) => {
-                    line.extend_from_slice(&chunk[..n]);
-                    descriptors.extend(more);
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(self.io(io::Error::new(
+    fn ask<T: DeserializeOwned>(&mut self, request: &Request) -> Result<(T, Vec<OwnedFd>), ClientError> {
+        let answer = self.exchange(request)?;
+        let value = serde_json::from_slice(&answer.body).map_err(|e| self.garbled(&e.to_string()))?;
+        Ok((value, answer.descriptors))
+    }
+
+    fn exchange(&mut self, request: &Request) -> Result<Answer, ClientError> {
+        #[derive(Deserialize)]
+        struct Refusal {
+            error: ApiError,
+        }
+        let (method, target, body) = encode(request);
+        let body = body.map(|value| value.to_string().into_bytes());
+        // An engine that refuses at once answers and closes; its answer counts, not our failed write.
+        let written = http::write_request(&self.stream, method, &target, body.as_deref());
+        let answer = match (http::read_reply(&self.stream), written) {
+            (Ok(answer), _) => answer,
+            (Err(_), Err(error)) => return Err(self.io(error)),
+            (Err(error), Ok(())) => {
+                return Err(match error.kind() {
+                    io::ErrorKind::InvalidData => self.garbled(&error.to_string()),
+                    io::ErrorKind::WouldBlock => self.io(io::Error::new(
                         io::ErrorKind::TimedOut,
                         format!("nothing came for {} seconds", REPLY_TIMEOUT.as_secs()),
-                    )));
-                }
-                Err(e) => return Err(self.io(e)),
+                    )),
+                    _ => self.io(error),
+                });
             }
-            if line.len() > MAX_REPLY_BYTES {
-                return Err(self.garbled("it is too long"));
-            }
+        };
+        if answer.status == 200 {
+            return Ok(answer);
         }
-        let reply = serde_json::from_slice(&line).map_err(|e| self.garbled(&e.to_string()))?;
-        Ok((reply, descriptors))
+        let refusal: Refusal =
+            serde_json::from_slice(&answer.body).map_err(|e| self.garbled(&e.to_string()))?;
+        Err(ClientError::Refused(refusal.error))
     }
 
     fn io(&self, error: io::Error) -> ClientError {

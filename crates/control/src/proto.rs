@@ -1,67 +1,13 @@
-//! Requests and replies as they stand on the wire.
+//! What replies are made of.
 
 use std::fmt::Write as _;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// Version of this protocol; both sides must have the same one.
-pub const PROTOCOL_VERSION: u32 = 1;
-
-/// Longest request, with its newline.
-pub const MAX_REQUEST_BYTES: usize = 64 * 1024;
-
-/// Longest reply that a client takes: the socket list of an engine with a million sockets stays below.
-pub const MAX_REPLY_BYTES: usize = 512 << 20;
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "request", rename_all = "snake_case")]
-pub enum Request {
-    Version,
-    /// A new guest. Without `stack` the engine's first one.
-    CreateGuest {
-        #[serde(default)]
-        name: Option<String>,
-        #[serde(default)]
-        stack: Option<String>,
-    },
-    /// The descriptors of a guest again, for a process that lost them. `token`: 32 hex digits.
-    Attach {
-        token: String,
-    },
-    /// The engine and the guests that the caller may see.
-    Status,
-    Stacks,
-    /// Sockets of one guest, or of all that the caller may see.
-    Sockets {
-        #[serde(default)]
-        guest: Option<u32>,
-    },
-    EndGuest {
-        guest: u32,
-    },
-    /// Ends the engine.
-    Stop,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Envelope {
-    pub version: u32,
-    #[serde(flatten)]
-    pub request: Request,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Reply {
-    pub version: u32,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ok: Option<Value>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub error: Option<ApiError>,
-}
-
 /// What went wrong, for programs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
     BadRequest,
@@ -78,8 +24,23 @@ pub enum ErrorCode {
     Other,
 }
 
+impl ErrorCode {
+    /// Status of the HTTP reply.
+    pub fn http_status(self) -> u16 {
+        match self {
+            ErrorCode::BadRequest => 400,
+            ErrorCode::BadToken => 401,
+            ErrorCode::Permission => 403,
+            ErrorCode::Version | ErrorCode::UnknownGuest => 404,
+            ErrorCode::UnknownStack => 422,
+            ErrorCode::Limit => 429,
+            ErrorCode::Engine | ErrorCode::Other => 503,
+        }
+    }
+}
+
 /// What went wrong: a code for programs and one sentence for people.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ApiError {
     pub code: ErrorCode,
     pub message: String,
@@ -99,7 +60,7 @@ impl std::fmt::Display for ApiError {
 
 impl std::error::Error for ApiError {}
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VersionInfo {
     pub program: String,
     pub protocol_version: u32,
@@ -108,14 +69,14 @@ pub struct VersionInfo {
     pub uid: u32,
 }
 
-/// Reply to `create_guest` and `attach`; three descriptors come with it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A guest; three descriptors come with it: region, channel, doorbell.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Attached {
     pub id: u32,
     pub token: String,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Status {
     pub engine: VersionInfo,
     pub socket: String,
@@ -128,7 +89,7 @@ pub struct Status {
     pub details: serde_json::Map<String, Value>,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct GuestInfo {
     pub id: u32,
     pub name: String,
@@ -144,7 +105,7 @@ pub struct GuestInfo {
 }
 
 /// A network stack module that the engine offers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NsmInfo {
     pub name: String,
     /// Which stack the module runs: `kernel`.
@@ -161,7 +122,7 @@ pub struct NsmInfo {
     pub details: serde_json::Map<String, Value>,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SocketInfo {
     pub guest: u32,
     pub id: u32,
@@ -207,23 +168,6 @@ mod tests {
         ] {
             assert_eq!(parse_token(bad), None, "{bad}");
         }
-    }
-
-    #[test]
-    fn the_documented_lines_are_what_is_spoken() {
-        let envelope: Envelope = serde_json::from_str(
-            r#"{"version":1,"request":"attach","token":"00112233445566778899aabbccddeeff"}"#,
-        )
-        .unwrap();
-        assert_eq!(envelope.version, 1);
-        assert_eq!(envelope.request, Request::Attach { token: "00112233445566778899aabbccddeeff".into() });
-        let text = serde_json::to_string(&Envelope { version: 1, request: Request::Status }).unwrap();
-        assert_eq!(text, r#"{"version":1,"request":"status"}"#);
-        let reply = Reply { version: 1, ok: None, error: Some(ApiError::new(ErrorCode::UnknownStack, "x")) };
-        assert_eq!(
-            serde_json::to_string(&reply).unwrap(),
-            r#"{"version":1,"error":{"code":"unknown_stack","message":"x"}}"#
-        );
     }
 
     #[test]

@@ -1,23 +1,24 @@
 //! The answering side: a thread per connection, few of them, none for long.
 
 use std::collections::HashMap;
-use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use netkernel_shm::fds;
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::json;
 
+use crate::api::{self, METRICS_TYPE, Role};
+use crate::http::{self, ReadError, Reply};
 use crate::peer::{Peer, peer_of};
-use crate::proto::{Envelope, MAX_REQUEST_BYTES, Reply};
 use crate::{
-    ApiError, Attached, Endpoint, ErrorCode, NsmInfo, PROTOCOL_VERSION, Request, SocketInfo, Status,
-    VersionInfo, parse_token, token_hex,
+    ApiError, Attached, Endpoint, ErrorCode, NewGuest, NsmInfo, Request, SocketInfo, Status, VersionInfo,
+    parse_token, token_hex,
 };
 
 /// Connections at a time, in all and of one user who is neither the engine's nor root.
@@ -39,12 +40,7 @@ pub struct Grant {
 /// What the control server needs of an engine. Permissions are checked before these are called.
 pub trait EngineApi: Send + Sync {
     fn version(&self) -> VersionInfo;
-    fn create_guest(
-        &self,
-        name: Option<String>,
-        stack: Option<String>,
-        peer: Peer,
-    ) -> Result<Grant, ApiError>;
+    fn create_guest(&self, guest: NewGuest, peer: Peer) -> Result<Grant, ApiError>;
     fn attach(&self, token: [u8; 16]) -> Result<Grant, ApiError>;
     fn status(&self) -> Status;
     fn stacks(&self) -> Vec<NsmInfo>;
@@ -52,6 +48,8 @@ pub trait EngineApi: Send + Sync {
     fn end_guest(&self, guest: u32) -> Result<(), ApiError>;
     /// Asks the engine's process to end; returns at once.
     fn stop(&self);
+    /// Counters in the text format of OpenMetrics.
+    fn metrics(&self) -> String;
 }
 
 /// Who may do what. The engine's own user and root may do everything.
@@ -184,7 +182,7 @@ fn serve_on_thread(stream: UnixStream, shared: &Arc<Shared>) {
         let _ = stream.set_write_timeout(Some(Duration::from_millis(10)));
         let error =
             ApiError::new(ErrorCode::Limit, "the engine serves too many control connections: try again");
-        let _ = send_reply(&stream, &error_reply(error), &[]);
+        let _ = http::write_reply(&stream, &error_reply(&error), true, &[]);
         return;
     };
     let started =
@@ -201,85 +199,55 @@ fn serve_on_thread(stream: UnixStream, shared: &Arc<Shared>) {
 fn serve(stream: &UnixStream, peer: Peer, shared: &Shared) -> io::Result<()> {
     stream.set_write_timeout(Some(REQUEST_TIMEOUT))?;
     let mut buffer = Vec::new();
-    while let Some(line) = read_line(stream, &mut buffer)? {
-        let line = match line {
-            Line::Complete(line) => line,
-            Line::TooLong => {
-                let error = ApiError::new(
-                    ErrorCode::BadRequest,
-                    format!("a request is at most {MAX_REQUEST_BYTES} bytes long"),
-                );
-                return send_reply(stream, &error_reply(error), &[]);
-            }
-        };
-        let (reply, grant) = match answer(&line, peer, shared) {
-            Ok((value, grant)) => (Reply { version: PROTOCOL_VERSION, ok: Some(value), error: None }, grant),
-            Err(error) => (error_reply(error), None),
-        };
-        match &grant {
-            Some(g) => {
-                let fds = [g.region.as_raw_fd(), g.channel.as_raw_fd(), g.doorbell.as_raw_fd()];
-                send_reply(stream, &reply, &fds)?;
-            }
-            None => send_reply(stream, &reply, &[])?,
-        }
-    }
-    Ok(())
-}
-
-enum Line {
-    Complete(Vec<u8>),
-    TooLong,
-}
-
-/// The next line, or `None` at the end of the stream. Descriptors that a client sends are dropped by the kernel.
-fn read_line(mut stream: &UnixStream, buffer: &mut Vec<u8>) -> io::Result<Option<Line>> {
-    let deadline = Instant::now() + REQUEST_TIMEOUT;
-    let mut chunk = [0; 4096];
     loop {
-        if let Some(end) = buffer.iter().position(|&b| b == b'\n') {
-            let rest = buffer.split_off(end + 1);
-            let line = std::mem::replace(buffer, rest);
-            return Ok(Some(Line::Complete(line)));
+        let request = match http::read_request(stream, &mut buffer, REQUEST_TIMEOUT) {
+            Ok(Some(request)) => request,
+            Ok(None) => return Ok(()),
+            Err(ReadError::Io(error)) => return Err(error),
+            Err(ReadError::Refused(status, text)) => {
+                let error = ApiError::new(ErrorCode::BadRequest, text);
+                let reply = Reply { status, ..error_reply(&error) };
+                return http::write_reply(stream, &reply, true, &[]);
+            }
+        };
+        let answered = api::decode(&request.method, &request.target, &request.body)
+            .and_then(|(asked, role)| answer(asked, role, peer, shared));
+        match answered {
+            Ok((reply, Some(g))) => {
+                let fds = [g.region.as_raw_fd(), g.channel.as_raw_fd(), g.doorbell.as_raw_fd()];
+                http::write_reply(stream, &reply, request.last, &fds)?;
+            }
+            Ok((reply, None)) => http::write_reply(stream, &reply, request.last, &[])?,
+            Err(error) => http::write_reply(stream, &error_reply(&error), request.last, &[])?,
         }
-        if buffer.len() >= MAX_REQUEST_BYTES {
-            return Ok(Some(Line::TooLong));
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.set_read_timeout(Some(left))?;
-        match stream.read(&mut chunk) {
-            Ok(0) => return Ok(None),
-            Ok(n) => buffer.extend_from_slice(&chunk[..n]),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
+        if request.last {
+            return Ok(());
         }
     }
 }
 
-fn send_reply(mut stream: &UnixStream, reply: &Reply, descriptors: &[RawFd]) -> io::Result<()> {
-    let mut line = serde_json::to_vec(reply)?;
-    line.push(b'\n');
-    let mut sent = 0;
-    if !descriptors.is_empty() {
-        sent = fds::send(stream.as_raw_fd(), &line, descriptors, 0)?;
-    }
-    stream.write_all(&line[sent..])
+fn error_reply(error: &ApiError) -> Reply {
+    let body = json!({ "error": error }).to_string().into_bytes();
+    Reply { status: error.code.http_status(), content_type: "application/json", body }
 }
 
-fn error_reply(error: ApiError) -> Reply {
-    Reply { version: PROTOCOL_VERSION, ok: None, error: Some(error) }
-}
-
-fn answer(line: &[u8], peer: Peer, shared: &Shared) -> Result<(Value, Option<Grant>), ApiError> {
-    let request = parse(line)?;
+fn answer(
+    request: Request,
+    role: Role,
+    peer: Peer,
+    shared: &Shared,
+) -> Result<(Reply, Option<Grant>), ApiError> {
     let Shared { api, access, .. } = shared;
     let operator = access.is_operator(peer.uid);
+    if role == Role::Provider && !operator {
+        return Err(denied(match request {
+            Request::Stop => "only the engine's user and root may stop it".into(),
+            _ => "this is for the engine's user and root only".into(),
+        }));
+    }
     match request {
         Request::Version => done(&api.version()),
-        Request::CreateGuest { name, stack } => {
+        Request::CreateGuest(guest) => {
             if !access.may_create(peer.uid) {
                 return Err(denied(format!(
                     "uid {} may not create guests on this engine: ask its operator to list you in allow_users, or start \
@@ -287,10 +255,10 @@ fn answer(line: &[u8], peer: Peer, shared: &Shared) -> Result<(Value, Option<Gra
                     peer.uid
                 )));
             }
-            granted(api.create_guest(name, stack, peer)?)
+            granted(api.create_guest(guest, peer)?)
         }
-        Request::Attach { token } => {
-            let token = parse_token(&token)
+        Request::Attach(token) => {
+            let token = parse_token(&token.token)
                 .ok_or_else(|| ApiError::new(ErrorCode::BadToken, "a token is 32 hexadecimal digits"))?;
             granted(api.attach(token)?)
         }
@@ -328,41 +296,25 @@ fn answer(line: &[u8], peer: Peer, shared: &Shared) -> Result<(Value, Option<Gra
             done(&())
         }
         Request::Stop => {
-            if !operator {
-                return Err(denied("only the engine's user and root may stop it".into()));
-            }
             api.stop();
             done(&())
         }
+        Request::Metrics => {
+            let body = api.metrics().into_bytes();
+            Ok((Reply { status: 200, content_type: METRICS_TYPE, body }, None))
+        }
+        Request::OpenApi => done(&crate::openapi()),
     }
 }
 
-fn parse(line: &[u8]) -> Result<Request, ApiError> {
-    let value: Value = serde_json::from_slice(line)
-        .map_err(|e| ApiError::new(ErrorCode::BadRequest, format!("a request is one line of JSON: {e}")))?;
-    let version = value.get("version").and_then(Value::as_u64);
-    if version != Some(u64::from(PROTOCOL_VERSION)) {
-        let got = version.map_or("none".into(), |v| v.to_string());
-        return Err(ApiError::new(
-            ErrorCode::Version,
-            format!(
-                "the engine speaks version {PROTOCOL_VERSION} of the control protocol, the request says {got}"
-            ),
-        ));
-    }
-    let envelope: Envelope = serde_json::from_value(value)
-        .map_err(|e| ApiError::new(ErrorCode::BadRequest, format!("no such request: {e}")))?;
-    Ok(envelope.request)
+fn done<T: Serialize>(value: &T) -> Result<(Reply, Option<Grant>), ApiError> {
+    let body = serde_json::to_vec(value).map_err(|e| ApiError::new(ErrorCode::Engine, e.to_string()))?;
+    Ok((Reply { status: 200, content_type: "application/json", body }, None))
 }
 
-fn done<T: Serialize>(value: &T) -> Result<(Value, Option<Grant>), ApiError> {
-    let value = serde_json::to_value(value).map_err(|e| ApiError::new(ErrorCode::Engine, e.to_string()))?;
-    Ok((value, None))
-}
-
-fn granted(grant: Grant) -> Result<(Value, Option<Grant>), ApiError> {
-    let (value, _) = done(&Attached { id: grant.id, token: token_hex(&grant.token) })?;
-    Ok((value, Some(grant)))
+fn granted(grant: Grant) -> Result<(Reply, Option<Grant>), ApiError> {
+    let (reply, _) = done(&Attached { id: grant.id, token: token_hex(&grant.token) })?;
+    Ok((reply, Some(grant)))
 }
 
 fn denied(message: String) -> ApiError {

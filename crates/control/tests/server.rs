@@ -41,8 +41,8 @@ impl EngineApi for Fake {
         }
     }
 
-    fn create_guest(&self, _: Option<String>, stack: Option<String>, _: Peer) -> Result<Grant, ApiError> {
-        if stack.as_deref() == Some("none") {
+    fn create_guest(&self, guest: NewGuest, _: Peer) -> Result<Grant, ApiError> {
+        if guest.stack.as_deref() == Some("none") {
             return Err(ApiError::new(ErrorCode::UnknownStack, "no such stack"));
         }
         let null = || std::fs::File::open("/dev/null").unwrap().into();
@@ -53,7 +53,7 @@ impl EngineApi for Fake {
         if token != [7; 16] {
             return Err(ApiError::new(ErrorCode::BadToken, "bad token"));
         }
-        self.create_guest(None, None, Peer { pid: 1, uid: 0, gid: 0 })
+        self.create_guest(NewGuest::default(), Peer { pid: 1, uid: 0, gid: 0 })
     }
 
     fn status(&self) -> Status {
@@ -82,6 +82,10 @@ impl EngineApi for Fake {
 
     fn stop(&self) {
         self.stops.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn metrics(&self) -> String {
+        "# EOF\n".into()
     }
 }
 
@@ -130,12 +134,12 @@ impl Drop for Place {
 fn requests_are_answered_one_after_the_other_on_one_connection() {
     let place = Place::new("requests");
     let mut client = Client::connect(&place.socket).unwrap();
-    let (made, fds) = client.create_guest(Some("a".into()), None).unwrap();
+    let (made, fds) = client.create_guest(NewGuest { name: Some("a".into()), stack: None }).unwrap();
     assert_eq!((made.id, fds.len()), (1, 3));
     assert_eq!(parse_token(&made.token), Some([7; 16]));
     client.attach(&[7; 16]).unwrap();
     assert!(matches!(client.attach(&[8; 16]), Err(ClientError::Refused(e)) if e.code == ErrorCode::BadToken));
-    match client.create_guest(None, Some("none".into())) {
+    match client.create_guest(NewGuest { name: None, stack: Some("none".into()) }) {
         Err(ClientError::Refused(e)) => assert_eq!(e.code, ErrorCode::UnknownStack),
         other => panic!("{other:?}"),
     }
@@ -150,30 +154,65 @@ fn requests_are_answered_one_after_the_other_on_one_connection() {
     assert_eq!(place.fake.stops.load(Ordering::Relaxed), 1);
 }
 
+/// Sends bytes, and returns the whole reply to a request that is the connection's last.
+fn exchange(place: &Place, bytes: &[u8]) -> String {
+    let mut stream = place.connect();
+    stream.write_all(bytes).unwrap();
+    let mut reply = String::new();
+    stream.read_to_string(&mut reply).unwrap();
+    reply
+}
+
+fn request(method: &str, target: &str, body: &str) -> Vec<u8> {
+    let length = body.len();
+    format!("{method} {target} HTTP/1.1\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}")
+        .into_bytes()
+}
+
 #[test]
 fn nonsense_is_refused_with_a_reason() {
     let place = Place::new("nonsense");
-    for (line, code) in [
-        (&b"hello"[..], "bad_request"),
-        (b"", "bad_request"),
-        (b"{}", "version"),
-        (b"[1]", "version"),
-        (b"\xff\xfe\x00", "bad_request"),
-        (br#"{"version":2,"request":"status"}"#, "version"),
-        (br#"{"version":1}"#, "bad_request"),
-        (br#"{"version":1,"request":"reboot"}"#, "bad_request"),
-        (br#"{"version":1,"request":"attach"}"#, "bad_request"),
-        (br#"{"version":1,"request":"attach","token":"xyz"}"#, "bad_token"),
-        (br#"{"version":1,"request":"end_guest","guest":-1}"#, "bad_request"),
+    for (bytes, status, code) in [
+        (b"{\"version\":1,\"request\":\"status\"}\n".to_vec(), 400, "bad_request"),
+        (b"\xff\xfe\x00\r\n\r\n".to_vec(), 400, "bad_request"),
+        (request("GET", "/v2/status", ""), 404, "version"),
+        (request("GET", "/v1/reboot", ""), 400, "bad_request"),
+        (request("DELETE", "/v1/status", ""), 400, "bad_request"),
+        (request("POST", "/v1/attach", ""), 400, "bad_request"),
+        (request("POST", "/v1/attach", "{\"token\":"), 400, "bad_request"),
+        (request("POST", "/v1/attach", r#"{"token":"xyz"}"#), 401, "bad_token"),
+        (request("POST", "/v1/attach", r#"{"token":"00000000000000000000000000000000"}"#), 401, "bad_token"),
+        (request("DELETE", "/v1/guests/-1", ""), 400, "bad_request"),
+        (request("GET", "/v1/guests/999999/sockets", ""), 404, "unknown_guest"),
+        (request("POST", "/v1/guests", r#"{"stack":"none"}"#), 422, "unknown_stack"),
     ] {
-        let mut stream = place.connect();
-        stream.write_all(line).unwrap();
-        stream.write_all(b"\n").unwrap();
-        let mut reply = String::new();
-        BufReader::new(&stream).read_line(&mut reply).unwrap();
-        assert!(reply.contains(&format!(r#""code":"{code}""#)), "{line:?} gave {reply}");
+        let reply = exchange(&place, &bytes);
+        assert!(reply.starts_with(&format!("HTTP/1.1 {status} ")), "{bytes:?} gave {reply}");
+        assert!(reply.contains(&format!(r#""code":"{code}""#)), "{bytes:?} gave {reply}");
     }
     place.is_well();
+}
+
+/// `curl --unix-socket` and Prometheus speak to it.
+#[test]
+fn other_programs_can_ask() {
+    let place = Place::new("plain");
+    let reply = exchange(&place, b"GET /v1/stacks HTTP/1.0\r\nHost: x\r\nAccept: */*\r\n\r\n");
+    assert!(reply.starts_with("HTTP/1.1 200 OK\r\n") && reply.ends_with("\r\n\r\n[]"), "{reply}");
+    let reply = exchange(&place, &request("GET", "/metrics", ""));
+    assert!(reply.contains("openmetrics-text") && reply.ends_with("# EOF\n"), "{reply}");
+    let reply = exchange(&place, &request("GET", "/v1/openapi.json", ""));
+    let document: serde_json::Value = serde_json::from_str(reply.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+    assert_eq!(document, openapi());
+}
+
+#[test]
+fn several_requests_may_arrive_at_once() {
+    let place = Place::new("pipelined");
+    let mut bytes = b"GET /v1/stacks HTTP/1.1\r\n\r\n".repeat(3);
+    bytes.extend(request("GET", "/v1/version", ""));
+    let reply = exchange(&place, &bytes);
+    assert_eq!(reply.matches("HTTP/1.1 200 OK").count(), 4, "{reply}");
 }
 
 #[test]
@@ -185,7 +224,7 @@ fn a_request_without_an_end_is_cut_off() {
     while stream.write_all(&chunk).is_ok() {}
     let mut reply = String::new();
     let _ = stream.read_to_string(&mut reply);
-    assert!(reply.is_empty() || reply.contains("bad_request"), "{reply}");
+    assert!(reply.is_empty() || reply.contains("HTTP/1.1 4"), "{reply}");
     place.is_well();
 }
 
@@ -193,7 +232,7 @@ fn a_request_without_an_end_is_cut_off() {
 fn a_client_that_says_nothing_is_sent_away() {
     let place = Place::new("silent");
     let mut stream = place.connect();
-    stream.write_all(br#"{"version":1"#).unwrap();
+    stream.write_all(b"GET /v1/sta").unwrap();
     let mut reply = Vec::new();
     assert_eq!(stream.read_to_end(&mut reply).unwrap(), 0, "closed within the watchdog's time");
     place.is_well();
@@ -203,9 +242,9 @@ fn a_client_that_says_nothing_is_sent_away() {
 fn clients_that_go_away_in_the_middle_do_no_harm() {
     let place = Place::new("gone");
     for _ in 0..50 {
-        place.connect().write_all(br#"{"version":1,"request":"status"}"#).unwrap();
+        place.connect().write_all(b"GET /v1/status HTTP/1.1\r\n").unwrap();
         let mut stream = place.connect();
-        stream.write_all(b"{\"version\":1,\"request\":\"status\"}\n").unwrap();
+        stream.write_all(b"GET /v1/status HTTP/1.1\r\n\r\n").unwrap();
     }
     place.is_well();
 }
@@ -219,8 +258,8 @@ fn too_many_connections_are_refused_and_the_rest_goes_on() {
     let mut refused = 0;
     for stream in &crowd {
         stream.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
-        let mut reply = String::new();
-        if BufReader::new(stream).read_line(&mut reply).is_ok() && reply.contains(r#""code":"limit""#) {
+        let mut line = String::new();
+        if BufReader::new(stream).read_line(&mut line).is_ok() && line.contains(" 429 ") {
             refused += 1;
         }
     }
@@ -246,16 +285,17 @@ fn random_bytes_never_stop_the_server() {
         state
     };
     let place = Place::new("random");
-    let good = br#"{"version":1,"request":"attach","token":"07070707070707070707070707070707"}"#;
+    let good = request("POST", "/v1/attach", r#"{"token":"07070707070707070707070707070707"}"#);
     for _ in 0..300 {
-        let mut line = good.to_vec();
+        let mut line = good.clone();
         for _ in 0..next() % 8 {
             let at = (next() % line.len() as u64) as usize;
             line[at] = next() as u8;
         }
-        line.push(b'\n');
         let mut stream = place.connect();
         let _ = stream.write_all(&line);
+        // What lacks its end is not waited for.
+        let _ = stream.shutdown(std::net::Shutdown::Write);
         let mut byte = [0];
         let _ = stream.read(&mut byte);
     }

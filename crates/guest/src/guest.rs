@@ -313,7 +313,12 @@ fn attach_by_token() -> Option<(Region, i32, i32, i32)> {
     if raw!(libc::SYS_connect, fd.as_raw_fd(), &address as *const _, size_of::<libc::sockaddr_un>()) < 0 {
         return None;
     }
-    let request = format!("{{\"version\":1,\"request\":\"attach\",\"token\":\"{token}\"}}\n");
+    // docs/openapi.json: attach.
+    let body = format!("{{\"token\":\"{token}\"}}");
+    let request = format!(
+        "POST /v1/attach HTTP/1.1\r\nHost: netkernel\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
     fds::send(fd.as_raw_fd(), request.as_bytes(), &[], 0).ok()?;
     let mut reply = [0u8; 4096];
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };

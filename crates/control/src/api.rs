@@ -1,0 +1,376 @@
+//! The API: one table of routes, from which requests are decoded, encoded and documented.
+
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{ApiError, Attached, ErrorCode, NsmInfo, SocketInfo, Status, VersionInfo};
+
+/// Version of the API: the first part of each path. Both sides must have the same one.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// What the engine can be asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    Version,
+    CreateGuest(NewGuest),
+    /// The descriptors of a guest again, for a process that lost them.
+    Attach(Token),
+    /// The engine and the guests that the caller may see.
+    Status,
+    Stacks,
+    /// Sockets of one guest, or of all that the caller may see.
+    Sockets {
+        guest: Option<u32>,
+    },
+    EndGuest {
+        guest: u32,
+    },
+    /// Ends the engine.
+    Stop,
+    /// Counters in the text format of OpenMetrics.
+    Metrics,
+    /// The description of this API.
+    OpenApi,
+}
+
+/// A guest to be made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewGuest {
+    /// For people; need not be unique.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// A name of `/v1/stacks`; without it the engine's first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stack: Option<String>,
+}
+
+/// The right to attach to a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Token {
+    /// 32 hexadecimal digits.
+    pub token: String,
+}
+
+/// Who may ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    Anybody,
+    /// Answers tell of the caller's own guests only, unless it is the provider.
+    Tenant,
+    /// The engine's user and root.
+    Provider,
+}
+
+impl Role {
+    pub fn describe(self) -> &'static str {
+        match self {
+            Role::Anybody => "Anybody may ask.",
+            Role::Tenant => "Tells of the caller's own guests; the provider sees all.",
+            Role::Provider => "For the provider only: the engine's user and root.",
+        }
+    }
+}
+
+type MakeSchema = fn(&mut SchemaGenerator) -> Schema;
+
+pub(crate) struct Route {
+    pub method: &'static str,
+    /// `{x}` stands for one part of a path.
+    pub path: &'static str,
+    pub name: &'static str,
+    pub summary: &'static str,
+    pub role: Role,
+    pub body: Option<MakeSchema>,
+    /// JSON unless there is another type.
+    pub reply: Option<MakeSchema>,
+    pub reply_type: &'static str,
+    decode: fn(&Parts) -> Result<Request, ApiError>,
+}
+
+/// What a route's request is made of.
+struct Parts<'a> {
+    /// The part of the path that `{x}` stands for.
+    parameter: &'a str,
+    body: &'a [u8],
+}
+
+impl Parts<'_> {
+    fn guest(&self) -> Result<u32, ApiError> {
+        self.parameter.parse().map_err(|_| {
+            bad(format!("'{}' is no guest: ids are the numbers that `netkernel ps` lists", self.parameter))
+        })
+    }
+
+    fn json<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        serde_json::from_slice(self.body).map_err(|e| bad(format!("the body of this request: {e}")))
+    }
+}
+
+fn bad(text: String) -> ApiError {
+    ApiError::new(ErrorCode::BadRequest, text)
+}
+
+fn schema<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
+    generator.subschema_for::<T>()
+}
+
+const JSON: &str = "application/json";
+/// As Prometheus asks for it.
+pub(crate) const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+pub(crate) const ROUTES: &[Route] = &[
+    Route {
+        method: "GET",
+        path: "/v1/version",
+        name: "version",
+        summary: "Versions and process of the engine",
+        role: Role::Anybody,
+        body: None,
+        reply: Some(schema::<VersionInfo>),
+        reply_type: JSON,
+        decode: |_| Ok(Request::Version),
+    },
+    Route {
+        method: "GET",
+        path: "/v1/status",
+        name: "status",
+        summary: "The engine and its guests",
+        role: Role::Tenant,
+        body: None,
+        reply: Some(schema::<Status>),
+        reply_type: JSON,
+        decode: |_| Ok(Request::Status),
+    },
+    Route {
+        method: "GET",
+        path: "/v1/stacks",
+        name: "stacks",
+        summary: "The network stack modules on offer",
+        role: Role::Anybody,
+        body: None,
+        reply: Some(schema::<Vec<NsmInfo>>),
+        reply_type: JSON,
+        decode: |_| Ok(Request::Stacks),
+    },
+    Route {
+        method: "GET",
+        path: "/v1/sockets",
+        name: "sockets",
+        summary: "Sockets of all guests",
+        role: Role::Tenant,
+        body: None,
+        reply: Some(schema::<Vec<SocketInfo>>),
+        reply_type: JSON,
+        decode: |_| Ok(Request::Sockets { guest: None }),
+    },
+    Route {
+        method: "GET",
+        path: "/v1/guests/{guest}/sockets",
+        name: "guest_sockets",
+        summary: "Sockets of one guest",
+        role: Role::Tenant,
+        body: None,
+        reply: Some(schema::<Vec<SocketInfo>>),
+        reply_type: JSON,
+        decode: |parts| Ok(Request::Sockets { guest: Some(parts.guest()?) }),
+    },
+    Route {
+        method: "POST",
+        path: "/v1/guests",
+        name: "create_guest",
+        summary: "Makes a guest. With the reply's first byte come three descriptors (SCM_RIGHTS): region, channel, doorbell. \
+                  Who asks, and so whose guest it is, is what the kernel says (SO_PEERCRED)",
+        role: Role::Tenant,
+        body: Some(schema::<NewGuest>),
+        reply: Some(schema::<Attached>),
+        reply_type: JSON,
+        decode: |parts| Ok(Request::CreateGuest(parts.json()?)),
+    },
+    Route {
+        method: "POST",
+        path: "/v1/attach",
+        name: "attach",
+        summary: "The descriptors of a guest again, for whoever has its token",
+        role: Role::Anybody,
+        body: Some(schema::<Token>),
+        reply: Some(schema::<Attached>),
+        reply_type: JSON,
+        decode: |parts| Ok(Request::Attach(parts.json()?)),
+    },
+    Route {
+        method: "DELETE",
+        path: "/v1/guests/{guest}",
+        name: "end_guest",
+        summary: "Ends a guest: its connections are reset",
+        role: Role::Tenant,
+        body: None,
+        reply: None,
+        reply_type: JSON,
+        decode: |parts| Ok(Request::EndGuest { guest: parts.guest()? }),
+    },
+    Route {
+        method: "POST",
+        path: "/v1/stop",
+        name: "stop",
+        summary: "Ends the engine",
+        role: Role::Provider,
+        body: None,
+        reply: None,
+        reply_type: JSON,
+        decode: |_| Ok(Request::Stop),
+    },
+    Route {
+        method: "GET",
+        path: "/metrics",
+        name: "metrics",
+        summary: "Counters for Prometheus, in the text format of OpenMetrics",
+        role: Role::Provider,
+        body: None,
+        reply: None,
+        reply_type: METRICS_TYPE,
+        decode: |_| Ok(Request::Metrics),
+    },
+    Route {
+        method: "GET",
+        path: "/v1/openapi.json",
+        name: "openapi",
+        summary: "This document",
+        role: Role::Anybody,
+        body: None,
+        reply: None,
+        reply_type: JSON,
+        decode: |_| Ok(Request::OpenApi),
+    },
+];
+
+/// Whether `path` is of the form `pattern`; the part that stands for the pattern's parameter.
+fn matched<'a>(pattern: &str, path: &'a str) -> Option<&'a str> {
+    let mut parameter = "";
+    let mut parts = path.split('/');
+    for wanted in pattern.split('/') {
+        let part = parts.next()?;
+        if wanted.starts_with('{') {
+            parameter = part;
+        } else if wanted != part {
+            return None;
+        }
+    }
+    parts.next().is_none().then_some(parameter)
+}
+
+/// What a request asks for, and the role that it takes.
+pub(crate) fn decode(method: &str, target: &str, body: &[u8]) -> Result<(Request, Role), ApiError> {
+    let path = target.split(['?', '#']).next().unwrap_or_default();
+    let mut other_methods = Vec::new();
+    for route in ROUTES {
+        let Some(parameter) = matched(route.path, path) else { continue };
+        if route.method == method {
+            let request = (route.decode)(&Parts { parameter, body })?;
+            return Ok((request, route.role));
+        }
+        other_methods.push(route.method);
+    }
+    if !other_methods.is_empty() {
+        return Err(bad(format!("{path} is for {}", other_methods.join(", "))));
+    }
+    let version = path.strip_prefix("/v").and_then(|rest| rest.split('/').next());
+    if let Some(version) = version.filter(|v| !v.is_empty() && v.bytes().all(|b| b.is_ascii_digit()))
+        && version != PROTOCOL_VERSION.to_string()
+    {
+        return Err(ApiError::new(
+            ErrorCode::Version,
+            format!(
+                "the engine speaks version {PROTOCOL_VERSION} of the control API, the request is for version {version}"
+            ),
+        ));
+    }
+    Err(bad(format!("there is no {path}: /v1/openapi.json describes what there is")))
+}
+
+/// The request as HTTP: method, target, body.
+pub(crate) fn encode(request: &Request) -> (&'static str, String, Option<Value>) {
+    match request {
+        Request::Version => ("GET", "/v1/version".into(), None),
+        Request::CreateGuest(guest) => ("POST", "/v1/guests".into(), Some(json!(guest))),
+        Request::Attach(token) => ("POST", "/v1/attach".into(), Some(json!(token))),
+        Request::Status => ("GET", "/v1/status".into(), None),
+        Request::Stacks => ("GET", "/v1/stacks".into(), None),
+        Request::Sockets { guest: None } => ("GET", "/v1/sockets".into(), None),
+        Request::Sockets { guest: Some(id) } => ("GET", format!("/v1/guests/{id}/sockets"), None),
+        Request::EndGuest { guest } => ("DELETE", format!("/v1/guests/{guest}"), None),
+        Request::Stop => ("POST", "/v1/stop".into(), None),
+        Request::Metrics => ("GET", "/metrics".into(), None),
+        Request::OpenApi => ("GET", "/v1/openapi.json".into(), None),
+    }
+}
+
+/// For fuzzing: whether these bytes are a request, and that it can be written again.
+pub fn examine(bytes: &[u8]) -> Option<Request> {
+    let (http, _) = crate::http::parse_request(bytes).ok()??;
+    let (request, _) = decode(&http.method, &http.target, &http.body).ok()?;
+    let (method, target, body) = encode(&request);
+    let body = body.map(|value| value.to_string()).unwrap_or_default();
+    let again = decode(method, &target, body.as_bytes()).expect("what was written can be read").0;
+    assert_eq!(request, again);
+    Some(request)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_route_is_reached_by_what_a_client_writes() {
+        let requests = [
+            Request::Version,
+            Request::CreateGuest(NewGuest::default()),
+            Request::CreateGuest(NewGuest { name: Some("a/b?".into()), stack: Some("bbr".into()) }),
+            Request::Attach(Token { token: "00".into() }),
+            Request::Status,
+            Request::Stacks,
+            Request::Sockets { guest: None },
+            Request::Sockets { guest: Some(7) },
+            Request::EndGuest { guest: u32::MAX },
+            Request::Stop,
+            Request::Metrics,
+            Request::OpenApi,
+        ];
+        let mut reached = std::collections::BTreeSet::new();
+        for request in requests {
+            let (method, target, body) = encode(&request);
+            let body = body.map(|value| value.to_string()).unwrap_or_default();
+            assert_eq!(decode(method, &target, body.as_bytes()).unwrap().0, request);
+            let path = target.as_str();
+            reached.extend(
+                ROUTES
+                    .iter()
+                    .filter(|r| r.method == method && matched(r.path, path).is_some())
+                    .map(|r| r.name),
+            );
+        }
+        assert_eq!(reached.len(), ROUTES.len(), "not reached: {:?}", reached);
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused_with_a_reason() {
+        for (method, target, body, code) in [
+            ("GET", "/", "", ErrorCode::BadRequest),
+            ("GET", "/v1", "", ErrorCode::BadRequest),
+            ("GET", "/v2/status", "", ErrorCode::Version),
+            ("POST", "/v1/status", "", ErrorCode::BadRequest),
+            ("GET", "/v1/guests/x/sockets", "", ErrorCode::BadRequest),
+            ("GET", "/v1/guests/-1/sockets", "", ErrorCode::BadRequest),
+            ("DELETE", "/v1/guests/4294967296", "", ErrorCode::BadRequest),
+            ("POST", "/v1/guests", "", ErrorCode::BadRequest),
+            ("POST", "/v1/guests", r#"{"stak":"bbr"}"#, ErrorCode::BadRequest),
+            ("POST", "/v1/attach", "{}", ErrorCode::BadRequest),
+        ] {
+            let error = decode(method, target, body.as_bytes()).unwrap_err();
+            assert_eq!(error.code, code, "{method} {target} {body}: {error}");
+        }
+    }
+}
