@@ -36,6 +36,9 @@ pub trait Sockets: Send {
     /// The congestion control that the module promises; `None`: whatever the namespace has.
     fn congestion_control(&self) -> Option<&str>;
 
+    /// Whether this option of SOL_SOCKET is the module's, and not the program's to change.
+    fn owns(&self, option: i32) -> bool;
+
     /// Whether the kernel has a congestion control of this name.
     fn knows(&mut self, congestion_control: &[u8]) -> bool;
 
@@ -130,8 +133,7 @@ impl Agent {
     fn answer(&self, sockets: &mut dyn Sockets, call: &Notification) {
         self.counters.remember(call.pid);
         // An answer that fails: nobody waits for it any more.
-        let _ =
-            if is_setsockopt(call) { self.set_congestion(sockets, call) } else { self.socket(sockets, call) };
+        let _ = if is_setsockopt(call) { self.set_option(sockets, call) } else { self.socket(sockets, call) };
     }
 
     fn socket(&self, sockets: &mut dyn Sockets, call: &Notification) -> std::io::Result<()> {
@@ -180,6 +182,14 @@ impl Agent {
         }
         self.counters.refused.fetch_add(1, Relaxed);
         self.listener.fail(call, failed)
+    }
+
+    fn set_option(&self, sockets: &mut dyn Sockets, call: &Notification) -> std::io::Result<()> {
+        match (call.arguments[1] as i32, call.arguments[2] as i32) {
+            (libc::SOL_SOCKET, option) if sockets.owns(option) => self.listener.fail(call, libc::EPERM),
+            (libc::IPPROTO_TCP, libc::TCP_CONGESTION) => self.set_congestion(sockets, call),
+            _ => self.listener.let_through(call),
+        }
     }
 
     fn set_congestion(&self, sockets: &mut dyn Sockets, call: &Notification) -> std::io::Result<()> {

@@ -75,12 +75,20 @@ fn socket_block() -> Vec<Instruction> {
     block
 }
 
-/// setsockopt(): the congestion control is the module's business.
+/// setsockopt(): the congestion control, the pacing rate and the mark are the module's business.
 fn setsockopt_block() -> Vec<Instruction> {
     let mut block = vec![load(low(1))];
-    let mut inner = vec![load(low(2))];
-    call(&mut inner, libc::TCP_CONGESTION as u32, vec![give(RET_NOTIFY)]);
-    call(&mut block, libc::IPPROTO_TCP as u32, inner);
+    for (level, options) in [
+        (libc::IPPROTO_TCP, &[libc::TCP_CONGESTION][..]),
+        (libc::SOL_SOCKET, &[libc::SO_MAX_PACING_RATE, libc::SO_MARK]),
+    ] {
+        let mut inner = vec![load(low(2))];
+        for &option in options {
+            call(&mut inner, option as u32, vec![give(RET_NOTIFY)]);
+        }
+        inner.push(give(RET_ALLOW));
+        call(&mut block, level as u32, inner);
+    }
     block.push(give(RET_ALLOW));
     block
 }
@@ -236,6 +244,9 @@ mod tests {
         assert_eq!(verdict(NATIVE, set, [3, 6, libc::TCP_CONGESTION as u32]), RET_NOTIFY);
         assert_eq!(verdict(NATIVE, set, [3, 6, libc::TCP_NODELAY as u32]), RET_ALLOW);
         assert_eq!(verdict(NATIVE, set, [3, 1, libc::TCP_CONGESTION as u32]), RET_ALLOW);
+        assert_eq!(verdict(NATIVE, set, [3, 1, libc::SO_MAX_PACING_RATE as u32]), RET_NOTIFY);
+        assert_eq!(verdict(NATIVE, set, [3, 1, libc::SO_MARK as u32]), RET_NOTIFY);
+        assert_eq!(verdict(NATIVE, set, [3, 6, libc::SO_MARK as u32]), RET_ALLOW);
     }
 
     #[test]

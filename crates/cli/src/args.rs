@@ -96,9 +96,9 @@ pub struct RunArgs {
     /// queued: a preloaded library and the engine's queues. direct: a seccomp filter, and sockets of the host's kernel that
     /// the engine makes (in the stack's network namespace, with its congestion control) and gives to the program: native
     /// speed, any program. auto: queued for programs that a library can be preloaded to, with the filter behind it for what
-    /// the library does not see; direct for all others.
-    #[arg(long, value_enum, value_name = "HOW", default_value = "auto")]
-    pub attach: Attach,
+    /// the library does not see; direct for all others. [default: what the stack's configuration says, else auto]
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub attach: Option<Attach>,
     /// Refuse what cannot be served: programs, and sockets (the default)
     #[arg(long, conflicts_with = "fail_open")]
     pub fail_closed: bool,

@@ -44,6 +44,9 @@ pub fn of(config: &Config) -> Result<EngineConfig> {
                 congestion_control: nsm.congestion_control.as_ref().map(|s| s.get_ref().clone()),
                 netns: nsm.netns.as_ref().map(|s| s.get_ref().clone()),
                 congestion_policy: nsm.congestion_policy.unwrap_or_default(),
+                attach: nsm.attach.unwrap_or_default(),
+                pacing: nsm.pacing.map(|rate| rate.0),
+                mark: nsm.mark,
             })
             .collect();
     }

@@ -9,6 +9,7 @@ use serde::de::{Deserializer, Error as _, Visitor};
 use toml::Spanned;
 
 use crate::sys;
+use crate::units::Rate;
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -42,6 +43,9 @@ pub struct NsmSection {
     pub congestion_control: Option<Spanned<String>>,
     pub netns: Option<Spanned<String>>,
     pub congestion_policy: Option<netkernel_engine::Policy>,
+    pub attach: Option<netkernel_engine::Attach>,
+    pub pacing: Option<Rate>,
+    pub mark: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -292,7 +296,15 @@ mod tests {
         assert!(engine.socket.is_some() && engine.switch_threads.is_some() && engine.spin_us.is_some());
         assert!(engine.huge_pages.is_some() && engine.region_bytes.is_some() && engine.max_guests.is_some());
         assert!(!engine.allow_users.is_empty());
-        assert!(config.nsms.iter().any(|n| n.netns.is_some()));
+        for has in [
+            |n: &NsmSection| n.netns.is_some(),
+            |n: &NsmSection| n.congestion_policy.is_some(),
+            |n: &NsmSection| n.attach.is_some(),
+            |n: &NsmSection| n.pacing.is_some(),
+            |n: &NsmSection| n.mark.is_some(),
+        ] {
+            assert!(config.nsms.iter().any(has));
+        }
     }
 
     #[test]
@@ -324,6 +336,11 @@ mod tests {
             (
                 "[[nsm]]\nname = \"a\"\nstack = \"tpc\"\n",
                 "nk.toml, line 3, key 'stack': there is no stack 'tpc'",
+            ),
+            ("[[nsm]]\nname = \"a\"\npacing = \"5 MB/s\"\n", "nk.toml, line 3, key 'pacing': invalid value"),
+            (
+                "[[nsm]]\nname = \"a\"\nattach = \"fast\"\n",
+                "nk.toml, line 3, key 'attach': unknown variant 'fast'",
             ),
             ("[[nsm]]\nstack = \"kernel\"\n", "nk.toml, line 1: the key 'name' is missing"),
             (

@@ -12,7 +12,7 @@ use netkernel_control::{
     ApiError, EngineApi, ErrorCode, Grant, NewGuest, NsmInfo, PROTOCOL_VERSION, Peer, SocketInfo, Status,
     VersionInfo,
 };
-use netkernel_engine::{Engine, EngineError, GuestFds, GuestSpec};
+use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec};
 
 use serde_json::{Map, Value};
 
@@ -149,8 +149,13 @@ fn details(status: &netkernel_engine::Status) -> Map<String, Value> {
 }
 
 fn grant(fds: GuestFds) -> Grant {
-    let GuestFds { id, token, region, channel, doorbell } = fds;
-    Grant { id, token, region, channel, doorbell }
+    let GuestFds { id, token, attach, region, channel, doorbell } = fds;
+    let attach = match attach {
+        Attach::Auto => "auto",
+        Attach::Queued => "queued",
+        Attach::Direct => "direct",
+    };
+    Grant { id, token, attach: attach.into(), region, channel, doorbell }
 }
 
 fn refusal(error: EngineError) -> ApiError {

@@ -16,6 +16,7 @@ mod program;
 mod run;
 mod show;
 mod sys;
+mod units;
 mod up;
 
 use std::io::Write as _;

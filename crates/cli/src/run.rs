@@ -28,17 +28,27 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         }
         Err(Exit(exit::FAILED, format!("{why}, or --fail-open to run it on the kernel's own stack")).into())
     };
+    let name = name_of(args, &program);
+    // The stack has its say when the command line has none.
+    let (attach, made) = match args.attach {
+        Some(attach) => (attach, None),
+        None => {
+            let made = guest(args, &name)?;
+            (by_name(&made.0.attach)?, Some(made))
+        }
+    };
+    let made = || made.map_or_else(|| guest(args, &name), Ok);
     // Nothing after this makes a socket, and nothing undoes the filter.
-    match (args.attach, report.verdict()) {
+    match (attach, report.verdict()) {
         (Attach::Queued, Err(why)) => {
             remove_preload(&mut environment);
             unserved(format!("{why}: use --attach direct, or a dynamically linked build"))?;
         }
         (Attach::Queued, Ok(())) => {
-            queued(args, &program, &mut environment)?;
+            queued(args, made()?, &mut environment)?;
         }
         (Attach::Auto, Ok(())) => {
-            let channel = queued(args, &program, &mut environment)?;
+            let channel = queued(args, made()?, &mut environment)?;
             if let Err(why) = filtered(args, channel.as_fd(), true) {
                 eprintln!(
                     "netkernel: warning: {why}; sockets that the preloaded library does not see are not served"
@@ -48,11 +58,11 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         (Attach::Auto | Attach::Direct, verdict) => {
             remove_preload(&mut environment);
             match (report.privileged && sys::effective_uid() != 0, verdict) {
-                (true, Err(why)) if args.attach == Attach::Auto => {
+                (true, Err(why)) if attach == Attach::Auto => {
                     unserved(format!("{why}; a filter would take its privileges: run it as root"))?;
                 }
                 _ => {
-                    let (_, fds, _) = guest(args, &name_of(args, &program))?;
+                    let (_, fds, _) = made()?;
                     if let Err(why) = filtered(args, fds[1].as_fd(), false) {
                         unserved(format!("{why} if the program can be preloaded to"))?;
                     }
@@ -78,6 +88,12 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     Err(Exit(code, format!("cannot execute {}: {error}", program.path.display())).into())
 }
 
+fn by_name(attach: &str) -> Result<Attach> {
+    <Attach as clap::ValueEnum>::from_str(attach, false).map_err(|_| {
+        anyhow::anyhow!("the engine wants programs attached as '{attach}', which this command does not know: say --attach, or use the command that came with the engine")
+    })
+}
+
 /// The guest's name: as asked for, or the program's.
 fn name_of(args: &RunArgs, program: &Program) -> String {
     let own = || program.path.file_name().map(|n| n.to_string_lossy().into_owned());
@@ -98,14 +114,13 @@ fn filtered(args: &RunArgs, channel: BorrowedFd<'_>, behind_preload: bool) -> Re
     Ok(())
 }
 
-/// Makes the guest and puts what its library needs into descriptors and environment. Returns the guest's channel.
+/// Puts what the guest's library needs into descriptors and environment. Returns the guest's channel.
 fn queued(
     args: &RunArgs,
-    program: &Program,
+    (attached, fds, socket): (Attached, [OwnedFd; 3], PathBuf),
     environment: &mut BTreeMap<OsString, OsString>,
 ) -> Result<OwnedFd> {
     let library = library::find()?;
-    let (attached, fds, socket) = guest(args, &name_of(args, program))?;
     let channel = fds[1].try_clone().context("no descriptor is left")?;
     let numbers = place(fds)?;
     let mut set = |name: &str, value: OsString| environment.insert(name.into(), value);

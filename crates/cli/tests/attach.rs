@@ -40,6 +40,17 @@ int main(int argc, char **argv) {
             getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &length);
             printf("set %d now %s\n", error, name);
             i++;
+        } else if (!strcmp(a, "limits")) {
+            /* What the module set, and what becomes of attempts to change it. */
+            int fd = socket(AF_INET, SOCK_STREAM, 0), mark = 0;
+            unsigned long rate = 0, more = ~0ul;
+            socklen_t length = sizeof rate;
+            getsockopt(fd, SOL_SOCKET, SO_MAX_PACING_RATE, &rate, &length);
+            length = sizeof mark;
+            getsockopt(fd, SOL_SOCKET, SO_MARK, &mark, &length);
+            printf("limits %lu %d\n", rate, mark);
+            made("pace", setsockopt(fd, SOL_SOCKET, SO_MAX_PACING_RATE, &more, sizeof more));
+            made("mark", setsockopt(fd, SOL_SOCKET, SO_MARK, &mark, sizeof mark));
         } else if (!strcmp(a, "udp")) made("udp", socket(AF_INET, SOCK_DGRAM, 0));
         else if (!strcmp(a, "bare")) made("bare", syscall(SYS_socket, AF_INET, SOCK_STREAM, 0));
         else if (!strcmp(a, "raw")) made("raw", socket(AF_INET, SOCK_RAW, IPPROTO_ICMP));
@@ -213,14 +224,57 @@ fn the_policy_for_a_programs_own_congestion_control() {
     let engine =
         p.place.up(&["--socket", p.place.socket().to_str().unwrap(), "--config", config.to_str().unwrap()]);
     let socket = p.place.socket();
-    let ask = |policy: &str| {
-        let done =
-            p.run(&["--socket", socket.to_str().unwrap(), "--stack", policy], &p.fixed, &["cc", "reno"]);
-        done.succeeds().out.clone()
+    for (how, program) in [("direct", &p.fixed), ("queued", &p.dynamic)] {
+        let ask = |policy: &str, wanted: &str| {
+            let options = ["--socket", socket.to_str().unwrap(), "--stack", policy, "--attach", how];
+            p.run(&options, program, &["cc", wanted]).succeeds().out.clone()
+        };
+        assert_eq!(ask("allow", "reno"), "cc cubic\nset 0 now reno\n", "{how}");
+        assert_eq!(ask("ignore", "reno"), "cc cubic\nset 0 now cubic\n", "{how}");
+        assert_eq!(ask("refuse", "reno"), format!("cc cubic\nset {} now cubic\n", libc::EPERM), "{how}");
+        for policy in ["allow", "refuse"] {
+            let unknown = format!("cc cubic\nset {} now cubic\n", libc::ENOENT);
+            assert_eq!(ask(policy, "no-such-cc"), unknown, "{how}");
+        }
+    }
+    engine.end();
+}
+
+#[test]
+fn a_stack_says_how_programs_are_attached_and_what_they_may_send() {
+    let p = programs("limits");
+    let text = "[[nsm]]\nname = \"near\"\nattach = \"direct\"\npacing = \"8 Mbit/s\"\n\
+        [[nsm]]\nname = \"far\"\nattach = \"queued\"\npacing = \"8 Mbit/s\"\n\
+        [[nsm]]\nname = \"free\"\n";
+    let text = if is_root() {
+        text.replace("pacing", "mark = 7\npacing")
+    } else {
+        println!("NOT ROOT: marks cannot be set and are not tested");
+        text.to_owned()
     };
-    assert_eq!(ask("allow"), "cc cubic\nset 0 now reno\n");
-    assert_eq!(ask("ignore"), "cc cubic\nset 0 now cubic\n");
-    assert_eq!(ask("refuse"), format!("cc cubic\nset {} now cubic\n", libc::EPERM));
+    let mark = if is_root() { 7 } else { 0 };
+    let config = p.place.file("engine.toml", &text);
+    let socket = p.place.socket();
+    let socket = socket.to_str().unwrap();
+    let engine = p.place.up(&["--socket", socket, "--config", config.to_str().unwrap()]);
+    for (stack, attached) in [("near", "direct"), ("far", "queued")] {
+        let done = p.run(&["--socket", socket, "--stack", stack], &p.dynamic, &["limits"]);
+        let expected = format!("limits 1000000 {mark}\npace -{EPERM}\nmark -{EPERM}\n", EPERM = libc::EPERM);
+        if is_root() {
+            assert_eq!(done.succeeds().out, expected, "{stack}");
+        } else {
+            assert!(done.succeeds().out.starts_with("limits 1000000 0\npace -1\n"), "{stack}");
+        }
+        let stacks = p.place.run(&["stacks", "--json", "--socket", socket]);
+        assert!(stacks.out.contains(&format!("\"attach\": \"{attached}\"")), "{}", stacks.out);
+    }
+    // The command line wins, and who sets no limit lets the program choose.
+    let done = p.run(&["--socket", socket, "--stack", "far", "--attach", "direct"], &p.fixed, &["limits"]);
+    assert!(done.succeeds().out.starts_with("limits 1000000 "), "{}", done.out);
+    let free = p.run(&["--socket", socket, "--stack", "free", "--attach", "direct"], &p.fixed, &["limits"]);
+    assert!(free.succeeds().out.contains("\npace 1\n"), "{}", free.out);
+    let refused = p.run(&["--socket", socket, "--stack", "far"], &p.fixed, &["limits"]);
+    refused.fails(125, &["statically linked", "--attach direct"]);
     engine.end();
 }
 

@@ -74,6 +74,9 @@ pub struct VersionInfo {
 pub struct Attached {
     pub id: u32,
     pub token: String,
+    /// How the stack wants programs to be attached: `auto`, `queued`, `direct`.
+    #[serde(default)]
+    pub attach: String,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]

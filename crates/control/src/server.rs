@@ -32,6 +32,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Grant {
     pub id: u32,
     pub token: [u8; 16],
+    /// How the stack wants programs to be attached.
+    pub attach: String,
     pub region: OwnedFd,
     pub channel: OwnedFd,
     pub doorbell: OwnedFd,
@@ -313,7 +315,8 @@ fn done<T: Serialize>(value: &T) -> Result<(Reply, Option<Grant>), ApiError> {
 }
 
 fn granted(grant: Grant) -> Result<(Reply, Option<Grant>), ApiError> {
-    let (reply, _) = done(&Attached { id: grant.id, token: token_hex(&grant.token) })?;
+    let (reply, _) =
+        done(&Attached { id: grant.id, token: token_hex(&grant.token), attach: grant.attach.clone() })?;
     Ok((reply, Some(grant)))
 }
 

@@ -46,7 +46,14 @@ impl EngineApi for Fake {
             return Err(ApiError::new(ErrorCode::UnknownStack, "no such stack"));
         }
         let null = || std::fs::File::open("/dev/null").unwrap().into();
-        Ok(Grant { id: 1, token: [7; 16], region: null(), channel: null(), doorbell: null() })
+        Ok(Grant {
+            id: 1,
+            token: [7; 16],
+            attach: "auto".into(),
+            region: null(),
+            channel: null(),
+            doorbell: null(),
+        })
     }
 
     fn attach(&self, token: [u8; 16]) -> Result<Grant, ApiError> {

@@ -16,8 +16,25 @@ pub struct NsmConfig {
     pub congestion_control: Option<String>,
     /// Network namespace: a name in `/run/netns`, or a path. `None`: the engine's own.
     pub netns: Option<String>,
-    /// What becomes of a program's own choice of a congestion control, when its sockets are the kernel's.
+    /// What becomes of a program's own choice of a congestion control.
     pub congestion_policy: netkernel_agent::Policy,
+    /// How programs are attached unless `run` says otherwise.
+    pub attach: Attach,
+    /// Most bytes per second that each TCP socket sends. `None`: no limit.
+    pub pacing: Option<u64>,
+    /// SO_MARK of each socket.
+    pub mark: Option<u32>,
+}
+
+/// How a program's sockets are attached to their stack.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Attach {
+    /// Queued for what can be preloaded to, with the agent behind it; direct for the rest.
+    #[default]
+    Auto,
+    Queued,
+    Direct,
 }
 
 impl NsmConfig {
@@ -29,6 +46,9 @@ impl NsmConfig {
             congestion_control: congestion_control.map(str::to_owned),
             netns: None,
             congestion_policy: netkernel_agent::Policy::default(),
+            attach: Attach::default(),
+            pacing: None,
+            mark: None,
         }
     }
 }
@@ -96,6 +116,8 @@ pub struct GuestFds {
     pub id: u32,
     /// The right to attach to this guest ([`crate::Engine::attach`]).
     pub token: [u8; 16],
+    /// How its module wants programs to be attached.
+    pub attach: Attach,
     pub region: OwnedFd,
     pub channel: OwnedFd,
     pub doorbell: OwnedFd,

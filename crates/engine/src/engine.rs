@@ -190,6 +190,7 @@ impl Engine {
         let fds = GuestFds {
             id,
             token: random_token().map_err(resource)?,
+            attach: config.nsms[nsm].attach,
             region: region_fd.try_clone_to_owned().map_err(resource)?,
             channel: channel_theirs,
             doorbell: doorbell.try_clone().map_err(resource)?,
@@ -240,6 +241,7 @@ impl Engine {
             let fds = GuestFds {
                 id,
                 token: *token,
+                attach: self.shared.config.nsms[guest.nsm].attach,
                 region: guest.region.as_fd().try_clone_to_owned().map_err(resource)?,
                 channel: theirs,
                 doorbell: guest.doorbell.as_fd().try_clone_to_owned().map_err(resource)?,
@@ -356,6 +358,7 @@ impl Engine {
                 stack: nsm.stack.clone(),
                 congestion_control: nsm.congestion_control.clone(),
                 netns: nsm.netns.clone(),
+                attach: nsm.attach,
                 available: check.is_ok(),
                 reason: check.err(),
                 guests,

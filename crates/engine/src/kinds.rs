@@ -80,7 +80,13 @@ impl Default for StackKinds {
     fn default() -> Self {
         use netkernel_stack_kernel::{DirectSockets, KernelConfig, KernelStack, check};
         fn kernel(nsm: &NsmConfig) -> KernelConfig {
-            KernelConfig { congestion_control: nsm.congestion_control.clone(), netns: nsm.netns.clone() }
+            KernelConfig {
+                congestion_control: nsm.congestion_control.clone(),
+                netns: nsm.netns.clone(),
+                congestion_policy: nsm.congestion_policy,
+                pacing: nsm.pacing,
+                mark: nsm.mark,
+            }
         }
         let mut kinds = StackKinds::none();
         kinds.register(

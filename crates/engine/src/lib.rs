@@ -16,7 +16,7 @@ mod status;
 mod watch;
 mod worker;
 
-pub use config::{EngineConfig, EngineError, GuestFds, GuestSpec, NsmConfig};
+pub use config::{Attach, EngineConfig, EngineError, GuestFds, GuestSpec, NsmConfig};
 pub use engine::Engine;
 pub use kinds::StackKinds;
 pub use netkernel_abi::Limits;

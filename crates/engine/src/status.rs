@@ -48,6 +48,7 @@ pub struct StackStatus {
     pub stack: String,
     pub congestion_control: Option<String>,
     pub netns: Option<String>,
+    pub attach: crate::Attach,
     pub available: bool,
     /// Why it is not available.
     pub reason: Option<String>,

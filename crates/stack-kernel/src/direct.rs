@@ -37,11 +37,20 @@ impl Sockets for DirectSockets {
             // The module was checked when the guest came; unloaded since, or no longer allowed.
             host::set_congestion(&fd, name).map_err(|_| libc::ENETDOWN)?;
         }
+        host::mark_and_pace(&fd, &self.config).map_err(|_| libc::ENETDOWN)?;
         Ok(fd)
     }
 
     fn congestion_control(&self) -> Option<&str> {
         self.config.congestion_control.as_deref()
+    }
+
+    fn owns(&self, option: i32) -> bool {
+        match option {
+            libc::SO_MARK => self.config.mark.is_some(),
+            libc::SO_MAX_PACING_RATE => self.config.pacing.is_some(),
+            _ => false,
+        }
     }
 
     fn knows(&mut self, congestion_control: &[u8]) -> bool {

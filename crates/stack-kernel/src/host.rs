@@ -20,7 +20,14 @@ pub fn check(config: &KernelConfig) -> Result<(), String> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("netkernel-check".into()).spawn_scoped(scope, || {
             let namespace = Namespace::open(config.netns.as_deref())?;
-            namespace.within(|| probe(config.congestion_control.as_deref()))?
+            namespace.within(|| {
+                probe(config.congestion_control.as_deref())?;
+                let fd = socket(libc::AF_INET, libc::SOCK_STREAM, 0)
+                    .map_err(|e| format!("the kernel makes no TCP socket: {e}"))?;
+                mark_and_pace(&fd, config).map_err(|e| {
+                    format!("`pacing` or `mark` cannot be set: {e} (a mark needs CAP_NET_ADMIN: run the engine as root)")
+                })
+            })?
         });
         match thread {
             Ok(handle) => handle.join().unwrap_or_else(|_| Err("the check itself failed".into())).map(|_| ()),
@@ -79,6 +86,30 @@ pub(crate) fn set_congestion(fd: &OwnedFd, name: &str) -> io::Result<()> {
         )
     };
     if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What the module sets on each socket besides the congestion control; accepted sockets inherit it.
+pub(crate) fn mark_and_pace(fd: &OwnedFd, config: &KernelConfig) -> io::Result<()> {
+    let set = |name: i32, value: &[u8]| {
+        // SAFETY: the value is valid for reads of its length.
+        let r = unsafe {
+            libc::setsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                name,
+                value.as_ptr().cast(),
+                value.len() as libc::socklen_t,
+            )
+        };
+        if r == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    if let Some(mark) = config.mark {
+        set(libc::SO_MARK, &mark.to_ne_bytes())?;
+    }
+    if let Some(rate) = config.pacing {
+        set(libc::SO_MAX_PACING_RATE, &rate.to_ne_bytes())?;
+    }
+    Ok(())
 }
 
 pub(crate) fn socket(domain: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {

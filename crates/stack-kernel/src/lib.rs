@@ -11,6 +11,7 @@ mod stack;
 
 pub use direct::DirectSockets;
 pub use host::{available_congestion_controls, check};
+pub use netkernel_agent::Policy;
 pub use stack::KernelStack;
 
 /// How the module is set up.
@@ -20,4 +21,10 @@ pub struct KernelConfig {
     pub congestion_control: Option<String>,
     /// Network namespace: a name in `/run/netns`, or a path. `None`: the engine's own.
     pub netns: Option<String>,
+    /// What becomes of a program's own choice of a congestion control.
+    pub congestion_policy: Policy,
+    /// Most bytes per second that each TCP socket sends (SO_MAX_PACING_RATE).
+    pub pacing: Option<u64>,
+    /// SO_MARK of each socket, for the host's routing and packet filters.
+    pub mark: Option<u32>,
 }

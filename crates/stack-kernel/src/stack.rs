@@ -6,9 +6,9 @@ use netkernel_service::{
     Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
 };
 
-use crate::KernelConfig;
 use crate::host::{self, Namespace};
 use crate::options::{Rule, rule};
+use crate::{KernelConfig, Policy};
 
 /// Events of one `epoll_wait`.
 const BATCH: usize = 256;
@@ -29,7 +29,7 @@ pub struct KernelStack {
     namespace: Namespace,
     /// Congestion control to set on new TCP sockets: the module's, unless it is the namespace's default anyway.
     set_congestion: Option<String>,
-    congestion: Option<String>,
+    config: KernelConfig,
     events: Vec<libc::epoll_event>,
     /// Buffers of `recvmmsg`, made when they are needed.
     datagrams: Vec<u8>,
@@ -68,7 +68,7 @@ impl KernelStack {
             free: Vec::new(),
             namespace,
             set_congestion: config.congestion_control.clone().filter(|wanted| *wanted != default),
-            congestion: config.congestion_control,
+            config,
             events: vec![libc::epoll_event { events: 0, u64: 0 }; BATCH],
             datagrams: Vec::new(),
             highest: highest_descriptor(),
@@ -145,6 +145,7 @@ impl Stack for KernelStack {
         if tcp && let Some(name) = &self.set_congestion {
             host::set_congestion(&fd, name).map_err(from_io)?;
         }
+        host::mark_and_pace(&fd, &self.config).map_err(from_io)?;
         let handle = self.insert(fd, key);
         if !tcp {
             self.register(handle)?;
@@ -452,6 +453,12 @@ impl Stack for KernelStack {
     fn set_option(&mut self, handle: Handle, level: i32, name: i32, value: &[u8]) -> Result<(), Errno> {
         let fd = self.fd(handle)?;
         match rule(level, name) {
+            Rule::Pass if name == libc::SO_MAX_PACING_RATE && level == libc::SOL_SOCKET => {
+                if self.config.pacing.is_some() {
+                    // The module's limit is not the program's to lift.
+                    return Err(Errno(libc::EPERM));
+                }
+            }
             Rule::Pass => {}
             Rule::Linger => {
                 let Some(value) = value.get(..8) else { return Err(Errno(libc::EINVAL)) };
@@ -475,14 +482,18 @@ impl Stack for KernelStack {
                 let wanted = host::text(value);
                 let mut current = [0u8; 16];
                 let n = option(fd, level, name, &mut current)?;
-                let same = host::text(&current[..n]) == wanted && self.congestion.is_none()
-                    || self.congestion.as_deref() == Some(&wanted);
-                if same {
-                    return Ok(());
+                let promised = self.config.congestion_control.as_deref();
+                // A module that promises nothing has nothing to defend; but what needs a privilege is not the guest's.
+                let same =
+                    host::text(&current[..n]) == wanted && promised.is_none() || promised == Some(&wanted);
+                // A name that no kernel knows is told as such.
+                let known = || host::available_congestion_controls().contains(&wanted);
+                match self.config.congestion_policy {
+                    _ if same => return Ok(()),
+                    Policy::Allow => {}
+                    Policy::Ignore => return if known() { Ok(()) } else { Err(Errno(libc::ENOENT)) },
+                    Policy::Refuse => return Err(Errno(if known() { libc::EPERM } else { libc::ENOENT })),
                 }
-                // The stack is what the tenant chose; a name that no kernel knows is told as such.
-                let known = host::available_congestion_controls().contains(&wanted);
-                return Err(Errno(if known { libc::EPERM } else { libc::ENOENT }));
             }
         }
         // SAFETY: the value is valid for reads of its length; the rule says that the kernel takes it as flat bytes.
