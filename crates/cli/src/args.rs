@@ -31,6 +31,8 @@ pub enum Command {
     Sockets(SocketsArgs),
     /// Say of each socket of the guests by which stack it is served, in which way, and why
     Explain(ExplainArgs),
+    /// Print what was used, and what it costs
+    Usage(UsageArgs),
     /// End the engine; its guests' connections are reset
     Stop(StopArgs),
     /// Say what this host offers, and whether a program can be served
@@ -145,6 +147,31 @@ pub struct SocketsArgs {
     pub show: ShowArgs,
     /// Only this guest (id as in `netkernel ps`)
     pub guest: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub struct UsageArgs {
+    /// Socket of the engine to ask
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    /// From when on: 2026-11-01, 2026-11-01T12:00Z, or an age such as 2h or 30d
+    #[arg(long, value_name = "TIME")]
+    pub from: Option<String>,
+    /// Until when, in the same forms [default: now]
+    #[arg(long, value_name = "TIME")]
+    pub to: Option<String>,
+    /// What to tell apart: tenant, nsm, guest, and one of minute, hour, day
+    #[arg(long, value_name = "LIST", default_value = "tenant,nsm")]
+    pub by: String,
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "table")]
+    pub format: UsageFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum UsageFormat {
+    Table,
+    Json,
+    Csv,
 }
 
 #[derive(Debug, Args)]

@@ -30,6 +30,8 @@ pub struct EngineSection {
     pub huge_pages: Option<HugePages>,
     pub region_bytes: Option<Spanned<Bytes>>,
     pub max_guests: Option<Spanned<usize>>,
+    /// Where usage is kept; without it, it is not.
+    pub usage: Option<PathBuf>,
     /// Names or numbers of users; "*" is everybody.
     #[serde(default)]
     pub allow_users: Vec<Spanned<User>>,
@@ -46,6 +48,8 @@ pub struct NsmSection {
     pub attach: Option<netkernel_engine::Attach>,
     pub pacing: Option<Rate>,
     pub mark: Option<u32>,
+    pub price_per_hour: Option<Spanned<f64>>,
+    pub price_per_gb: Option<Spanned<f64>>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -146,6 +150,14 @@ impl Config {
                 && (cc.get_ref().is_empty() || cc.get_ref().len() > 15)
             {
                 bail!("{}: a congestion control's name has 1 to 15 letters", at(cc.span().start));
+            }
+            for price in [&nsm.price_per_hour, &nsm.price_per_gb].into_iter().flatten() {
+                if !(0.0..1e9).contains(price.get_ref()) {
+                    bail!(
+                        "{}: a price is a number from 0 on, in the currency of your choice",
+                        at(price.span().start)
+                    );
+                }
             }
         }
         Ok(())
@@ -295,13 +307,14 @@ mod tests {
         let engine = config.engine;
         assert!(engine.socket.is_some() && engine.switch_threads.is_some() && engine.spin_us.is_some());
         assert!(engine.huge_pages.is_some() && engine.region_bytes.is_some() && engine.max_guests.is_some());
-        assert!(!engine.allow_users.is_empty());
+        assert!(!engine.allow_users.is_empty() && engine.usage.is_some());
         for has in [
             |n: &NsmSection| n.netns.is_some(),
             |n: &NsmSection| n.congestion_policy.is_some(),
             |n: &NsmSection| n.attach.is_some(),
             |n: &NsmSection| n.pacing.is_some(),
             |n: &NsmSection| n.mark.is_some(),
+            |n: &NsmSection| n.price_per_hour.is_some() && n.price_per_gb.is_some(),
         ] {
             assert!(config.nsms.iter().any(has));
         }
@@ -338,6 +351,10 @@ mod tests {
                 "nk.toml, line 3, key 'stack': there is no stack 'tpc'",
             ),
             ("[[nsm]]\nname = \"a\"\npacing = \"5 MB/s\"\n", "nk.toml, line 3, key 'pacing': invalid value"),
+            (
+                "[[nsm]]\nname = \"a\"\nprice_per_gb = -0.5\n",
+                "nk.toml, line 3, key 'price_per_gb': a price is",
+            ),
             (
                 "[[nsm]]\nname = \"a\"\nattach = \"fast\"\n",
                 "nk.toml, line 3, key 'attach': unknown variant 'fast'",

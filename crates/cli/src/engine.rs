@@ -10,20 +10,23 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow};
 use netkernel_control::{
     ApiError, EngineApi, ErrorCode, Grant, NewGuest, NsmInfo, PROTOCOL_VERSION, Peer, SocketInfo, Status,
-    VersionInfo,
+    UsageQuery, VersionInfo,
 };
 use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec};
 
+use netkernel_meter::{Grouping, Row};
 use serde_json::{Map, Value};
 
 use crate::catalog::{self, convert};
 use crate::config::Config;
+use crate::meter::Meter;
 
 pub struct Adapter {
     engine: Arc<Engine>,
     socket: PathBuf,
     private: bool,
     started: Instant,
+    meter: Option<Arc<Meter>>,
     /// An eventfd.
     stop: File,
     /// Guests made so far.
@@ -34,8 +37,17 @@ pub struct Adapter {
 impl Adapter {
     pub fn start(config: &Config, socket: &Path, private: bool) -> Result<Arc<Adapter>> {
         let engine = Engine::start(catalog::of(config)?).map_err(|e| anyhow!("{}", refusal(e)))?;
+        let meter = match &config.engine.usage {
+            Some(path) => {
+                let meter = Meter::open(path, config)?;
+                meter.start(&engine)?;
+                Some(meter)
+            }
+            None => None,
+        };
         let adapter = Adapter {
             engine,
+            meter,
             socket: socket.into(),
             private,
             started: Instant::now(),
@@ -73,6 +85,9 @@ impl Adapter {
 
     pub fn shutdown(&self) {
         self.engine.shutdown();
+        if let Some(meter) = &self.meter {
+            meter.tick(&self.engine);
+        }
     }
 }
 
@@ -132,6 +147,21 @@ impl EngineApi for Adapter {
 
     fn stop(&self) {
         let _ = (&self.stop).write(&1u64.to_ne_bytes());
+    }
+
+    fn usage(&self, query: &UsageQuery, of: Option<u32>) -> Result<Vec<Row>, ApiError> {
+        let bad = |text: String| ApiError::new(ErrorCode::BadRequest, text);
+        let by = Grouping::parse(query.by.as_deref().unwrap_or("tenant,nsm")).map_err(bad)?;
+        let meter = self.meter.as_ref().ok_or_else(|| {
+            bad("this engine keeps no usage: name a file in its configuration, `usage` in [engine]".into())
+        })?;
+        // With the last second in it.
+        meter.tick(&self.engine);
+        let (from, to) = (query.from.unwrap_or(0) / 60, query.to.map_or(u64::MAX, |to| to / 60));
+        let tenant = of.map(|uid| crate::sys::user_name(uid).unwrap_or_else(|| uid.to_string()));
+        meter
+            .report(from, to, by, tenant.as_deref())
+            .map_err(|e| ApiError::new(ErrorCode::Engine, e.to_string()))
     }
 
     fn metrics(&self) -> String {

@@ -10,6 +10,7 @@ mod explain;
 mod library;
 mod locate;
 mod logger;
+mod meter;
 mod metrics;
 mod private;
 mod program;
@@ -18,6 +19,7 @@ mod show;
 mod sys;
 mod units;
 mod up;
+mod usage;
 
 use std::io::Write as _;
 
@@ -72,6 +74,7 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         Command::Ps(args) => show::ps(&args).map(|()| 0),
         Command::Explain(args) => explain::explain(&args).map(|()| 0),
         Command::Sockets(args) => show::sockets(&args).map(|()| 0),
+        Command::Usage(args) => usage::usage(&args).map(|()| 0),
         Command::Stop(args) => show::stop(&args).map(|()| 0),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Bench(args) => netkernel_bench::run(args).map(|()| 0),

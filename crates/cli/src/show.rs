@@ -161,7 +161,7 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
     Ok(())
 }
 
-fn print_table(header: &[&str], rows: Vec<Vec<String>>) -> Result<()> {
+pub(crate) fn print_table(header: &[&str], rows: Vec<Vec<String>>) -> Result<()> {
     let mut widths: Vec<usize> = header.iter().map(|h| h.len()).collect();
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {

@@ -216,6 +216,22 @@ pub fn uid_of(name: &str) -> Option<u32> {
     (result == 0 && !found.is_null()).then_some(entry.pw_uid)
 }
 
+/// Name of a user; `None`: the host has no name for it.
+pub fn user_name(uid: u32) -> Option<String> {
+    // SAFETY: an all-zero passwd is a valid value of that plain C struct.
+    let mut entry: libc::passwd = unsafe { std::mem::zeroed() };
+    let mut buffer = vec![0 as libc::c_char; 16 * 1024];
+    let mut found = std::ptr::null_mut();
+    // SAFETY: all pointers are valid and the buffer's length is true; the name is a C string in the buffer.
+    unsafe {
+        let result = libc::getpwuid_r(uid, &mut entry, buffer.as_mut_ptr(), buffer.len(), &mut found);
+        if result != 0 || found.is_null() {
+            return None;
+        }
+        std::ffi::CStr::from_ptr(entry.pw_name).to_str().ok().map(str::to_owned)
+    }
+}
+
 /// Whether memory can be shared in the way that regions need.
 pub fn try_sealed_memfd() -> io::Result<()> {
     // SAFETY: a valid C string and flags; the result is checked.

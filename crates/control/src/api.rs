@@ -1,5 +1,6 @@
 //! The API: one table of routes, from which requests are decoded, encoded and documented.
 
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,7 @@ pub enum Request {
     },
     /// Ends the engine.
     Stop,
+    Usage(UsageQuery),
     /// Counters in the text format of OpenMetrics.
     Metrics,
     /// The description of this API.
@@ -45,6 +47,17 @@ pub struct NewGuest {
     /// A name of `/v1/stacks`; without it the engine's first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stack: Option<String>,
+}
+
+/// Which usage, and how it is summed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UsageQuery {
+    /// Seconds since 1970, rounded down to the minute. Default: the beginning.
+    pub from: Option<u64>,
+    /// Not any more. Default: now.
+    pub to: Option<u64>,
+    /// As [`netkernel_meter::Grouping::parse`] takes it. Default: tenant and NSM.
+    pub by: Option<String>,
 }
 
 /// The right to attach to a guest.
@@ -85,6 +98,8 @@ pub(crate) struct Route {
     pub summary: &'static str,
     pub role: Role,
     pub body: Option<MakeSchema>,
+    /// Names and meaning of the query's parameters.
+    pub query: &'static [(&'static str, &'static str)],
     /// JSON unless there is another type.
     pub reply: Option<MakeSchema>,
     pub reply_type: &'static str,
@@ -95,6 +110,8 @@ pub(crate) struct Route {
 struct Parts<'a> {
     /// The part of the path that `{x}` stands for.
     parameter: &'a str,
+    /// `x=y&z=`, as it was sent.
+    query: &'a str,
     body: &'a [u8],
 }
 
@@ -103,6 +120,20 @@ impl Parts<'_> {
         self.parameter.parse().map_err(|_| {
             bad(format!("'{}' is no guest: ids are the numbers that `netkernel ps` lists", self.parameter))
         })
+    }
+
+    /// A parameter of the query; the last one counts.
+    fn query(&self, name: &str) -> Option<String> {
+        let pairs = self.query.split('&').filter_map(|pair| pair.split_once('='));
+        let value = pairs.filter(|(key, _)| *key == name).last()?.1;
+        Some(percent_encoding::percent_decode_str(value).decode_utf8_lossy().into_owned())
+    }
+
+    fn seconds(&self, name: &str) -> Result<Option<u64>, ApiError> {
+        let parse = |text: String| {
+            text.parse().map_err(|_| bad(format!("'{text}' is no time: {name} is in seconds since 1970")))
+        };
+        self.query(name).map(parse).transpose()
     }
 
     fn json<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
@@ -130,6 +161,7 @@ pub(crate) const ROUTES: &[Route] = &[
         summary: "Versions and process of the engine",
         role: Role::Anybody,
         body: None,
+        query: &[],
         reply: Some(schema::<VersionInfo>),
         reply_type: JSON,
         decode: |_| Ok(Request::Version),
@@ -141,6 +173,7 @@ pub(crate) const ROUTES: &[Route] = &[
         summary: "The engine and its guests",
         role: Role::Tenant,
         body: None,
+        query: &[],
         reply: Some(schema::<Status>),
         reply_type: JSON,
         decode: |_| Ok(Request::Status),
@@ -152,6 +185,7 @@ pub(crate) const ROUTES: &[Route] = &[
         summary: "The network stack modules on offer",
         role: Role::Anybody,
         body: None,
+        query: &[],
         reply: Some(schema::<Vec<NsmInfo>>),
         reply_type: JSON,
         decode: |_| Ok(Request::Stacks),
@@ -163,6 +197,7 @@ pub(crate) const ROUTES: &[Route] = &[
         summary: "Sockets of all guests",
         role: Role::Tenant,
         body: None,
+        query: &[],
         reply: Some(schema::<Vec<SocketInfo>>),
         reply_type: JSON,
         decode: |_| Ok(Request::Sockets { guest: None }),
@@ -174,6 +209,7 @@ pub(crate) const ROUTES: &[Route] = &[
         summary: "Sockets of one guest",
         role: Role::Tenant,
         body: None,
+        query: &[],
         reply: Some(schema::<Vec<SocketInfo>>),
         reply_type: JSON,
         decode: |parts| Ok(Request::Sockets { guest: Some(parts.guest()?) }),
@@ -186,6 +222,7 @@ pub(crate) const ROUTES: &[Route] = &[
                   Who asks, and so whose guest it is, is what the kernel says (SO_PEERCRED)",
         role: Role::Tenant,
         body: Some(schema::<NewGuest>),
+        query: &[],
         reply: Some(schema::<Attached>),
         reply_type: JSON,
         decode: |parts| Ok(Request::CreateGuest(parts.json()?)),
@@ -197,6 +234,7 @@ pub(crate) const ROUTES: &[Route] = &[
         summary: "The descriptors of a guest again, for whoever has its token",
         role: Role::Anybody,
         body: Some(schema::<Token>),
+        query: &[],
         reply: Some(schema::<Attached>),
         reply_type: JSON,
         decode: |parts| Ok(Request::Attach(parts.json()?)),
@@ -208,6 +246,7 @@ pub(crate) const ROUTES: &[Route] = &[
         summary: "Ends a guest: its connections are reset",
         role: Role::Tenant,
         body: None,
+        query: &[],
         reply: None,
         reply_type: JSON,
         decode: |parts| Ok(Request::EndGuest { guest: parts.guest()? }),
@@ -219,9 +258,35 @@ pub(crate) const ROUTES: &[Route] = &[
         summary: "Ends the engine",
         role: Role::Provider,
         body: None,
+        query: &[],
         reply: None,
         reply_type: JSON,
         decode: |_| Ok(Request::Stop),
+    },
+    Route {
+        method: "GET",
+        path: "/v1/usage",
+        name: "usage",
+        summary: "What was used, and what it costs by the catalogue's prices",
+        role: Role::Tenant,
+        body: None,
+        query: &[
+            ("from", "Seconds since 1970, rounded down to the minute; default: the beginning"),
+            ("to", "Seconds since 1970, rounded down to the minute, not any more; default: now"),
+            (
+                "by",
+                "What rows are told apart by: a list of tenant, nsm, guest, and one of minute, hour, day; default: tenant,nsm",
+            ),
+        ],
+        reply: Some(schema::<Vec<netkernel_meter::Row>>),
+        reply_type: JSON,
+        decode: |parts| {
+            Ok(Request::Usage(UsageQuery {
+                from: parts.seconds("from")?,
+                to: parts.seconds("to")?,
+                by: parts.query("by"),
+            }))
+        },
     },
     Route {
         method: "GET",
@@ -230,6 +295,7 @@ pub(crate) const ROUTES: &[Route] = &[
         summary: "Counters for Prometheus, in the text format of OpenMetrics",
         role: Role::Provider,
         body: None,
+        query: &[],
         reply: None,
         reply_type: METRICS_TYPE,
         decode: |_| Ok(Request::Metrics),
@@ -241,6 +307,7 @@ pub(crate) const ROUTES: &[Route] = &[
         summary: "This document",
         role: Role::Anybody,
         body: None,
+        query: &[],
         reply: None,
         reply_type: JSON,
         decode: |_| Ok(Request::OpenApi),
@@ -264,12 +331,13 @@ fn matched<'a>(pattern: &str, path: &'a str) -> Option<&'a str> {
 
 /// What a request asks for, and the role that it takes.
 pub(crate) fn decode(method: &str, target: &str, body: &[u8]) -> Result<(Request, Role), ApiError> {
-    let path = target.split(['?', '#']).next().unwrap_or_default();
+    let target = target.split('#').next().unwrap_or_default();
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let mut other_methods = Vec::new();
     for route in ROUTES {
         let Some(parameter) = matched(route.path, path) else { continue };
         if route.method == method {
-            let request = (route.decode)(&Parts { parameter, body })?;
+            let request = (route.decode)(&Parts { parameter, query, body })?;
             return Ok((request, route.role));
         }
         other_methods.push(route.method);
@@ -303,6 +371,20 @@ pub(crate) fn encode(request: &Request) -> (&'static str, String, Option<Value>)
         Request::Sockets { guest: Some(id) } => ("GET", format!("/v1/guests/{id}/sockets"), None),
         Request::EndGuest { guest } => ("DELETE", format!("/v1/guests/{guest}"), None),
         Request::Stop => ("POST", "/v1/stop".into(), None),
+        Request::Usage(query) => {
+            let mut target = String::from("/v1/usage");
+            let by = query.by.as_deref().map(|by| utf8_percent_encode(by, NON_ALPHANUMERIC).to_string());
+            let given = [
+                query.from.map(|from| format!("from={from}")),
+                query.to.map(|to| format!("to={to}")),
+                by.map(|by| format!("by={by}")),
+            ];
+            for (i, parameter) in given.into_iter().flatten().enumerate() {
+                target.push(if i == 0 { '?' } else { '&' });
+                target.push_str(&parameter);
+            }
+            ("GET", target, None)
+        }
         Request::Metrics => ("GET", "/metrics".into(), None),
         Request::OpenApi => ("GET", "/v1/openapi.json".into(), None),
     }
@@ -336,6 +418,8 @@ mod tests {
             Request::Sockets { guest: Some(7) },
             Request::EndGuest { guest: u32::MAX },
             Request::Stop,
+            Request::Usage(UsageQuery::default()),
+            Request::Usage(UsageQuery { from: Some(1), to: Some(2), by: Some("a b,&=%".into()) }),
             Request::Metrics,
             Request::OpenApi,
         ];
@@ -344,7 +428,7 @@ mod tests {
             let (method, target, body) = encode(&request);
             let body = body.map(|value| value.to_string()).unwrap_or_default();
             assert_eq!(decode(method, &target, body.as_bytes()).unwrap().0, request);
-            let path = target.as_str();
+            let path = target.split('?').next().unwrap();
             reached.extend(
                 ROUTES
                     .iter()
@@ -368,6 +452,7 @@ mod tests {
             ("POST", "/v1/guests", "", ErrorCode::BadRequest),
             ("POST", "/v1/guests", r#"{"stak":"bbr"}"#, ErrorCode::BadRequest),
             ("POST", "/v1/attach", "{}", ErrorCode::BadRequest),
+            ("GET", "/v1/usage?from=yesterday", "", ErrorCode::BadRequest),
         ] {
             let error = decode(method, target, body.as_bytes()).unwrap_err();
             assert_eq!(error.code, code, "{method} {target} {body}: {error}");

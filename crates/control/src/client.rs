@@ -13,8 +13,8 @@ use crate::api::encode;
 use crate::http::{self, Answer};
 use crate::peer::peer_of;
 use crate::{
-    ApiError, Attached, GuestInfo, NewGuest, NsmInfo, Request, SocketInfo, Status, Token, VersionInfo,
-    token_hex,
+    ApiError, Attached, GuestInfo, NewGuest, NsmInfo, Request, SocketInfo, Status, Token, UsageQuery,
+    VersionInfo, token_hex,
 };
 
 /// Longest wait for the engine's answer.
@@ -143,6 +143,10 @@ impl Client {
             ))
         })?;
         Ok((value, fds))
+    }
+
+    pub fn usage(&mut self, query: UsageQuery) -> Result<Vec<netkernel_meter::Row>, ClientError> {
+        self.ask(&Request::Usage(query)).map(|(value, _)| value)
     }
 
     /// Counters in the text format of OpenMetrics.

@@ -24,7 +24,7 @@ mod peer;
 mod proto;
 mod server;
 
-pub use api::{NewGuest, PROTOCOL_VERSION, Request, Token, examine};
+pub use api::{NewGuest, PROTOCOL_VERSION, Request, Token, UsageQuery, examine};
 pub use client::{Client, ClientError};
 pub use openapi::openapi;
 pub use paths::{

@@ -54,6 +54,12 @@ pub fn openapi() -> Value {
             .filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'))
             .map(|name| json!({ "name": name, "in": "path", "required": true, "schema": { "type": "string" } }))
             .collect();
+        let parameters: Vec<Value> = parameters
+            .into_iter()
+            .chain(route.query.iter().map(|(name, meaning)| {
+                json!({ "name": name, "in": "query", "description": meaning, "schema": { "type": "string" } })
+            }))
+            .collect();
         if !parameters.is_empty() {
             operation["parameters"] = Value::Array(parameters);
         }

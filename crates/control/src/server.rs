@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use netkernel_meter::Row;
 use netkernel_shm::fds;
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::Serialize;
@@ -17,8 +18,8 @@ use crate::api::{self, METRICS_TYPE, Role};
 use crate::http::{self, ReadError, Reply};
 use crate::peer::{Peer, peer_of};
 use crate::{
-    ApiError, Attached, Endpoint, ErrorCode, NewGuest, NsmInfo, Request, SocketInfo, Status, VersionInfo,
-    parse_token, token_hex,
+    ApiError, Attached, Endpoint, ErrorCode, NewGuest, NsmInfo, Request, SocketInfo, Status, UsageQuery,
+    VersionInfo, parse_token, token_hex,
 };
 
 /// Connections at a time, in all and of one user who is neither the engine's nor root.
@@ -50,6 +51,8 @@ pub trait EngineApi: Send + Sync {
     fn end_guest(&self, guest: u32) -> Result<(), ApiError>;
     /// Asks the engine's process to end; returns at once.
     fn stop(&self);
+    /// Usage of the user with this uid, or of all.
+    fn usage(&self, query: &UsageQuery, of: Option<u32>) -> Result<Vec<Row>, ApiError>;
     /// Counters in the text format of OpenMetrics.
     fn metrics(&self) -> String;
 }
@@ -301,6 +304,7 @@ fn answer(
             api.stop();
             done(&())
         }
+        Request::Usage(query) => done(&api.usage(&query, (!operator).then_some(peer.uid))?),
         Request::Metrics => {
             let body = api.metrics().into_bytes();
             Ok((Reply { status: 200, content_type: METRICS_TYPE, body }, None))

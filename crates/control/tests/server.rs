@@ -91,6 +91,11 @@ impl EngineApi for Fake {
         self.stops.fetch_add(1, Ordering::Relaxed);
     }
 
+    fn usage(&self, query: &UsageQuery, of: Option<u32>) -> Result<Vec<netkernel_meter::Row>, ApiError> {
+        assert_eq!((query.from, of), (Some(60), None), "the owner sees all");
+        Ok(Vec::new())
+    }
+
     fn metrics(&self) -> String {
         "# EOF\n".into()
     }
@@ -156,6 +161,7 @@ fn requests_are_answered_one_after_the_other_on_one_connection() {
         Err(ClientError::Refused(e)) => assert_eq!(e.code, ErrorCode::UnknownGuest),
         other => panic!("{other:?}"),
     }
+    assert!(client.usage(UsageQuery { from: Some(60), ..UsageQuery::default() }).unwrap().is_empty());
     client.end_guest(5).unwrap();
     client.stop().unwrap();
     assert_eq!(place.fake.stops.load(Ordering::Relaxed), 1);

@@ -11,6 +11,7 @@ use netkernel_shm::{Region, fds};
 
 use crate::direct::{self, Direct};
 use crate::status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
+use crate::usage::{GuestUsage, MAX_OVER, Usage};
 use crate::watch::{self, Watch};
 use crate::worker::{NewGuest, Worker};
 use crate::{EngineConfig, EngineError, GuestFds, GuestSpec};
@@ -33,6 +34,8 @@ pub(crate) struct Shared {
     workers: Vec<Link>,
     stopping: AtomicBool,
     pub counters: SharedCounters,
+    /// What guests that ended used, see [`Engine::usage`].
+    over: Mutex<VecDeque<GuestUsage>>,
     watches: Vec<Arc<Watch>>,
 }
 
@@ -79,6 +82,7 @@ pub(crate) enum Command {
     Channel(u32, OwnedFd, Sender<Result<(), EngineError>>),
     End(u32),
     Status(Sender<Vec<GuestStatus>>),
+    Usage(Sender<Vec<(u32, Usage)>>),
     Sockets(u32, Sender<Vec<SocketStatus>>),
     Stop,
 }
@@ -138,6 +142,7 @@ impl Engine {
             workers,
             stopping: AtomicBool::new(false),
             counters: SharedCounters::default(),
+            over: Mutex::default(),
         });
         let mut threads = Vec::new();
         for index in 0..shared.workers.len() {
@@ -330,6 +335,21 @@ impl Engine {
         }
     }
 
+    /// What guests used so far; those that ended since the last call too, once. For one caller.
+    pub fn usage(&self) -> Vec<GuestUsage> {
+        let shared = &*self.shared;
+        let mut all = Vec::new();
+        // Once stopped, there are only guests that are over.
+        let workers = if self.running().is_ok() { shared.workers.len() } else { 0 };
+        for worker in 0..workers {
+            let counts = self.ask(worker, Command::Usage).unwrap_or_default();
+            all.extend(counts.into_iter().filter_map(|(id, usage)| shared.usage_of(id, usage, false)));
+        }
+        // Later: who ended meanwhile must not be told as alive after its end was.
+        all.extend(std::mem::take(&mut *lock(&shared.over)));
+        all
+    }
+
     /// The sockets of a guest; empty when there is no such guest.
     pub fn sockets(&self, guest: u32) -> Vec<SocketStatus> {
         let known = lock(&self.shared.registry)
@@ -450,9 +470,24 @@ impl Shared {
     }
 
     /// The guest is over and nothing of it is left.
-    pub fn guest_over(&self, id: u32) {
+    pub fn guest_over(&self, id: u32, usage: Usage) {
         self.counters.over.fetch_add(1, Ordering::Relaxed);
+        if let Some(last) = self.usage_of(id, usage, true) {
+            let mut over = lock(&self.over);
+            if over.len() >= MAX_OVER {
+                over.pop_front();
+            }
+            over.push_back(last);
+        }
         self.forget(id);
+    }
+
+    fn usage_of(&self, id: u32, usage: Usage, over: bool) -> Option<GuestUsage> {
+        let registry = lock(&self.registry);
+        let guest = registry.guests.get(&id)?;
+        let nsm = self.config.nsms[guest.nsm].name.clone();
+        let usage = Usage { lived_ms: guest.created.elapsed().as_millis() as u64, ..usage };
+        Some(GuestUsage { guest: id, name: guest.name.clone(), nsm, uid: guest.uid, usage, over })
     }
 
     fn forget(&self, id: u32) {

@@ -13,6 +13,7 @@ mod keeper;
 mod kinds;
 mod poller;
 mod status;
+mod usage;
 mod watch;
 mod worker;
 
@@ -23,3 +24,4 @@ pub use netkernel_abi::Limits;
 pub use netkernel_agent::Policy;
 pub use netkernel_shm::HugePages;
 pub use status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
+pub use usage::{GuestUsage, Usage};

@@ -27,6 +27,8 @@ pub struct GuestStatus {
     pub bytes_out: u64,
     /// Queue elements taken from the guest.
     pub operations: u64,
+    /// Connections that were accepted or made.
+    pub connections: u64,
     pub events: u64,
     pub region_bytes: u64,
     /// Payload memory in the rings of its sockets.

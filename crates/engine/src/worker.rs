@@ -27,6 +27,7 @@ use crate::engine::{Command, Shared};
 use crate::keeper::{Keeper, send_wakes};
 use crate::poller::{Poller, Source};
 use crate::status::{GuestStatus, SocketStatus};
+use crate::usage::Usage;
 use crate::watch::Watch;
 
 /// Elements of one guest in one turn.
@@ -619,6 +620,10 @@ impl Worker {
             Command::Status(answer) => {
                 let _ = answer.send(self.status());
             }
+            Command::Usage(answer) => {
+                let _ =
+                    answer.send(self.guests.iter().flatten().map(|guest| (guest.id, usage(guest))).collect());
+            }
             Command::Sockets(id, answer) => {
                 let _ = answer.send(self.sockets(id));
             }
@@ -717,6 +722,7 @@ impl Worker {
                 bytes_in: stats.bytes_in,
                 bytes_out: stats.bytes_out,
                 operations: stats.operations,
+                connections: stats.connections,
                 events: stats.events,
                 region_bytes: guest.service.region().bytes(),
                 ring_bytes: stats.ring_bytes,
@@ -1038,10 +1044,22 @@ impl Worker {
         }
         self.shared.counters.doorbells.fetch_add(guest.ends.rings, Relaxed);
         self.shared.counters.wakes.fetch_add(guest.ends.wakes, Relaxed);
-        let id = guest.id;
+        let (id, usage) = (guest.id, usage(&guest));
         // Unmaps the region and closes every end.
         drop(guest);
-        self.shared.guest_over(id);
+        self.shared.guest_over(id, usage);
+    }
+}
+
+fn usage(guest: &Guest) -> Usage {
+    let stats = guest.service.stats();
+    Usage {
+        bytes_in: stats.bytes_in,
+        bytes_out: stats.bytes_out,
+        operations: stats.operations,
+        connections: stats.connections,
+        // Known to the registry.
+        lived_ms: 0,
     }
 }
 

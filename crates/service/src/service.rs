@@ -48,6 +48,8 @@ pub struct Stats {
     pub bytes_in: u64,
     pub bytes_out: u64,
     pub operations: u64,
+    /// Connections that were accepted or made.
+    pub connections: u64,
     pub events: u64,
     pub sockets: u32,
     pub ring_bytes: u64,
@@ -204,6 +206,7 @@ struct Core {
     bytes_in: u64,
     bytes_out: u64,
     operations: u64,
+    connections: u64,
 }
 
 struct Cx<'a> {
@@ -242,6 +245,7 @@ impl Service {
                 bytes_in: 0,
                 bytes_out: 0,
                 operations: 0,
+                connections: 0,
             },
         }
     }
@@ -446,6 +450,7 @@ impl Service {
             bytes_in: self.core.bytes_in,
             bytes_out: self.core.bytes_out,
             operations: self.core.operations,
+            connections: self.core.connections,
             events: self.core.events.raised,
             sockets: self.core.sockets,
             ring_bytes: self.core.blocks.used_bytes(),
@@ -1480,6 +1485,7 @@ impl Core {
         entry.peer_len.store(accepted.peer.as_bytes().len() as u32, Relaxed);
         entry.state.store(sock.state, Release);
         self.sockets += 1;
+        self.connections += 1;
         if self.blocks.plenty() {
             self.ensure_tx(cx, id, STREAM_CLASS);
         }
@@ -1495,6 +1501,7 @@ impl Core {
                 sock.state = (sock.state & !state::CONNECTING) | state::CONNECTED | state::BOUND;
                 sock.bits &= !TX_BLOCKED;
                 sock.bits |= RX_READY;
+                self.connections += 1;
                 self.ensure_tx(cx, id, STREAM_CLASS);
                 self.publish_state(cx, id);
                 self.events.raise(cx.region, entry, id, generation, OUT, u32::MAX)?;

@@ -1,0 +1,127 @@
+//! Keeps what guests used, every second.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use netkernel_engine::{Engine, Usage};
+use netkernel_meter::{Amount, Entry, Grouping, Price, Row, Store, report};
+
+use crate::config::Config;
+use crate::sys;
+
+/// At most this much is lost when the engine's process dies.
+const TICK: Duration = Duration::from_secs(1);
+
+/// The book of one engine.
+pub struct Meter {
+    store: Store,
+    prices: HashMap<String, Price>,
+    last: Mutex<Last>,
+}
+
+#[derive(Default)]
+struct Last {
+    /// What of each guest is in the store, or in `pending`.
+    counted: HashMap<u32, Usage>,
+    /// Not written yet: minute, tenant, NSM, guest.
+    pending: BTreeMap<(u64, String, String, String), Amount>,
+    failing: bool,
+}
+
+impl Meter {
+    pub fn open(path: &Path, config: &Config) -> Result<Arc<Meter>> {
+        let prices = config
+            .nsms
+            .iter()
+            .filter_map(|nsm| {
+                let price = Price {
+                    per_hour: nsm.price_per_hour.as_ref().map_or(0.0, |p| *p.get_ref()),
+                    per_gb: nsm.price_per_gb.as_ref().map_or(0.0, |p| *p.get_ref()),
+                };
+                let has = nsm.price_per_hour.is_some() || nsm.price_per_gb.is_some();
+                has.then(|| (nsm.name.get_ref().clone(), price))
+            })
+            .collect();
+        Ok(Arc::new(Meter { store: Store::open(path)?, prices, last: Mutex::default() }))
+    }
+
+    /// Reads the engine's counts every second from now on, as long as both live.
+    pub fn start(self: &Arc<Meter>, engine: &Arc<Engine>) -> Result<()> {
+        let (meter, engine) = (Arc::downgrade(self), Arc::downgrade(engine));
+        std::thread::Builder::new().name("meter".into()).spawn(move || {
+            loop {
+                std::thread::sleep(TICK);
+                let (Some(meter), Some(engine)) = (meter.upgrade(), engine.upgrade()) else { return };
+                meter.tick(&engine);
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Adds what was used since the last time. What cannot be written now is kept, and written with the next.
+    pub fn tick(&self, engine: &Engine) {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let Last { counted, pending, failing } = &mut *last;
+        let minute = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() / 60;
+        for guest in engine.usage() {
+            let used = guest.usage.since(&counted.get(&guest.guest).copied().unwrap_or_default());
+            let amount = Amount {
+                bytes_in: used.bytes_in,
+                bytes_out: used.bytes_out,
+                operations: used.operations,
+                connections: used.connections,
+                guest_ms: used.lived_ms,
+            };
+            if guest.over {
+                counted.remove(&guest.guest);
+            } else {
+                counted.insert(guest.guest, guest.usage);
+            }
+            if !amount.is_zero() {
+                let tenant = sys::user_name(guest.uid).unwrap_or_else(|| guest.uid.to_string());
+                let sum = pending.entry((minute, tenant, guest.nsm, guest.name)).or_default();
+                *sum = sum.plus(&amount);
+            }
+        }
+        if pending.is_empty() {
+            return;
+        }
+        let entries: Vec<Entry> = pending
+            .iter()
+            .map(|((minute, tenant, nsm, guest), amount)| Entry {
+                minute: *minute,
+                tenant: tenant.clone(),
+                nsm: nsm.clone(),
+                guest: guest.clone(),
+                amount: *amount,
+            })
+            .collect();
+        match self.store.add(&entries) {
+            Ok(()) => {
+                pending.clear();
+                if std::mem::take(failing) {
+                    log::info!("usage is written again");
+                }
+            }
+            Err(error) => {
+                if !std::mem::replace(failing, true) {
+                    log::error!("usage is kept in memory, as it cannot be written: {error}");
+                }
+            }
+        }
+    }
+
+    /// Sums of the minutes `from..to`, of one tenant or of all.
+    pub fn report(&self, from: u64, to: u64, by: Grouping, tenant: Option<&str>) -> Result<Vec<Row>> {
+        let mut entries = Vec::new();
+        self.store.read(from, to, |entry| {
+            if tenant.is_none_or(|tenant| tenant == entry.tenant) {
+                entries.push(entry);
+            }
+        })?;
+        Ok(report(entries, by, |nsm| self.prices.get(nsm).copied()))
+    }
+}
