@@ -124,8 +124,8 @@ impl Parts<'_> {
 
     /// A parameter of the query; the last one counts.
     fn query(&self, name: &str) -> Option<String> {
-        let pairs = self.query.split('&').filter_map(|pair| pair.split_once('='));
-        let value = pairs.filter(|(key, _)| *key == name).last()?.1;
+        let mut pairs = self.query.rsplit('&').filter_map(|pair| pair.split_once('='));
+        let value = pairs.find(|(key, _)| *key == name)?.1;
         Some(percent_encoding::percent_decode_str(value).decode_utf8_lossy().into_owned())
     }
 
