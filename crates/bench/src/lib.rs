@@ -5,6 +5,7 @@
 
 mod bench;
 mod machine;
+mod micro;
 mod plot;
 mod process;
 mod report;
@@ -78,18 +79,24 @@ pub struct BenchArgs {
     pub check: bool,
 
     #[command(subcommand)]
-    pub helper: Option<Helper>,
+    pub part: Option<Part>,
 }
 
-/// What the benchmarks need of this program in processes of their own.
+/// Benchmarks of another kind, and what the benchmarks need of this program in processes of their own.
 #[derive(Subcommand, Debug)]
-pub enum Helper {
+pub enum Part {
+    Micro(micro::MicroArgs),
     /// Accept connections, and send back what comes.
     #[command(hide = true)]
-    IdleServer { port: u16 },
+    IdleServer {
+        port: u16,
+    },
     /// Hold connections open.
     #[command(hide = true)]
-    IdleClient { port: u16, count: usize },
+    IdleClient {
+        port: u16,
+        count: usize,
+    },
 }
 
 fn parse_seconds(text: &str) -> Result<f64, String> {
@@ -106,9 +113,10 @@ pub fn run(args: BenchArgs) -> Result<()> {
 
 /// The same for an executable that takes [`BenchArgs`] after the arguments `prefix`.
 pub fn run_as(args: BenchArgs, prefix: &[&str]) -> Result<()> {
-    match args.helper {
-        Some(Helper::IdleServer { port }) => return bench::idle_server(port),
-        Some(Helper::IdleClient { port, count }) => return bench::idle_client(port, count),
+    match args.part {
+        Some(Part::Micro(args)) => return micro::run(args),
+        Some(Part::IdleServer { port }) => return bench::idle_server(port),
+        Some(Part::IdleClient { port, count }) => return bench::idle_client(port, count),
         None => {}
     }
     let mut settings = settings(&args, prefix)?;
@@ -343,11 +351,12 @@ mod tests {
     }
 
     #[test]
-    fn the_helpers_are_subcommands() {
+    fn parts_are_subcommands() {
         assert!(matches!(
-            parse(&["idle-client", "5200", "7"]).helper,
-            Some(Helper::IdleClient { port: 5200, count: 7 })
+            parse(&["idle-client", "5200", "7"]).part,
+            Some(Part::IdleClient { port: 5200, count: 7 })
         ));
         assert!(Cli::try_parse_from(["bench", "--seconds", "0"]).is_err());
+        assert!(matches!(parse(&["micro", "--rounds", "3"]).part, Some(Part::Micro(_))));
     }
 }

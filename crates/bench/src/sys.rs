@@ -258,3 +258,56 @@ impl Epoll {
         Ok(events[..count as usize].iter().map(|event| event.u64 as RawFd).collect())
     }
 }
+
+/// From now on the calling thread runs on the core `cpu` only. `cpu` is one of [`two_cores`].
+pub fn stay_on(cpu: usize) -> io::Result<()> {
+    // SAFETY: an all-zero cpu_set_t is an empty set; CPU_SET checks its bounds; the call reads the set's size of it.
+    check(unsafe {
+        let mut set: libc::cpu_set_t = mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
+    })
+    .map(drop)
+}
+
+/// Anonymous memory of the same kind as a region's (shared), on pages of 2 MiB or ordinary ones.
+pub struct SharedMemory {
+    start: *mut u8,
+    bytes: usize,
+}
+
+impl SharedMemory {
+    pub fn new(bytes: usize, huge: bool) -> io::Result<SharedMemory> {
+        let huge = if huge { libc::MAP_HUGETLB | libc::MAP_HUGE_2MB } else { 0 };
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | huge;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address that the system chooses; the result is checked.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(SharedMemory { start: start.cast(), bytes })
+        }
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the mapping is `bytes` long, zeroed at first, and lives as long as self; only this value leads to it, which
+        // is borrowed mutably, and no child process is made while it exists.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
+    }
+}
+
+impl Drop for SharedMemory {
+    fn drop(&mut self) {
+        // SAFETY: unmaps this value's own mapping; nothing borrowed from self can be alive.
+        unsafe { libc::munmap(self.start.cast(), self.bytes) };
+    }
+}
+
+/// An eventfd that blocks readers: a doorbell.
+pub fn doorbell() -> io::Result<File> {
+    // SAFETY: eventfd takes integers.
+    let fd = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) })?;
+    // SAFETY: the descriptor was just created and has no other owner.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}

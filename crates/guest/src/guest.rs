@@ -1,7 +1,7 @@
 //! The process's view of its guest: region, channel, doorbell, and what of it a fork invalidates.
 
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use netkernel_abi::control::{Message, env, kind};
@@ -117,11 +117,7 @@ impl Guest {
     /// Wakes the engine if it does not poll this guest.
     #[inline]
     pub fn ring_doorbell(&self) {
-        let header = self.region.header();
-        fence(Ordering::SeqCst);
-        if header.engine_waiting.load(Ordering::SeqCst) == 1
-            && header.engine_waiting.swap(0, Ordering::SeqCst) == 1
-        {
+        if netkernel_ring::bell::must_ring(&self.region.header().engine_waiting) {
             let one = 1u64;
             raw!(libc::SYS_write, self.doorbell.load(Ordering::Relaxed), &one as *const u64, 8);
         }

@@ -8,7 +8,7 @@ use netkernel_abi::control::{Message, kind};
 use netkernel_abi::nqe::flag;
 use netkernel_abi::socket::{ACCEPT_RECORD, DatagramHeader, datagram_record, gflag, state};
 use netkernel_abi::{Op, SocketEntry};
-use netkernel_ring::bytes;
+use netkernel_shm::Bytes;
 
 use crate::guest::{self, Guest};
 use crate::sys::{self, raw};
@@ -304,27 +304,6 @@ impl Drop for RegionLock<'_> {
     }
 }
 
-/// One ring as the guest sees it: pointer and size are from the engine, bounds-checked against the mapping.
-struct Ring {
-    start: *mut u8,
-    size: u32,
-    base: u32,
-}
-
-impl Ring {
-    /// Copies ring bytes at `position` to or from buffers: `f(ring pointer, offset in the run, length)`.
-    fn runs(&self, position: u32, len: u32, mut f: impl FnMut(*mut u8, usize, usize)) {
-        let s = bytes::segments(self.base, position, len, self.size);
-        if s.first.1 > 0 {
-            // SAFETY: segments never leave 0..size, which `payload` checked.
-            f(unsafe { self.start.add(s.first.0 as usize) }, 0, s.first.1 as usize);
-        }
-        if s.second.1 > 0 {
-            f(self.start, s.first.1 as usize, s.second.1 as usize);
-        }
-    }
-}
-
 impl Sock {
     #[inline]
     pub fn state(&self) -> u32 {
@@ -360,24 +339,20 @@ impl Sock {
         self.entry.error.swap(0, Ordering::AcqRel) as i32
     }
 
-    fn rx_ring(&self) -> Option<Ring> {
+    fn rx_ring(&self) -> Option<Bytes<'static>> {
         let e = self.entry;
         let size = e.rx_size.load(Ordering::Relaxed);
         self.ring(e.rx_offset.load(Ordering::Relaxed), size, e.rx_base.load(Ordering::Relaxed))
     }
 
-    fn tx_ring(&self) -> Option<Ring> {
+    fn tx_ring(&self) -> Option<Bytes<'static>> {
         let e = self.entry;
         let size = e.tx_size.load(Ordering::Acquire);
         self.ring(e.tx_offset.load(Ordering::Relaxed), size, e.tx_base.load(Ordering::Relaxed))
     }
 
-    fn ring(&self, offset: u32, size: u32, base: u32) -> Option<Ring> {
-        if !size.is_power_of_two() {
-            return None;
-        }
-        let start = self.guest.region.payload(offset as u64 * 64, size as u64)?;
-        Some(Ring { start, size, base })
+    fn ring(&self, offset: u32, size: u32, base: u32) -> Option<Bytes<'static>> {
+        self.guest.region.bytes_at(offset as u64 * 64, size, base)
     }
 
     /// Unread bytes (a listener: bytes of accept records; datagrams: bytes of records).
@@ -821,7 +796,7 @@ impl Sock {
             e.tx_base.store(tail, Ordering::Relaxed);
         }
         let Some(ring) = self.tx_ring() else { return Ok((0, false)) };
-        let free = ring.size.saturating_sub(tail.wrapping_sub(head));
+        let free = ring.size().saturating_sub(tail.wrapping_sub(head));
         let n = (free as usize).min(len);
         let mut put = 0usize;
         let mut failed = None;
@@ -914,7 +889,7 @@ impl Sock {
         if peek_from.is_none() && taken > 0 {
             let head = head.wrapping_add(taken as u32);
             e.rx_head.store(head, Ordering::SeqCst);
-            self.credit(head, ring.size);
+            self.credit(head, ring.size());
         }
         match failed {
             Some(error) if taken == 0 => Err(error),
@@ -1155,10 +1130,10 @@ impl Sock {
                     e.tx_base.store(tail, Ordering::Relaxed);
                 }
                 let ring = self.tx_ring().ok_or(libc::ENOBUFS)?;
-                if record > ring.size {
+                if record > ring.size() {
                     return Err(libc::ENOBUFS);
                 }
-                if ring.size - tail.wrapping_sub(head).min(ring.size) >= record {
+                if ring.size() - tail.wrapping_sub(head).min(ring.size()) >= record {
                     // SAFETY: DatagramHeader is plain words without padding.
                     let header_bytes =
                         unsafe { core::slice::from_raw_parts((&raw const header).cast::<u8>(), 32) };
@@ -1352,7 +1327,7 @@ impl Sock {
         if flags & libc::MSG_PEEK == 0 {
             let head = head.wrapping_add(datagram_record(len)).wrapping_add(control);
             e.rx_head.store(head, Ordering::SeqCst);
-            self.credit(head, ring.size);
+            self.credit(head, ring.size());
         }
         let truncated = len as usize > room;
         let result = if truncated && flags & libc::MSG_TRUNC != 0 { len as usize } else { n };
@@ -1393,7 +1368,7 @@ impl Sock {
     }
 }
 
-fn read_header(ring: &Ring, position: u32) -> DatagramHeader {
+fn read_header(ring: &Bytes<'_>, position: u32) -> DatagramHeader {
     let mut header = DatagramHeader::default();
     ring.runs(position, 32, |p, at, n| {
         // SAFETY: DatagramHeader is 32 bytes of plain words; at + n <= 32.

@@ -10,6 +10,7 @@ pub struct Segments {
 }
 
 /// Bytes between `head` and `tail`, or [`Corrupt`] when that is more than `size`.
+#[inline]
 pub fn used(head: u32, tail: u32, size: u32) -> Result<u32, Corrupt> {
     let used = tail.wrapping_sub(head);
     if used > size { Err(Corrupt) } else { Ok(used) }
@@ -17,6 +18,7 @@ pub fn used(head: u32, tail: u32, size: u32) -> Result<u32, Corrupt> {
 
 /// The two runs that `len` bytes at `position` occupy in a ring of `size` bytes whose position `base` stands at offset 0.
 /// `len` must be at most `size`; `size` a power of two. The result never leaves 0..size, whatever the arguments.
+#[inline]
 pub fn segments(base: u32, position: u32, len: u32, size: u32) -> Segments {
     let len = len.min(size);
     if size == 0 {

@@ -5,6 +5,7 @@
 #![cfg_attr(not(loom), no_std)]
 #![forbid(unsafe_code)]
 
+pub mod bell;
 pub mod bytes;
 pub mod queue;
 pub mod spin;

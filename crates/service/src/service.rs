@@ -1681,26 +1681,24 @@ impl Core {
         };
         self.highest_queue = self.highest_queue.max(q);
         for (ring, is_job) in [(jobs, true), (sends, false)] {
-            for _ in 0..QUEUE_BATCH {
-                let state = &mut self.events.queues[q as usize];
-                let head = if is_job { &mut state.job_head } else { &mut state.send_head };
-                let element = match ring.pop(head) {
-                    Ok(Some(element)) => Nqe::from_words(element),
-                    Ok(None) => break,
-                    Err(_) => {
-                        return Err(Violation(if is_job {
-                            "job ring positions"
-                        } else {
-                            "send ring positions"
-                        }));
-                    }
-                };
+            let state = &self.events.queues[q as usize];
+            let head = if is_job { state.job_head } else { state.send_head };
+            let Ok(mut batch) = ring.batch(head, QUEUE_BATCH) else {
+                return Err(Violation(if is_job { "job ring positions" } else { "send ring positions" }));
+            };
+            for words in batch.by_ref() {
                 *taken += 1;
                 self.operations += 1;
-                self.element(cx, q, element, false)?;
+                self.element(cx, q, Nqe::from_words(words), false)?;
                 if self.held.is_some() {
-                    return Ok(false);
+                    break;
                 }
+            }
+            let head = batch.finish();
+            let state = &mut self.events.queues[q as usize];
+            *(if is_job { &mut state.job_head } else { &mut state.send_head }) = head;
+            if self.held.is_some() {
+                return Ok(false);
             }
         }
         let state = self.events.queues[q as usize];

@@ -2,9 +2,11 @@
 //!
 //! The memory's other side is hostile. What is reached by reference here is atomics only (they may change at any time by
 //! their nature); payload is reached by raw pointers that are bounds-checked against the mapping and go to system calls
-//! or to `copy_in`/`copy_out`.
+//! or to `copy_in`/`copy_out` of [`Bytes`].
 
+mod bytes;
 pub mod fds;
 mod region;
 
+pub use bytes::Bytes;
 pub use region::{HugePages, Region, RegionError};

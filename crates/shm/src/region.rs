@@ -138,6 +138,7 @@ impl Region {
         }
     }
 
+    #[inline]
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
@@ -150,6 +151,7 @@ impl Region {
         self.bytes
     }
 
+    #[inline]
     pub fn header(&self) -> &Header {
         // SAFETY: the mapping is page aligned, at least a header long and lives as long as self; Header is atomics and
         // reserve that nobody reads.
@@ -157,12 +159,14 @@ impl Region {
     }
 
     /// The entry of socket `id`, or `None` when there is no such id.
+    #[inline]
     pub fn socket(&self, id: u32) -> Option<&SocketEntry> {
         let offset = self.layout.socket(id)?;
         // SAFETY: the layout keeps the table inside the mapping, entries are 64-byte aligned, and consist of atomics.
         Some(unsafe { &*self.base.add(offset as usize).cast::<SocketEntry>() })
     }
 
+    #[inline]
     pub fn queue_set(&self, q: u32) -> Option<&QueueSet> {
         let offset = self.layout.queue_set(q)?;
         // SAFETY: as for sockets.
@@ -205,6 +209,7 @@ impl Region {
     }
 
     /// Pointer to `len` bytes at `offset`, if they lie wholly in the payload area. Never make a reference of it.
+    #[inline]
     pub fn payload(&self, offset: u64, len: u64) -> Option<*mut u8> {
         let end = offset.checked_add(len)?;
         if offset < self.layout.payload_offset || end > self.layout.payload_offset + self.layout.payload_bytes
