@@ -91,9 +91,9 @@ proptest! {
 
             let room = to_slots.len() - to_model.len();
             let n = (most as usize).min(from_model.len()).min(room);
-            let route = |element: [u64; 4]| (element[0] % 5 != 0).then(|| element.map(|word| !word));
+            let route = |element: [u64; 4]| (!element[0].is_multiple_of(5)).then(|| element.map(|word| !word));
             prop_assert_eq!(from.transfer(&mut take_at, &to, &mut give_at, most, route), Ok(n as u32));
-            to_model.extend(from_model.drain(..n).filter(|n| n % 5 != 0).map(|n| [!n; 4]));
+            to_model.extend(from_model.drain(..n).filter(|n| !n.is_multiple_of(5)).map(|n| [!n; 4]));
             prop_assert_eq!((from.len(), to.len()), (from_model.len(), to_model.len()));
 
             let mut batch = to.batch(pop_at, pop).unwrap();
