@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::memory;
 use crate::notify::{Listener, Notification};
 
 /// Processes that are remembered for [`crate::Census`]; the dead are forgotten when there are more.
@@ -79,7 +80,8 @@ pub struct Counters {
 }
 
 impl Counters {
-    fn remember(&self, pid: u32) {
+    /// A thread of the guest asked for something.
+    pub fn remember(&self, pid: u32) {
         let mut processes = self.processes.lock().unwrap_or_else(PoisonError::into_inner);
         if processes.insert(pid) && processes.len() > MAX_PROCESSES {
             processes.retain(|pid| std::path::Path::new(&format!("/proc/{pid}")).exists());
@@ -205,7 +207,7 @@ impl Agent {
                 if length < 1 {
                     return self.listener.fail(call, libc::EINVAL);
                 }
-                let wanted = read_memory(call.pid, call.arguments[3], (length as usize).min(NAME_MAX));
+                let wanted = memory::read(call.pid, call.arguments[3], (length as usize).min(NAME_MAX));
                 if !self.listener.is_valid(call) {
                     return Ok(());
                 }
@@ -262,13 +264,4 @@ fn may_use_raw(pid: u32, request: &SocketRequest) -> bool {
         .collect();
     let group: Option<u32> = field("Gid:").and_then(|ids| ids.split_whitespace().nth(1)?.parse().ok());
     matches!((range.as_slice(), group), (&[low, high], Some(group)) if (low..=high).contains(&group))
-}
-
-fn read_memory(pid: u32, address: u64, length: usize) -> Option<Vec<u8>> {
-    let mut bytes = vec![0u8; length];
-    let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: length };
-    let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: length };
-    // SAFETY: `local` is valid for writes of its length; the other address is only looked at in the other process.
-    let n = unsafe { libc::process_vm_readv(pid as i32, &local, 1, &remote, 1, 0) };
-    (n == length as isize).then_some(bytes)
 }

@@ -38,6 +38,46 @@ const fn refuse(errno: i32) -> u32 {
 
 type Instruction = libc::sock_filter;
 
+/// What a guest's agent has to be told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// Sockets that are made, and the congestion control that a program wants: what follows is the kernel's.
+    Direct,
+    /// Also names, options and whatever carries an address: the descriptor is a Unix socket and must not look like one.
+    /// Bytes move without a word. A signal interrupts a call that waits for the agent, as it would without a filter.
+    Relay,
+}
+
+/// Options of SOL_SOCKET that a Unix socket has and means as an INET socket does.
+const OWN_OPTIONS: [i32; 7] = [
+    libc::SO_RCVTIMEO,
+    libc::SO_SNDTIMEO,
+    SO_RCVTIMEO_NEW,
+    SO_SNDTIMEO_NEW,
+    libc::SO_RCVLOWAT,
+    libc::SO_SNDLOWAT,
+    libc::SO_PEEK_OFF,
+];
+const SO_RCVTIMEO_NEW: i32 = 66;
+const SO_SNDTIMEO_NEW: i32 = 67;
+
+/// Calls that a relay is told of whatever their arguments are. Whether the descriptor is a socket of the relay is seen by
+/// the agent; any other goes on in the kernel.
+const RELAYED: [i64; 12] = [
+    libc::SYS_connect,
+    libc::SYS_bind,
+    libc::SYS_listen,
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    libc::SYS_shutdown,
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmmsg,
+    libc::SYS_recvmmsg,
+];
+
 fn load(offset: u32) -> Instruction {
     Instruction { code: (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, jt: 0, jf: 0, k: offset }
 }
@@ -93,16 +133,58 @@ fn setsockopt_block() -> Vec<Instruction> {
     block
 }
 
+/// sendto() and recvfrom(), with an address.
+fn addressed_block() -> Vec<Instruction> {
+    let mut block = Vec::new();
+    for half in [low(4), low(4) + 4] {
+        block.push(load(half));
+        block.push(unless(0, 1));
+        block.push(Instruction { code: (libc::BPF_JMP | libc::BPF_JA) as u16, jt: 0, jf: 0, k: 1 });
+        block.push(give(RET_NOTIFY));
+    }
+    block.push(give(RET_ALLOW));
+    block
+}
+
+/// setsockopt() and getsockopt().
+fn options_block() -> Vec<Instruction> {
+    let mut block = vec![load(low(1))];
+    let mut own = vec![load(low(2))];
+    for name in OWN_OPTIONS {
+        call(&mut own, name as u32, vec![give(RET_ALLOW)]);
+    }
+    own.push(give(RET_NOTIFY));
+    call(&mut block, libc::SOL_SOCKET as u32, own);
+    block.push(give(RET_NOTIFY));
+    block
+}
+
 /// The program. Calls of every ABI that the kernel may offer are looked at; what cannot be judged (socketcall of i386, whose
 /// arguments stand in memory; x32; a foreign architecture) makes no socket.
-pub fn program() -> Vec<libc::sock_filter> {
+pub fn program(watch: Watch) -> Vec<libc::sock_filter> {
     let mut native = vec![load(NR)];
     if NATIVE == AUDIT_ARCH_X86_64 {
         native.push(unless_bits(X32, 1));
         native.push(give(refuse(libc::ENOSYS)));
     }
+    if watch == Watch::Relay {
+        // The calls for bytes first: they are the frequent ones.
+        for nr in [libc::SYS_recvfrom, libc::SYS_sendto] {
+            call(&mut native, nr as u32, addressed_block());
+        }
+    }
     call(&mut native, libc::SYS_socket as u32, socket_block());
-    call(&mut native, libc::SYS_setsockopt as u32, setsockopt_block());
+    match watch {
+        Watch::Direct => call(&mut native, libc::SYS_setsockopt as u32, setsockopt_block()),
+        Watch::Relay => {
+            for nr in [libc::SYS_setsockopt, libc::SYS_getsockopt] {
+                call(&mut native, nr as u32, options_block());
+            }
+            for nr in RELAYED {
+                call(&mut native, nr as u32, vec![give(RET_NOTIFY)]);
+            }
+        }
+    }
     // Its rings can make and use sockets that no filter sees.
     call(&mut native, libc::SYS_io_uring_setup as u32, vec![give(refuse(libc::ENOSYS))]);
     native.push(give(RET_ALLOW));
@@ -141,14 +223,18 @@ impl std::error::Error for Refused {}
 /// Puts the filter on the calling thread and all that it becomes and starts; returns the descriptor to be notified by
 /// (close-on-exec). There is no way back. Without CAP_SYS_ADMIN the thread gives up ever to gain privileges by exec
 /// (PR_SET_NO_NEW_PRIVS). The process must have one thread only.
-pub fn install() -> Result<OwnedFd, Refused> {
-    let program = program();
+pub fn install(watch: Watch) -> Result<OwnedFd, Refused> {
+    let program = program(watch);
     let length = program.len() as u16;
     let program = libc::sock_fprog { len: length, filter: program.as_ptr().cast_mut() };
     // Signals that do not kill wait until the agent has answered (Linux 5.19); Go preempts its threads by signals.
     // Without SPEC_ALLOW, kernels before 5.16 slow a filtered process down by their protection against speculation.
     let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
-    let killable = libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
+    // A relay answers late, when there is a connection or a datagram: signals must be able to interrupt that.
+    let killable = match watch {
+        Watch::Direct => libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV,
+        Watch::Relay => 0,
+    };
     let mut result = set_filter(flags | killable, &program);
     if matches!(&result, Err(e) if e.raw_os_error() == Some(libc::EINVAL)) {
         result = set_filter(flags, &program);
@@ -195,7 +281,11 @@ mod tests {
 
     /// Runs the program as the kernel does, for the instructions that it is made of.
     fn verdict(arch: u32, nr: u32, arguments: [u32; 3]) -> u32 {
-        let program = program();
+        run(Watch::Direct, arch, nr, &arguments)
+    }
+
+    fn run(watch: Watch, arch: u32, nr: u32, arguments: &[u32]) -> u32 {
+        let program = program(watch);
         let (mut at, mut accumulator) = (0, 0);
         loop {
             let Instruction { code, jt, jf, k } = program[at];
@@ -205,13 +295,15 @@ mod tests {
                     accumulator = match k {
                         NR => nr,
                         ARCH => arch,
-                        k => arguments[(k as usize - 16) / 8],
+                        k if (k - 16) % 8 == 4 => 0,
+                        k => arguments.get((k as usize - 16) / 8).copied().unwrap_or(0),
                     }
                 }
                 code if code == libc::BPF_RET | libc::BPF_K => return k,
                 code if code == libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K => {
                     at += usize::from(if accumulator == k { jt } else { jf });
                 }
+                code if code == libc::BPF_JMP | libc::BPF_JA => at += k as usize,
                 code if code == libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K => {
                     at += usize::from(if accumulator & k != 0 { jt } else { jf });
                 }
@@ -247,6 +339,28 @@ mod tests {
         assert_eq!(verdict(NATIVE, set, [3, 1, libc::SO_MAX_PACING_RATE as u32]), RET_NOTIFY);
         assert_eq!(verdict(NATIVE, set, [3, 1, libc::SO_MARK as u32]), RET_NOTIFY);
         assert_eq!(verdict(NATIVE, set, [3, 6, libc::SO_MARK as u32]), RET_ALLOW);
+    }
+
+    #[test]
+    fn a_relay_is_told_of_names_and_options_but_of_no_bytes() {
+        let verdict = |nr: i64, arguments: &[u32]| run(Watch::Relay, NATIVE, nr as u32, arguments);
+        for nr in RELAYED {
+            assert_eq!(verdict(nr, &[5]), RET_NOTIFY, "{nr}");
+        }
+        for nr in [libc::SYS_sendto, libc::SYS_recvfrom] {
+            assert_eq!(verdict(nr, &[5, 1, 1, 0, 0, 0]), RET_ALLOW);
+            assert_eq!(verdict(nr, &[5, 1, 1, 0, 0x1000, 16]), RET_NOTIFY);
+        }
+        for nr in [libc::SYS_setsockopt, libc::SYS_getsockopt] {
+            assert_eq!(verdict(nr, &[5, libc::SOL_SOCKET as u32, libc::SO_ERROR as u32]), RET_NOTIFY);
+            assert_eq!(verdict(nr, &[5, libc::SOL_SOCKET as u32, libc::SO_RCVTIMEO as u32]), RET_ALLOW);
+            assert_eq!(verdict(nr, &[5, libc::IPPROTO_TCP as u32, libc::SO_RCVTIMEO as u32]), RET_NOTIFY);
+        }
+        for nr in [libc::SYS_read, libc::SYS_write, libc::SYS_epoll_wait, libc::SYS_poll, libc::SYS_dup] {
+            assert_eq!(verdict(nr, &[5, 5, 5]), RET_ALLOW);
+        }
+        assert_eq!(verdict(libc::SYS_socket, &[libc::AF_INET6 as u32, 1, 0]), RET_NOTIFY);
+        assert_eq!(verdict(libc::SYS_io_uring_setup, &[]), refuse(libc::ENOSYS));
     }
 
     #[test]

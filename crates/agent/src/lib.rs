@@ -10,11 +10,13 @@
 //! | [`filter`] | the BPF program, and putting it on |
 //! | [`notify`] | the kernel's notification calls |
 //! | [`agent`] | the thread that answers |
+//! | [`memory`] | the memory of who asked |
 //! | [`census`] | the processes of a guest and their INET sockets, by /proc and sock_diag |
 
 pub mod agent;
 pub mod census;
 pub mod filter;
+pub mod memory;
 pub mod notify;
 
 pub use agent::{Agent, Counters, Policy, Settings, SocketRequest, Sockets};

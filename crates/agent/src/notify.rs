@@ -76,6 +76,13 @@ impl Listener {
         Ok(notification)
     }
 
+    /// Whether [`Listener::receive`] would not wait.
+    pub fn has_call(&self) -> bool {
+        let mut poll = libc::pollfd { fd: self.fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one entry, valid for reads and writes.
+        unsafe { libc::poll(&mut poll, 1, 0) == 1 && poll.revents & libc::POLLIN != 0 }
+    }
+
     /// Whether the thread still waits for this answer: what was read of its memory before is its own.
     pub fn is_valid(&self, notification: &Notification) -> bool {
         // SAFETY: the kernel reads eight bytes.
@@ -114,6 +121,31 @@ impl Listener {
         check(number)?;
         drop(fd);
         self.succeed(notification, number.into())
+    }
+
+    /// The call returns `fd`, in one step: an interrupted call has no descriptor that it does not know of. This process has
+    /// its copy until it drops it. `number`: replace that descriptor of the caller, and do not answer.
+    /// Errors: ENOENT, the caller does not wait any more; EMFILE.
+    pub fn give_at_once(
+        &self,
+        notification: &Notification,
+        fd: &OwnedFd,
+        close_on_exec: bool,
+        number: Option<u32>,
+    ) -> io::Result<i32> {
+        const SET_FD: u32 = 1;
+        const AND_SEND: u32 = 2;
+        let add = AddFd {
+            id: notification.id,
+            flags: if number.is_some() { SET_FD } else { AND_SEND },
+            source: fd.as_raw_fd() as u32,
+            number: number.unwrap_or(0),
+            number_flags: if close_on_exec { libc::O_CLOEXEC as u32 } else { 0 },
+        };
+        // SAFETY: the kernel reads a struct seccomp_notif_addfd, which is what `add` is.
+        let number = unsafe { libc::ioctl(self.fd(), ADD_FD, &raw const add) };
+        check(number)?;
+        Ok(number)
     }
 
     fn answer(&self, response: Response) -> io::Result<()> {

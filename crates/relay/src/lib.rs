@@ -1,0 +1,30 @@
+//! Relay attachment: Unix sockets that behave as the INET sockets of any stack.
+//!
+//! A program gets one end of a Unix socket pair for each INET socket that it asks for, and the relay holds the other end.
+//! Reading, writing, polling, passing, inheriting and closing are the kernel's: no call for bytes is notified. Names,
+//! options and what carries an address come to the relay by the seccomp filter ([`netkernel_agent::filter::Watch::Relay`]),
+//! and are answered by the [`netkernel_service::Stack`]. One thread for each guest does all of it, with a stack of its own
+//! module; it sleeps in one epoll instance and never waits for one call.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `relay` | the loop, the table of sockets, the calls that wait |
+//! | `calls` | what each system call comes to |
+//! | `stream` | bytes between the two ends |
+//! | `datagram` | datagrams, and who sent them |
+//! | `caller` | memory and descriptors of the thread that asks |
+//!
+//! Everything here is driven by what a guest does: numbers, addresses and lengths are read once and checked, descriptors
+//! are told by the inode of a duplicate, and what may block at a guest's will (its memory, its descriptors) blocks the
+//! thread of that guest alone.
+
+mod caller;
+mod calls;
+mod datagram;
+mod relay;
+mod socket;
+mod stream;
+mod sys;
+
+pub use relay::{Link, Relay, Start};
+pub use socket::RelaySocket;

@@ -1,0 +1,648 @@
+//! The loop of a guest's relay, its table of sockets, and the calls that wait.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use netkernel_agent::notify::{Listener, Notification};
+use netkernel_agent::{Counters, Settings};
+use netkernel_ring::spin::{Polling, Spin};
+use netkernel_service::{Close, Errno, Handle, Readiness, Ready, Stack, key};
+use netkernel_shm::fds;
+
+use crate::caller::Threads;
+use crate::socket::{RelaySocket, Socket, State};
+use crate::sys::{self, Poll, now_ns};
+
+/// Calls that are answered between two looks at the sockets.
+const CALL_BATCH: usize = 32;
+/// Reports of the stack in one turn.
+const READY_BATCH: usize = 256;
+/// Sockets that go on in one turn.
+const RUN_BATCH: usize = 64;
+/// Bytes that are read at once; also the most that waits in the relay in each direction of a connection.
+pub(crate) const CHUNK: usize = 128 << 10;
+/// Sockets of one guest.
+const MAX_SOCKETS: usize = 1 << 16;
+/// Sockets whose connection broke, that are asked about still.
+const MAX_OVER: usize = 1024;
+const SWEEP_NS: u64 = 1_000_000_000;
+/// How long a closed socket may go on sending when the guest is over.
+const LINGER_NS: u64 = 60_000_000_000;
+/// The stack reports with this in place of the guest's slot.
+const SLOT: u32 = 1;
+
+// What epoll events are about; sockets have their generation in the upper half, which is never this large.
+const LISTENER: u64 = u64::MAX;
+const END: u64 = u64::MAX - 1;
+const STACK: u64 = u64::MAX - 2;
+const REQUEST: u64 = u64::MAX - 3;
+const MAX_GENERATION: u32 = u32::MAX >> 1;
+
+/// What a relay is made of.
+pub struct Start {
+    /// For the log.
+    pub guest: u32,
+    pub listener: Listener,
+    /// One end of a pair; the engine holds the other. When either end is closed, it is over.
+    pub end: OwnedFd,
+    pub settings: Settings,
+    pub counters: Arc<Counters>,
+    /// May bind to ports below 1024.
+    pub privileged: bool,
+    /// How long to poll before sleeping, at most. Nanoseconds.
+    pub spin_ns: u64,
+}
+
+/// The way to a relay from other threads.
+#[derive(Clone)]
+pub struct Link {
+    requests: Arc<Mutex<VecDeque<Sender<Vec<RelaySocket>>>>>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Link {
+    pub fn new() -> io::Result<Link> {
+        Ok(Link { requests: Arc::default(), wake: Arc::new(fds::eventfd()?) })
+    }
+
+    /// Asks for the sockets; nothing comes when the relay is over.
+    pub fn sockets(&self) -> Receiver<Vec<RelaySocket>> {
+        let (answer, receiver) = channel();
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).push_back(answer);
+        let one = 1u64;
+        // SAFETY: eight bytes, valid for reads; the eventfd is non-blocking.
+        unsafe { libc::write(self.wake.as_raw_fd(), (&raw const one).cast(), 8) };
+        receiver
+    }
+}
+
+/// What a call comes to.
+#[derive(Debug)]
+pub(crate) enum Answer {
+    Value(i64),
+    /// The kernel makes the call, as if there were no filter.
+    Through,
+    /// Answered already.
+    Done,
+    /// When something happens on the socket, at the latest at this time (nanoseconds of CLOCK_MONOTONIC), which means
+    /// that errno.
+    Later(Option<u64>, Errno),
+}
+
+pub(crate) type Answered = Result<Answer, Errno>;
+
+/// A call that is answered later.
+pub(crate) struct Waiting {
+    pub call: Notification,
+    pub socket: u32,
+    pub generation: u32,
+    deadline_ns: u64,
+    late: Errno,
+}
+
+pub struct Relay {
+    pub(crate) start: Start,
+    pub(crate) stack: Box<dyn Stack>,
+    link: Link,
+    poll: Poll,
+    events: Vec<(u64, i32)>,
+    ready: Vec<Ready>,
+    pub(crate) sockets: Vec<Option<Box<Socket>>>,
+    free: Vec<u32>,
+    generation: u32,
+    pub(crate) ids: HashMap<u64, u32>,
+    pub(crate) threads: Threads,
+    /// By thread: a thread is in one call at a time.
+    pub(crate) waiting: HashMap<u32, Waiting>,
+    run: VecDeque<u32>,
+    pub(crate) over: VecDeque<(u32, u32)>,
+    pub(crate) scratch: Vec<u8>,
+    pub(crate) notes: HashMap<Vec<u8>, OwnedFd>,
+    /// Nobody has the filter any more; since when.
+    over_since_ns: Option<u64>,
+    next_sweep_ns: u64,
+    stack_wakes: bool,
+    spin: Spin,
+    highest: i32,
+}
+
+impl Relay {
+    pub fn new(start: Start, stack: Box<dyn Stack>, link: Link) -> io::Result<Relay> {
+        let poll = Poll::new()?;
+        poll.add(start.listener.fd(), libc::EPOLLIN, LISTENER)?;
+        poll.add(start.end.as_raw_fd(), libc::EPOLLRDHUP, END)?;
+        poll.add(link.wake.as_raw_fd(), libc::EPOLLIN, REQUEST)?;
+        let stack_wakes = match stack.wake_fd() {
+            Some(fd) => {
+                poll.add(fd, libc::EPOLLIN, STACK)?;
+                true
+            }
+            None => false,
+        };
+        Ok(Relay {
+            spin: Spin::new(start.spin_ns),
+            start,
+            stack,
+            link,
+            poll,
+            events: Vec::new(),
+            ready: Vec::new(),
+            sockets: Vec::new(),
+            free: Vec::new(),
+            generation: 0,
+            ids: HashMap::new(),
+            threads: Threads::default(),
+            waiting: HashMap::new(),
+            run: VecDeque::new(),
+            over: VecDeque::new(),
+            scratch: vec![0; CHUNK],
+            notes: HashMap::new(),
+            over_since_ns: None,
+            next_sweep_ns: 0,
+            stack_wakes,
+            highest: highest_descriptor(),
+        })
+    }
+
+    /// Serves the guest until nobody has the filter any more and what was sent is on its way, or the engine ends it.
+    pub fn run(mut self) {
+        loop {
+            let worked = self.turn(0);
+            if self.is_over() {
+                return;
+            }
+            if worked || !self.run.is_empty() {
+                continue;
+            }
+            if !self.wait() {
+                return;
+            }
+        }
+    }
+
+    /// Polls for a while, then sleeps until something happens. False: it is over.
+    fn wait(&mut self) -> bool {
+        let begin = now_ns();
+        self.housekeeping(begin);
+        let budget = self.spin.budget_ns();
+        if budget > 0 {
+            let mut polling = Polling::new(budget);
+            let mut now = begin;
+            loop {
+                // The thread that we wait for may need this core.
+                std::thread::yield_now();
+                if self.turn(0) {
+                    self.spin.waited(polling.spent_ns());
+                    return !self.is_over();
+                }
+                let after = now_ns();
+                if !polling.looked(after - now) {
+                    break;
+                }
+                now = after;
+            }
+        }
+        let timeout = self.timeout_ms();
+        self.turn(timeout);
+        self.spin.waited(now_ns() - begin);
+        !self.is_over()
+    }
+
+    /// One look at everything, and what follows from it. True: something was done.
+    fn turn(&mut self, timeout_ms: i32) -> bool {
+        let mut events = std::mem::take(&mut self.events);
+        events.clear();
+        let timeout_ms = if self.run.is_empty() { timeout_ms } else { 0 };
+        self.poll.wait(timeout_ms, &mut events);
+        let mut worked = !events.is_empty();
+        let mut stack = !self.stack_wakes;
+        for &(token, bits) in &events {
+            match token {
+                LISTENER if bits & libc::EPOLLIN != 0 => self.calls(),
+                LISTENER => self.filter_is_gone(),
+                END => {
+                    self.over_since_ns = Some(0);
+                    self.sockets.clear();
+                }
+                STACK => stack = true,
+                REQUEST => self.requests(),
+                token => self.end_event(token, bits),
+            }
+        }
+        self.events = events;
+        if stack {
+            worked |= self.poll_stack();
+        }
+        for _ in 0..RUN_BATCH {
+            let Some(id) = self.run.pop_front() else { break };
+            worked = true;
+            self.go_on(id);
+        }
+        worked
+    }
+
+    fn poll_stack(&mut self) -> bool {
+        let mut ready = std::mem::take(&mut self.ready);
+        ready.clear();
+        self.stack.poll(&mut ready, READY_BATCH);
+        for report in &ready {
+            self.stack_event(report.key as u32, report.readiness);
+        }
+        let worked = !ready.is_empty();
+        self.ready = ready;
+        worked
+    }
+
+    fn stack_event(&mut self, id: u32, readiness: Readiness) {
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        if readiness.has(Readiness::READ) || readiness.has(Readiness::END) || readiness.has(Readiness::ERROR)
+        {
+            socket.stack_readable = true;
+        }
+        if readiness.has(Readiness::WRITE) || readiness.has(Readiness::ERROR) {
+            socket.stack_writable = true;
+        }
+        self.queue(id);
+    }
+
+    fn end_event(&mut self, token: u64, bits: i32) {
+        let (generation, id) = ((token >> 32) as u32, token as u32);
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        if socket.generation != generation {
+            return;
+        }
+        if bits & (libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) != 0 {
+            socket.end_readable = true;
+        }
+        if bits & (libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) != 0 {
+            socket.end_ended = true;
+        }
+        if bits & libc::EPOLLHUP != 0 {
+            socket.end_hung_up = true;
+        }
+        if bits & libc::EPOLLOUT != 0 {
+            socket.end_writable = true;
+        }
+        self.queue(id);
+    }
+
+    /// The socket goes on before the thread sleeps.
+    pub(crate) fn queue(&mut self, id: u32) {
+        if let Some(Some(socket)) = self.sockets.get_mut(id as usize)
+            && !socket.queued
+        {
+            socket.queued = true;
+            self.run.push_back(id);
+        }
+    }
+
+    fn go_on(&mut self, id: u32) {
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        socket.queued = false;
+        let (stream, generation) = (socket.is_stream(), socket.generation);
+        if stream {
+            self.pump(id);
+        } else {
+            self.pump_datagrams(id);
+        }
+        self.retry(id, generation);
+    }
+
+    // ---- calls
+
+    fn calls(&mut self) {
+        for i in 0..CALL_BATCH {
+            if i > 0 && !self.start.listener.has_call() {
+                return;
+            }
+            // An error: the thread that asked is dead, or was interrupted.
+            let Ok(call) = self.start.listener.receive() else { continue };
+            self.start.counters.remember(call.pid);
+            // Whatever this thread waited for was interrupted.
+            self.forget_waiting(call.pid);
+            let answered = self.dispatch(&call);
+            self.answer(&call, answered);
+        }
+    }
+
+    fn answer(&mut self, call: &Notification, answered: Answered) {
+        let listener = &self.start.listener;
+        // An answer that fails: nobody waits for it any more.
+        let _ = match answered {
+            Ok(Answer::Value(value)) => listener.succeed(call, value),
+            Ok(Answer::Through) => listener.let_through(call),
+            Err(errno) => listener.fail(call, errno.0),
+            Ok(Answer::Done | Answer::Later(..)) => Ok(()),
+        };
+    }
+
+    /// The call is made again when something happens on the socket.
+    pub(crate) fn wait_for(&mut self, call: &Notification, id: u32, deadline_ns: Option<u64>, late: Errno) {
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        let generation = socket.generation;
+        if !socket.waiters.contains(&call.pid) {
+            socket.waiters.push(call.pid);
+        }
+        let deadline_ns = deadline_ns.unwrap_or(u64::MAX);
+        let waiting = Waiting { call: *call, socket: id, generation, deadline_ns, late };
+        self.waiting.insert(call.pid, waiting);
+    }
+
+    fn forget_waiting(&mut self, pid: u32) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        if let Some(waiting) = self.waiting.remove(&pid)
+            && let Some(Some(socket)) = self.sockets.get_mut(waiting.socket as usize)
+        {
+            socket.waiters.retain(|&waiter| waiter != pid);
+        }
+    }
+
+    /// Makes the calls again that wait for this socket.
+    pub(crate) fn retry(&mut self, id: u32, generation: u32) {
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        if socket.waiters.is_empty() || socket.generation != generation {
+            return;
+        }
+        for pid in std::mem::take(&mut socket.waiters) {
+            let Some(waiting) = self.waiting.remove(&pid) else { continue };
+            if waiting.socket != id || waiting.generation != generation {
+                self.waiting.insert(pid, waiting);
+                continue;
+            }
+            // Interrupted meanwhile: what it would take is somebody else's.
+            if !self.start.listener.is_valid(&waiting.call) {
+                continue;
+            }
+            match self.again(&waiting.call, id) {
+                Ok(Answer::Later(..)) => {
+                    if let Some(Some(socket)) = self.sockets.get_mut(id as usize) {
+                        socket.waiters.push(pid);
+                        self.waiting.insert(pid, waiting);
+                    }
+                }
+                answered => self.answer(&waiting.call, answered),
+            }
+        }
+    }
+
+    /// Fails the calls that wait for this socket.
+    pub(crate) fn fail_waiting(&mut self, id: u32, errno: Errno) {
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        for pid in std::mem::take(&mut socket.waiters) {
+            if let Some(waiting) = self.waiting.remove(&pid) {
+                let _ = self.start.listener.fail(&waiting.call, errno.0);
+            }
+        }
+    }
+
+    // ---- the table
+
+    /// A new socket of the stack, without an end. Errors: Linux's for a process without descriptors.
+    pub(crate) fn open(&mut self, domain: i32, kind: i32, protocol: i32) -> Result<u32, Errno> {
+        let id = self.vacancy()?;
+        match self.stack.open(key(SLOT, id), domain, kind, protocol) {
+            Ok(handle) => Ok(self.insert(id, handle, domain, kind)),
+            Err(errno) => {
+                self.free.push(id);
+                Err(errno)
+            }
+        }
+    }
+
+    pub(crate) fn vacancy(&mut self) -> Result<u32, Errno> {
+        if let Some(id) = self.free.pop() {
+            return Ok(id);
+        }
+        if self.sockets.len() >= MAX_SOCKETS {
+            return Err(Errno(libc::ENFILE));
+        }
+        self.sockets.push(None);
+        Ok(self.sockets.len() as u32 - 1)
+    }
+
+    pub(crate) fn no_vacancy(&mut self, id: u32) {
+        self.free.push(id);
+    }
+
+    pub(crate) fn insert(&mut self, id: u32, handle: Handle, domain: i32, kind: i32) -> u32 {
+        self.generation = (self.generation + 1) & MAX_GENERATION;
+        self.sockets[id as usize] = Some(Box::new(Socket::new(self.generation, handle, domain, kind)));
+        id
+    }
+
+    /// The key that the stack tells this socket by.
+    pub(crate) fn key(id: u32) -> u64 {
+        key(SLOT, id)
+    }
+
+    /// Makes the pair of a socket; returns the program's end.
+    pub(crate) fn pair(&mut self, id: u32, nonblocking: bool) -> Result<OwnedFd, Errno> {
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return Err(Errno(libc::EBADF)) };
+        // Datagrams of a stream's kind: their ends hang up, SOCK_DGRAM's do not.
+        let kind = if socket.is_stream() { libc::SOCK_STREAM } else { libc::SOCK_SEQPACKET };
+        let flags = libc::SOCK_CLOEXEC | if nonblocking { libc::SOCK_NONBLOCK } else { 0 };
+        let (end, theirs) = fds::pair(kind | flags).map_err(|_| Errno(libc::ENFILE))?;
+        if end.as_raw_fd().max(theirs.as_raw_fd()) >= self.highest {
+            return Err(Errno(libc::ENFILE));
+        }
+        if socket.is_stream() {
+            sys::set_int_option(&end, libc::SO_OOBINLINE, 1);
+        }
+        let interest = libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLET;
+        let token = u64::from(socket.generation) << 32 | u64::from(id);
+        self.poll.add(end.as_raw_fd(), interest, token).map_err(|_| Errno(libc::ENOBUFS))?;
+        let inode = sys::inode(&theirs).ok_or(Errno(libc::ENOBUFS))?;
+        socket.end = Some(end);
+        socket.inode = inode;
+        // An earlier one with this number is long closed.
+        self.ids.insert(inode, id);
+        Ok(theirs)
+    }
+
+    /// Nothing is left of the socket but what the stack sends in the background.
+    pub(crate) fn remove(&mut self, id: u32, how: Close) {
+        self.fail_waiting(id, Errno(libc::EBADF));
+        let Some(socket) = self.sockets.get_mut(id as usize).and_then(Option::take) else { return };
+        for &(id, _) in &socket.returned {
+            self.remove(id, Close::Abort);
+        }
+        self.stack.close(socket.handle, how);
+        if self.ids.get(&socket.inode) == Some(&id) {
+            self.ids.remove(&socket.inode);
+        }
+        self.free.push(id);
+    }
+
+    // ---- the rest
+
+    fn requests(&mut self) {
+        let mut value = 0u64;
+        // SAFETY: eight bytes, valid for writes; the eventfd is non-blocking.
+        unsafe { libc::read(self.link.wake.as_raw_fd(), (&raw mut value).cast(), 8) };
+        let requests = std::mem::take(
+            &mut *self.link.requests.lock().unwrap_or_else(PoisonError::into_inner),
+        );
+        if requests.is_empty() {
+            return;
+        }
+        let mut list = Vec::new();
+        for socket in self.sockets.iter_mut().flatten() {
+            list.push(describe(&mut *self.stack, socket));
+        }
+        for request in requests {
+            let _ = request.send(list.clone());
+        }
+    }
+
+    fn filter_is_gone(&mut self) {
+        if self.over_since_ns.is_none() {
+            self.over_since_ns = Some(now_ns());
+            self.poll.remove(self.start.listener.fd());
+            self.next_sweep_ns = 0;
+        }
+    }
+
+    /// True when there is nobody to serve and nothing to send.
+    fn is_over(&self) -> bool {
+        let Some(since) = self.over_since_ns else { return false };
+        self.sockets.iter().all(Option::is_none) || (since > 0 && now_ns() > since + LINGER_NS && self.no_ends())
+    }
+
+    fn no_ends(&self) -> bool {
+        self.sockets.iter().flatten().all(|socket| socket.end.is_none() || socket.end_hung_up)
+    }
+
+    fn timeout_ms(&self) -> i32 {
+        let mut until = u64::MAX;
+        if !self.waiting.is_empty() {
+            until = self.waiting.values().map(|w| w.deadline_ns).min().unwrap_or(u64::MAX);
+            until = until.min(self.next_sweep_ns);
+        }
+        if !self.over.is_empty() || self.over_since_ns.is_some() {
+            until = until.min(self.next_sweep_ns);
+        }
+        match self.stack.deadline_ns() {
+            Some(deadline) => until = until.min(deadline),
+            None if !self.stack_wakes && !self.ids.is_empty() => until = until.min(now_ns() + 1_000_000),
+            None => {}
+        }
+        match until {
+            u64::MAX => -1,
+            until => until.saturating_sub(now_ns()).div_ceil(1_000_000).min(60_000) as i32,
+        }
+    }
+
+    /// What has a time.
+    fn housekeeping(&mut self, now: u64) {
+        if !self.waiting.is_empty() {
+            let late: Vec<u32> =
+                self.waiting.iter().filter(|(_, w)| w.deadline_ns <= now).map(|(&pid, _)| pid).collect();
+            for pid in late {
+                if let Some(waiting) = self.waiting.get(&pid) {
+                    let _ = self.start.listener.fail(&waiting.call, waiting.late.0);
+                }
+                self.forget_waiting(pid);
+            }
+        }
+        if now < self.next_sweep_ns {
+            return;
+        }
+        self.next_sweep_ns = now + SWEEP_NS;
+        let listener = &self.start.listener;
+        let gone: Vec<u32> = self
+            .waiting
+            .iter()
+            .filter(|(_, waiting)| !listener.is_valid(&waiting.call))
+            .map(|(&pid, _)| pid)
+            .collect();
+        gone.into_iter().for_each(|pid| self.forget_waiting(pid));
+        self.sweep_over();
+    }
+
+    /// The socket is answered for as long as somebody holds it.
+    pub(crate) fn push_over(&mut self, id: u32, generation: u32) {
+        if self.over.len() >= MAX_OVER
+            && let Some((oldest, generation)) = self.over.pop_front()
+            && matches!(self.sockets.get(oldest as usize), Some(Some(s)) if s.generation == generation)
+        {
+            self.remove(oldest, Close::Graceful);
+        }
+        self.over.push_back((id, generation));
+    }
+
+    /// Forgets broken sockets that their holders closed: a dead pair does not tell.
+    fn sweep_over(&mut self) {
+        for _ in 0..self.over.len() {
+            let Some((id, generation)) = self.over.pop_front() else { break };
+            let Some(Some(socket)) = self.sockets.get(id as usize) else { continue };
+            if socket.generation != generation {
+                continue;
+            }
+            let (pid, fd) = socket.holder;
+            let held = self.over_since_ns.is_none() && sys::socket_of(pid, fd) == Some(socket.inode);
+            if held {
+                self.over.push_back((id, generation));
+            } else {
+                self.remove(id, Close::Graceful);
+            }
+        }
+    }
+
+    pub(crate) fn served(&self) {
+        self.start.counters.served.fetch_add(1, Relaxed);
+    }
+}
+
+fn describe(stack: &mut dyn Stack, socket: &mut Socket) -> RelaySocket {
+    let kind = match socket.state {
+        State::Listening => "listener",
+        _ if socket.is_stream() => "stream",
+        _ => "datagram",
+    };
+    let state = match socket.state {
+        State::Fresh if socket.is_stream() => "open",
+        State::Fresh => "open",
+        State::Listening => "listening",
+        State::Connecting { .. } => "connecting",
+        State::Connected if socket.down_ended && socket.up_ended => "ending",
+        State::Connected if socket.down_ended => "receiving ended",
+        State::Connected if socket.up_ended => "sending ended",
+        State::Connected => "connected",
+        State::Over => "over",
+    };
+    let mut name = [0u8; 16];
+    let congestion_control = socket
+        .is_stream()
+        .then(|| stack.option(socket.handle, libc::IPPROTO_TCP, libc::TCP_CONGESTION, &mut name).ok())
+        .flatten()
+        .map(|n| String::from_utf8_lossy(name[..n].split(|&b| b == 0).next().unwrap_or_default()).into());
+    RelaySocket {
+        inode: socket.inode,
+        pid: socket.holder.0,
+        fd: socket.holder.1,
+        kind,
+        state,
+        local: stack.local_name(socket.handle).ok().filter(|name| name.port() != 0),
+        peer: stack.peer_name(socket.handle).ok(),
+        congestion_control,
+        bytes_in: socket.bytes_in,
+        bytes_out: socket.bytes_out,
+        unread_bytes: socket.down.len() as u32,
+        unsent_bytes: socket.up.len() as u32,
+    }
+}
+
+/// Leaves a sixteenth of the table, at most 256 descriptors, for everything but sockets.
+fn highest_descriptor() -> i32 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: limit is valid for writes.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
+    let limit = i32::try_from(limit.rlim_cur).unwrap_or(i32::MAX);
+    limit - (limit / 16).min(256)
+}

@@ -1,0 +1,267 @@
+//! Bytes between a program's Unix socket and its stack's connection.
+
+use netkernel_service::{Close, Errno, SendFlags, Shutdown, Stack};
+
+use crate::relay::{CHUNK, Relay};
+use crate::socket::{Socket, State};
+use crate::sys;
+
+/// Bytes of one socket in one turn, before others are looked at.
+const BUDGET: usize = 1 << 20;
+
+/// What moving bytes came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moved {
+    /// Until something is reported.
+    AsFarAsItGoes,
+    /// There may be more.
+    More,
+    /// The program closed its socket; with unread data, or to reset the connection.
+    Closed { abort: bool },
+}
+
+impl Relay {
+    pub(crate) fn pump(&mut self, id: u32) {
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        match socket.state {
+            State::Connected => {}
+            State::Listening => return self.listener_event(id),
+            State::Connecting { .. } => {
+                if socket.end_hung_up {
+                    return self.remove(id, Close::Graceful);
+                }
+                return self.check_connect(id);
+            }
+            State::Fresh => {
+                if socket.end_hung_up {
+                    self.remove(id, Close::Graceful);
+                }
+                return;
+            }
+            State::Over => return,
+        }
+        if socket.broken.is_some() && socket.end_hung_up {
+            return self.remove(id, Close::Graceful);
+        }
+        let mut budget = BUDGET;
+        let stack = &mut *self.stack;
+        let mut moved = Moved::AsFarAsItGoes;
+        if socket.broken.is_none() {
+            moved = up(socket, stack, &mut self.scratch, &mut budget);
+        }
+        if !matches!(moved, Moved::Closed { .. }) {
+            let down = down(socket, stack, &mut self.scratch, &mut budget);
+            if down != Moved::AsFarAsItGoes {
+                moved = down;
+            }
+        }
+        let drained = socket.down.is_empty() && (!socket.stack_readable || socket.down_ended);
+        match (moved, socket.broken) {
+            (Moved::Closed { abort }, _) => {
+                if socket.may_be_held() {
+                    let _ = stack.shutdown(socket.handle, Shutdown::Both);
+                    socket.state = State::Over;
+                    socket.end = None;
+                    let generation = socket.generation;
+                    self.push_over(id, generation);
+                } else {
+                    // What nobody will read makes it a reset.
+                    let abort = abort || has_unread(socket, stack);
+                    self.remove(id, if abort { Close::Abort } else { Close::Graceful });
+                }
+            }
+            (_, Some(errno)) if drained => self.break_off(id, errno),
+            (Moved::More, _) => self.queue(id),
+            (Moved::AsFarAsItGoes, _) => {}
+        }
+    }
+
+    /// The connection is reset, or a connect failed: the program's socket shows POLLERR and POLLHUP, reads fail.
+    pub(crate) fn break_off(&mut self, id: u32, errno: Errno) {
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        let generation = socket.generation;
+        if socket.end_hung_up && !socket.may_be_held() {
+            return self.remove(id, Close::Graceful);
+        }
+        let (inode, (pid, number)) = (socket.inode, socket.holder);
+        socket.error = Some(errno);
+        socket.state = State::Over;
+        // A Unix socket learns of a reset when its peer is closed with something unread. That something is sent by the
+        // program's own end.
+        if let Some(end) = socket.end.take() {
+            if sys::unread(&end) == 0 {
+                match self.threads.descriptor(pid, number, inode).or_else(|_| self.find_holder(inode)) {
+                    Ok(theirs) => _ = sys::send(&theirs, &[0]),
+                    Err(errno) => log::debug!(
+                        "guest {}: a broken connection looks ended, its descriptor is not found (errno {})",
+                        self.start.guest,
+                        errno.0
+                    ),
+                }
+            }
+            drop(end);
+        }
+        self.push_over(id, generation);
+        self.retry(id, generation);
+    }
+
+    /// Looks for the descriptor in all of the guest's processes.
+    fn find_holder(&mut self, inode: u64) -> Result<std::os::fd::OwnedFd, Errno> {
+        let census = netkernel_agent::Census::of(self.start.counters.processes());
+        let &(pid, number) = census.inodes().get(&inode).ok_or(Errno(libc::ENOENT))?;
+        self.threads.descriptor(pid, number, inode)
+    }
+}
+
+fn has_unread(socket: &Socket, stack: &mut dyn Stack) -> bool {
+    let mut byte = [0];
+    socket.stack_readable
+        && !socket.down_ended
+        && stack.recv(socket.handle, &sys::segments(&mut byte)).is_ok_and(|received| received.bytes > 0)
+}
+
+/// From the program to the stack.
+fn up(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: &mut usize) -> Moved {
+    let Some(end) = &socket.end else { return Moved::AsFarAsItGoes };
+    loop {
+        if *budget == 0 {
+            return Moved::More;
+        }
+        if !socket.up.is_empty() {
+            if !socket.stack_writable {
+                return Moved::AsFarAsItGoes;
+            }
+            let pending = socket.up.pending();
+            let length = pending.len();
+            match stack.send(socket.handle, &sys::segments(pending), SendFlags::default()) {
+                Ok(n) => {
+                    socket.stack_writable = n == length;
+                    socket.bytes_out += n as u64;
+                    socket.up.take(n);
+                }
+                Err(errno) if errno.would_block() => socket.stack_writable = false,
+                Err(errno) => {
+                    socket.broken = Some(errno);
+                    socket.stack_readable = true;
+                    return Moved::AsFarAsItGoes;
+                }
+            }
+            continue;
+        }
+        if socket.up_ended {
+            if socket.end_hung_up {
+                let abort = socket.abort || !socket.down.is_empty();
+                return Moved::Closed { abort };
+            }
+            if !socket.up_shut {
+                socket.up_shut = true;
+                let _ = stack.shutdown(socket.handle, Shutdown::Write);
+            }
+            return Moved::AsFarAsItGoes;
+        }
+        if !socket.end_readable || !socket.stack_writable {
+            return Moved::AsFarAsItGoes;
+        }
+        match sys::receive(end, &mut scratch[..CHUNK], 0) {
+            Ok(0) => socket.up_ended = true,
+            Ok(n) => {
+                // A short read means that nothing is left, unless the end stands behind it.
+                socket.end_readable = n == CHUNK || socket.end_ended;
+                *budget = budget.saturating_sub(n);
+                let sent = match stack.send(
+                    socket.handle,
+                    &sys::segments(&mut scratch[..n]),
+                    SendFlags::default(),
+                ) {
+                    Ok(sent) => sent,
+                    Err(errno) if errno.would_block() => 0,
+                    Err(errno) => {
+                        socket.broken = Some(errno);
+                        socket.stack_readable = true;
+                        return Moved::AsFarAsItGoes;
+                    }
+                };
+                socket.bytes_out += sent as u64;
+                if sent < n {
+                    socket.stack_writable = false;
+                    socket.up.push(&scratch[sent..n]);
+                }
+            }
+            Err(errno) if errno.would_block() => socket.end_readable = false,
+            // Closed with unread data.
+            Err(_) => return Moved::Closed { abort: true },
+        }
+    }
+}
+
+/// From the stack to the program.
+fn down(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: &mut usize) -> Moved {
+    let Some(end) = &socket.end else { return Moved::AsFarAsItGoes };
+    loop {
+        if *budget == 0 {
+            return Moved::More;
+        }
+        if !socket.down.is_empty() {
+            if !socket.end_writable {
+                return Moved::AsFarAsItGoes;
+            }
+            let pending = socket.down.pending();
+            match sys::send(end, pending) {
+                Ok(n) => {
+                    socket.end_writable = n == pending.len();
+                    socket.down.take(n);
+                }
+                Err(errno) if errno.would_block() => socket.end_writable = false,
+                Err(_) => {
+                    socket.down_closed = true;
+                    if !socket.end_hung_up {
+                        socket.down.clear();
+                    } else {
+                        return Moved::AsFarAsItGoes;
+                    }
+                }
+            }
+            continue;
+        }
+        if socket.down_ended || !socket.stack_readable || !(socket.end_writable || socket.down_closed) {
+            return Moved::AsFarAsItGoes;
+        }
+        match stack.recv(socket.handle, &sys::segments(&mut scratch[..CHUNK])) {
+            Ok(received) if received.bytes == 0 => {
+                socket.down_ended = true;
+                sys::shutdown(end, libc::SHUT_WR);
+            }
+            Ok(received) => {
+                let n = received.bytes.min(CHUNK);
+                socket.stack_readable = received.more;
+                socket.bytes_in += n as u64;
+                *budget = budget.saturating_sub(n);
+                if socket.down_closed {
+                    continue;
+                }
+                match sys::send(end, &scratch[..n]) {
+                    Ok(sent) if sent == n => {}
+                    Ok(sent) => {
+                        socket.end_writable = false;
+                        socket.down.push(&scratch[sent..n]);
+                    }
+                    Err(errno) if errno.would_block() => {
+                        socket.end_writable = false;
+                        socket.down.push(&scratch[..n]);
+                    }
+                    Err(_) => {
+                        // Nobody reads. When the program is gone, what was lost makes the close a reset.
+                        socket.down_closed = true;
+                        socket.abort |= socket.end_hung_up && !socket.may_be_held();
+                    }
+                }
+            }
+            Err(errno) if errno.would_block() => socket.stack_readable = false,
+            Err(errno) => {
+                socket.stack_readable = false;
+                socket.broken.get_or_insert(errno);
+                return Moved::AsFarAsItGoes;
+            }
+        }
+    }
+}
