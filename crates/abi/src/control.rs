@@ -14,6 +14,7 @@ pub mod kind {
     /// An accepted socket got its placeholder. `a`: id, `b`: generation. Descriptor: as above.
     pub const ACCEPTED: u32 = 4;
     /// The guest put a seccomp filter on itself. `a`: 1 if what cannot be served may use the host's stack, else 0.
+    /// `b`: 1 behind a preloaded library. `c`: 1 for a relay (the filter is told of names and options too).
     /// Descriptor: the filter's listener. The guest lives as long as a process has the filter.
     pub const AGENT: u32 = 5;
 }

@@ -97,8 +97,10 @@ pub struct RunArgs {
     ///
     /// queued: a preloaded library and the engine's queues. direct: a seccomp filter, and sockets of the host's kernel that
     /// the engine makes (in the stack's network namespace, with its congestion control) and gives to the program: native
-    /// speed, any program. auto: queued for programs that a library can be preloaded to, with the filter behind it for what
-    /// the library does not see; direct for all others. [default: what the stack's configuration says, else auto]
+    /// speed, any program. relay: the same filter, and Unix sockets between which and the stack the engine moves the bytes:
+    /// any program, any stack. auto: queued for programs that a library can be preloaded to, with the filter behind it for what
+    /// the library does not see; for all others direct, or relay if the stack is not the kernel's.
+    /// [default: what the stack's configuration says, else auto]
     #[arg(long, value_enum, value_name = "HOW")]
     pub attach: Option<Attach>,
     /// Refuse what cannot be served: programs, and sockets (the default)
@@ -117,6 +119,7 @@ pub enum Attach {
     Auto,
     Queued,
     Direct,
+    Relay,
 }
 
 #[derive(Debug, Args)]

@@ -179,13 +179,14 @@ fn details(status: &netkernel_engine::Status) -> Map<String, Value> {
 }
 
 fn grant(fds: GuestFds) -> Grant {
-    let GuestFds { id, token, attach, region, channel, doorbell } = fds;
+    let GuestFds { id, token, attach, direct, region, channel, doorbell } = fds;
     let attach = match attach {
         Attach::Auto => "auto",
         Attach::Queued => "queued",
         Attach::Direct => "direct",
+        Attach::Relay => "relay",
     };
-    Grant { id, token, attach: attach.into(), region, channel, doorbell }
+    Grant { id, token, attach: attach.into(), direct, region, channel, doorbell }
 }
 
 fn refusal(error: EngineError) -> ApiError {

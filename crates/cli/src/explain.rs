@@ -49,10 +49,12 @@ pub fn explain(args: &ExplainArgs) -> Result<()> {
             text(guest.details.get("attachment")),
         )?;
         let count = |key: &str| guest.details.get(key).and_then(Value::as_u64).unwrap_or(0);
-        if text(guest.details.get("attachment")).contains("direct") {
+        let attachment = text(guest.details.get("attachment"));
+        if attachment != "queued" {
             writeln!(
                 out,
-                "  given directly {}, refused {}, let through to the host's stack {}",
+                "  given {} {}, refused {}, let through to the host's stack {}",
+                if attachment.contains("relay") { "by relay" } else { "directly" },
                 count("direct_served"),
                 count("direct_refused"),
                 count("direct_let_through")
@@ -82,7 +84,7 @@ pub fn explain(args: &ExplainArgs) -> Result<()> {
                 field("attachment"),
                 field("reason"),
             )?;
-            if field("attachment") == "direct" {
+            if field("attachment") != "queued" {
                 write!(
                     out,
                     "; {}, {} bytes in, {} bytes out, held by pid {} as {}",

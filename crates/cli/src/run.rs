@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use netkernel_abi::control::{Message, env, kind};
+use netkernel_agent::filter::Watch;
 use netkernel_control::{Attached, Client, ClientError, ErrorCode, NewGuest};
 
 use crate::args::{Attach, RunArgs};
@@ -42,28 +43,35 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     match (attach, report.verdict()) {
         (Attach::Queued, Err(why)) => {
             remove_preload(&mut environment);
-            unserved(format!("{why}: use --attach direct, or a dynamically linked build"))?;
+            unserved(format!("{why}: use --attach direct or relay, or a dynamically linked build"))?;
         }
         (Attach::Queued, Ok(())) => {
             queued(args, made()?, &mut environment)?;
         }
         (Attach::Auto, Ok(())) => {
-            let channel = queued(args, made()?, &mut environment)?;
-            if let Err(why) = filtered(args, channel.as_fd(), true) {
+            let (attached, channel) = queued(args, made()?, &mut environment)?;
+            if let Err(why) = filtered(args, channel.as_fd(), true, agent_watch(&attached)) {
                 eprintln!(
                     "netkernel: warning: {why}; sockets that the preloaded library does not see are not served"
                 );
             }
         }
-        (Attach::Auto | Attach::Direct, verdict) => {
+        (Attach::Auto | Attach::Direct | Attach::Relay, verdict) => {
             remove_preload(&mut environment);
             match (report.privileged && sys::effective_uid() != 0, verdict) {
                 (true, Err(why)) if attach == Attach::Auto => {
                     unserved(format!("{why}; a filter would take its privileges: run it as root"))?;
                 }
                 _ => {
-                    let (_, fds, _) = made()?;
-                    if let Err(why) = filtered(args, fds[1].as_fd(), false) {
+                    let (attached, fds, _) = made()?;
+                    let watch = match attach {
+                        Attach::Relay => Watch::Relay,
+                        Attach::Direct if !attached.direct => {
+                            bail!("this stack is not the kernel's and has no sockets to give away: use --attach relay")
+                        }
+                        _ => agent_watch(&attached),
+                    };
+                    if let Err(why) = filtered(args, fds[1].as_fd(), false, watch) {
                         unserved(format!("{why} if the program can be preloaded to"))?;
                     }
                 }
@@ -100,40 +108,58 @@ fn name_of(args: &RunArgs, program: &Program) -> String {
     args.name.clone().or_else(own).unwrap_or_else(|| "guest".into())
 }
 
+/// What the agent of such a guest does when nobody chose: gives the kernel's sockets away, or relays.
+fn agent_watch(attached: &Attached) -> Watch {
+    if attached.direct { Watch::Direct } else { Watch::Relay }
+}
+
 /// Puts the seccomp filter on this process and gives the other end to the engine.
-fn filtered(args: &RunArgs, channel: BorrowedFd<'_>, behind_preload: bool) -> Result<()> {
-    let listener = netkernel_agent::filter::install()?;
+fn filtered(args: &RunArgs, channel: BorrowedFd<'_>, behind_preload: bool, watch: Watch) -> Result<()> {
     let message = Message {
         kind: kind::AGENT,
         a: u32::from(args.fail_open),
         b: u32::from(behind_preload),
+        c: u32::from(watch == Watch::Relay),
         ..Message::default()
     };
-    netkernel_shm::fds::send(channel.as_raw_fd(), &message.to_bytes(), &[listener.as_raw_fd()], 0)
-        .context("the engine is gone")?;
-    Ok(())
+    let send = |listener: OwnedFd| {
+        netkernel_shm::fds::send(channel.as_raw_fd(), &message.to_bytes(), &[listener.as_raw_fd()], 0)
+    };
+    // Sending is a call of which the agent is told, and nobody has the listener yet: a thread without the filter does it.
+    std::thread::scope(|scope| {
+        let (filter, listener) = std::sync::mpsc::sync_channel(1);
+        let sender = std::thread::Builder::new()
+            .stack_size(64 << 10)
+            .spawn_scoped(scope, move || listener.recv().map(send))
+            .context("no thread to send the filter's listener with")?;
+        filter.send(netkernel_agent::filter::install(watch)?)?;
+        match sender.join() {
+            Ok(Ok(sent)) => sent.map(drop).context("the engine is gone"),
+            _ => bail!("the filter's listener was not sent"),
+        }
+    })
 }
 
-/// Puts what the guest's library needs into descriptors and environment. Returns the guest's channel.
+/// Puts what the guest's library needs into descriptors and environment. Returns the guest and its channel.
 fn queued(
     args: &RunArgs,
     (attached, fds, socket): (Attached, [OwnedFd; 3], PathBuf),
     environment: &mut BTreeMap<OsString, OsString>,
-) -> Result<OwnedFd> {
+) -> Result<(Attached, OwnedFd)> {
     let library = library::find()?;
     let channel = fds[1].try_clone().context("no descriptor is left")?;
     let numbers = place(fds)?;
     let mut set = |name: &str, value: OsString| environment.insert(name.into(), value);
     set(env::FDS, numbers.map(|n| n.to_string()).join(",").into());
     set(env::SOCKET, socket.into());
-    set(env::TOKEN, attached.token.into());
+    set(env::TOKEN, attached.token.clone().into());
     if let Some(level) = args.trace {
         set(env::TRACE, level.to_string().into());
     }
     let before = environment.get(OsStr::new("LD_PRELOAD")).cloned();
     environment.insert("LD_PRELOAD".into(), library::preload(&library, before.as_deref()));
     environment.insert(env::LIBRARY.into(), library.into());
-    Ok(channel)
+    Ok((attached, channel))
 }
 
 /// A guest of the engine that was named, of one that runs, or of a private one.

@@ -74,9 +74,12 @@ pub struct VersionInfo {
 pub struct Attached {
     pub id: u32,
     pub token: String,
-    /// How the stack wants programs to be attached: `auto`, `queued`, `direct`.
+    /// How the stack wants programs to be attached: `auto`, `queued`, `direct`, `relay`.
     #[serde(default)]
     pub attach: String,
+    /// The stack has sockets of the kernel to give to programs; else they are relayed.
+    #[serde(default)]
+    pub direct: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]

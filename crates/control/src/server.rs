@@ -38,6 +38,7 @@ pub struct Grant {
     pub region: OwnedFd,
     pub channel: OwnedFd,
     pub doorbell: OwnedFd,
+    pub direct: bool,
 }
 
 /// What the control server needs of an engine. Permissions are checked before these are called.
@@ -319,8 +320,13 @@ fn done<T: Serialize>(value: &T) -> Result<(Reply, Option<Grant>), ApiError> {
 }
 
 fn granted(grant: Grant) -> Result<(Reply, Option<Grant>), ApiError> {
-    let (reply, _) =
-        done(&Attached { id: grant.id, token: token_hex(&grant.token), attach: grant.attach.clone() })?;
+    let attached = Attached {
+        id: grant.id,
+        token: token_hex(&grant.token),
+        attach: grant.attach.clone(),
+        direct: grant.direct,
+    };
+    let (reply, _) = done(&attached)?;
     Ok((reply, Some(grant)))
 }
 

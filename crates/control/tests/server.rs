@@ -50,6 +50,7 @@ impl EngineApi for Fake {
             id: 1,
             token: [7; 16],
             attach: "auto".into(),
+            direct: true,
             region: null(),
             channel: null(),
             doorbell: null(),

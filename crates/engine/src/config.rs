@@ -121,6 +121,8 @@ pub struct GuestFds {
     pub region: OwnedFd,
     pub channel: OwnedFd,
     pub doorbell: OwnedFd,
+    /// The stack's sockets are the kernel's and can be given to programs (direct attachment); else they are relayed.
+    pub direct: bool,
 }
 
 /// Why the engine could not do it. The text says what to do.

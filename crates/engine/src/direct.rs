@@ -10,6 +10,7 @@ use netkernel_shm::fds;
 
 use crate::NsmConfig;
 use crate::engine::Shared;
+use crate::relay;
 use crate::status::SocketStatus;
 
 /// What is known of a guest's agent.
@@ -18,6 +19,8 @@ pub(crate) struct Direct {
     pub counters: Arc<Counters>,
     /// There is a preloaded library, which serves what it sees; the agent has the rest.
     pub behind_preload: bool,
+    /// The sockets that it gives are relayed; `None`: they are the kernel's.
+    pub relay: Option<netkernel_relay::Link>,
 }
 
 /// Starts the agent's thread. Returns the end of a pair that hangs up when the thread ends; closing it ends the thread.
@@ -27,7 +30,8 @@ pub(crate) fn start(
     nsm: &NsmConfig,
     listener: Listener,
     settings: Settings,
-) -> io::Result<(OwnedFd, Arc<Counters>)> {
+    behind_preload: bool,
+) -> io::Result<(OwnedFd, Direct)> {
     let (ours, end) = fds::pair(libc::SOCK_STREAM | libc::SOCK_CLOEXEC)?;
     let counters = Arc::new(Counters::default());
     let agent = Agent { listener, end, settings, counters: Arc::clone(&counters), guest };
@@ -44,7 +48,7 @@ pub(crate) fn start(
             ),
         }
     })?;
-    Ok((ours, counters))
+    Ok((ours, Direct { counters, behind_preload, relay: None }))
 }
 
 /// The guest's processes, found from the one that made it and those that asked for a socket.
@@ -60,6 +64,9 @@ pub(crate) fn sockets(
     direct: &Direct,
     first: i32,
 ) -> Vec<SocketStatus> {
+    if direct.relay.is_some() {
+        return relay::sockets(guest, direct);
+    }
     let Some(Ok(maker)) = shared.config.kinds.direct(nsm) else { return Vec::new() };
     let census = census(direct, first);
     let mut found = Vec::new();

@@ -199,6 +199,7 @@ impl Engine {
             region: region_fd.try_clone_to_owned().map_err(resource)?,
             channel: channel_theirs,
             doorbell: doorbell.try_clone().map_err(resource)?,
+            direct: config.kinds.has_direct(&config.nsms[nsm]),
         };
         let worker = id as usize % shared.workers.len();
         let registered = Registered {
@@ -250,6 +251,7 @@ impl Engine {
                 region: guest.region.as_fd().try_clone_to_owned().map_err(resource)?,
                 channel: theirs,
                 doorbell: guest.doorbell.as_fd().try_clone_to_owned().map_err(resource)?,
+                direct: self.shared.config.kinds.has_direct(&self.shared.config.nsms[guest.nsm]),
             };
             (guest.worker, fds)
         };
@@ -288,8 +290,10 @@ impl Engine {
                 status.switch_thread = guest.worker;
                 status.attachment = match &guest.direct {
                     None => "queued",
-                    Some(direct) if direct.behind_preload => "queued, direct",
-                    Some(_) => "direct",
+                    Some(Direct { behind_preload: true, relay: None, .. }) => "queued, direct",
+                    Some(Direct { behind_preload: true, .. }) => "queued, relay",
+                    Some(Direct { relay: None, .. }) => "direct",
+                    Some(_) => "relay",
                 };
                 status.pids = u32::try_from(guest.pid).into_iter().collect();
                 if let Some(direct) = &guest.direct {
@@ -312,7 +316,8 @@ impl Engine {
                 status.processes = status.processes.saturating_sub(1);
             }
             if status.direct_served > 0 {
-                status.sockets += direct::sockets(shared, id, &shared.config.nsms[nsm], &direct, pid).len();
+                let sockets = direct::sockets(shared, id, &shared.config.nsms[nsm], &direct, pid);
+                status.sockets += sockets.len();
             }
         }
         guests.sort_by_key(|guest| guest.id);
@@ -460,6 +465,11 @@ impl Shared {
 
     pub fn watch(&self, worker: usize) -> Arc<Watch> {
         Arc::clone(&self.watches[worker])
+    }
+
+    /// Whether the guest may bind to ports below 1024: the engine may be allowed more than who asked for the guest.
+    pub fn is_privileged(&self, id: u32) -> bool {
+        lock(&self.registry).guests.get(&id).is_some_and(|guest| guest.uid == 0)
     }
 
     /// A guest has an agent now.

@@ -54,6 +54,11 @@ impl StackKinds {
         }
     }
 
+    /// Whether this kind has sockets to give away.
+    pub(crate) fn has_direct(&self, nsm: &NsmConfig) -> bool {
+        self.kind(nsm).is_ok_and(|kind| kind.direct.is_some())
+    }
+
     /// `None`: this kind has no sockets to give away.
     pub(crate) fn direct(&self, nsm: &NsmConfig) -> Option<Result<Box<dyn Sockets>, String>> {
         Some((self.kind(nsm).ok()?.direct.as_ref()?)(nsm))

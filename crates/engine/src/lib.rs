@@ -12,6 +12,7 @@ mod engine;
 mod keeper;
 mod kinds;
 mod poller;
+mod relay;
 mod status;
 mod usage;
 mod watch;

@@ -22,10 +22,11 @@ use netkernel_service::{Host, Ready, Service, Stack, Table, Violation};
 use netkernel_shm::{Region, fds};
 
 use crate::EngineError;
-use crate::direct::{self, Direct};
+use crate::direct;
 use crate::engine::{Command, Shared};
 use crate::keeper::{Keeper, send_wakes};
 use crate::poller::{Poller, Source};
+use crate::relay;
 use crate::status::{GuestStatus, SocketStatus};
 use crate::usage::Usage;
 use crate::watch::Watch;
@@ -871,8 +872,9 @@ impl Worker {
         let nsm = &self.shared.config.nsms[guest.nsm];
         let settings = Settings { policy: nsm.congestion_policy, fail_open: message.a == 1 };
         // What goes wrong here ends the listener: the guest's sockets fail with ENOSYS, and nothing waits.
-        let started = direct::start(&self.shared, guest.id, nsm, listener, settings);
-        let (end, counters) = match started {
+        let start = if message.c == 1 { relay::start } else { direct::start };
+        let started = start(&self.shared, guest.id, nsm, listener, settings, message.b == 1);
+        let (end, agent) = match started {
             Ok(started) => started,
             Err(error) => {
                 log::error!("guest {}: its agent cannot start: {error}", guest.id);
@@ -883,7 +885,7 @@ impl Worker {
         if self.poller.add_hangup(end.as_raw_fd(), Source::Process(slot, number as u32)).is_ok() {
             guest.processes[number] = Some(Process { tag: 0, _pair: end });
             guest.has_agent = true;
-            self.shared.has_agent(guest.id, Direct { counters, behind_preload: message.b == 1 });
+            self.shared.has_agent(guest.id, agent);
         }
         Ok(())
     }

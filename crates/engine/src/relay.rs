@@ -1,0 +1,89 @@
+//! Guests with a relay: Unix sockets that behave as the INET sockets of their stack.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use netkernel_agent::notify::Listener;
+use netkernel_agent::{Counters, Settings};
+use netkernel_relay::{Link, Relay, RelaySocket, Start};
+use netkernel_shm::fds;
+
+use crate::NsmConfig;
+use crate::direct::Direct;
+use crate::engine::Shared;
+use crate::status::SocketStatus;
+
+/// How long a control call waits for a relay, which its guest may have stopped.
+const ANSWER: Duration = Duration::from_secs(1);
+
+/// Starts the relay's thread, which is the guest's agent too. Returns the end of a pair that hangs up when the thread
+/// ends; closing it ends the thread and resets the guest's connections.
+pub(crate) fn start(
+    shared: &Arc<Shared>,
+    guest: u32,
+    nsm: &NsmConfig,
+    listener: Listener,
+    settings: Settings,
+    behind_preload: bool,
+) -> io::Result<(OwnedFd, Direct)> {
+    let (ours, end) = fds::pair(libc::SOCK_STREAM | libc::SOCK_CLOEXEC)?;
+    let counters = Arc::new(Counters::default());
+    let link = Link::new()?;
+    let start = Start {
+        guest,
+        listener,
+        end,
+        settings,
+        counters: Arc::clone(&counters),
+        privileged: shared.is_privileged(guest),
+        spin_ns: shared.config.spin_us.saturating_mul(1000),
+    };
+    let (kinds, nsm, own) = (shared.config.kinds.clone(), nsm.clone(), link.clone());
+    std::thread::Builder::new().name("nk-relay".into()).stack_size(512 << 10).spawn(move || {
+        // What goes wrong here closes the listener: the guest's sockets fail with ENOSYS, and nothing waits.
+        let relay = kinds
+            .make(&nsm)
+            .and_then(|stack| Relay::new(start, stack, own).map_err(|error| format!("no descriptors: {error}")));
+        match relay {
+            Ok(relay) => relay.run(),
+            Err(reason) => log::error!("guest {guest}: no relay, so that it has no sockets: {reason}"),
+        }
+    })?;
+    Ok((ours, Direct { counters, behind_preload, relay: Some(link) }))
+}
+
+/// The sockets of a relay; none when it does not answer in time.
+pub(crate) fn sockets(guest: u32, direct: &Direct) -> Vec<SocketStatus> {
+    let Some(link) = &direct.relay else { return Vec::new() };
+    let found = link.sockets().recv_timeout(ANSWER).unwrap_or_default();
+    let reason = if direct.behind_preload {
+        "made past the preloaded library"
+    } else {
+        "the guest has no preloaded library"
+    };
+    found.into_iter().map(|socket| status(guest, socket, reason)).collect()
+}
+
+fn status(guest: u32, socket: RelaySocket, reason: &'static str) -> SocketStatus {
+    SocketStatus {
+        guest,
+        id: socket.inode as u32,
+        attachment: "relay",
+        reason,
+        kind: socket.kind,
+        state: socket.state,
+        local: socket.local.map(|name| name.to_string()),
+        peer: socket.peer.map(|name| name.to_string()),
+        receive_ring_bytes: 0,
+        send_ring_bytes: 0,
+        unread_bytes: socket.unread_bytes,
+        unsent_bytes: socket.unsent_bytes,
+        congestion_control: socket.congestion_control,
+        bytes_in: socket.bytes_in,
+        bytes_out: socket.bytes_out,
+        pid: socket.pid,
+        fd: socket.fd,
+    }
+}
