@@ -49,7 +49,7 @@ pub enum Watch {
 }
 
 /// Options of SOL_SOCKET that a Unix socket has and means as an INET socket does.
-const OWN_OPTIONS: [i32; 7] = [
+const OWN_OPTIONS: [i32; 8] = [
     libc::SO_RCVTIMEO,
     libc::SO_SNDTIMEO,
     SO_RCVTIMEO_NEW,
@@ -57,6 +57,7 @@ const OWN_OPTIONS: [i32; 7] = [
     libc::SO_RCVLOWAT,
     libc::SO_SNDLOWAT,
     libc::SO_PEEK_OFF,
+    libc::SO_OOBINLINE,
 ];
 const SO_RCVTIMEO_NEW: i32 = 66;
 const SO_SNDTIMEO_NEW: i32 = 67;
@@ -133,9 +134,9 @@ fn setsockopt_block() -> Vec<Instruction> {
     block
 }
 
-/// sendto() and recvfrom(), with an address.
+/// sendto() and recvfrom(), with an address, or with flags that a Unix socket does not know.
 fn addressed_block() -> Vec<Instruction> {
-    let mut block = Vec::new();
+    let mut block = vec![load(low(3)), unless_bits(libc::MSG_ERRQUEUE as u32, 1), give(RET_NOTIFY)];
     for half in [low(4), low(4) + 4] {
         block.push(load(half));
         block.push(unless(0, 1));
@@ -147,8 +148,15 @@ fn addressed_block() -> Vec<Instruction> {
 }
 
 /// setsockopt() and getsockopt().
-fn options_block() -> Vec<Instruction> {
+fn options_block(set: bool) -> Vec<Instruction> {
     let mut block = vec![load(low(1))];
+    if set {
+        // Web servers set and clear it around each response. What is written together is sent together anyway.
+        let mut tcp = vec![load(low(2))];
+        call(&mut tcp, libc::TCP_CORK as u32, vec![give(libc::SECCOMP_RET_ERRNO)]);
+        tcp.push(give(RET_NOTIFY));
+        call(&mut block, libc::IPPROTO_TCP as u32, tcp);
+    }
     let mut own = vec![load(low(2))];
     for name in OWN_OPTIONS {
         call(&mut own, name as u32, vec![give(RET_ALLOW)]);
@@ -177,9 +185,8 @@ pub fn program(watch: Watch) -> Vec<libc::sock_filter> {
     match watch {
         Watch::Direct => call(&mut native, libc::SYS_setsockopt as u32, setsockopt_block()),
         Watch::Relay => {
-            for nr in [libc::SYS_setsockopt, libc::SYS_getsockopt] {
-                call(&mut native, nr as u32, options_block());
-            }
+            call(&mut native, libc::SYS_setsockopt as u32, options_block(true));
+            call(&mut native, libc::SYS_getsockopt as u32, options_block(false));
             for nr in RELAYED {
                 call(&mut native, nr as u32, vec![give(RET_NOTIFY)]);
             }
@@ -350,6 +357,7 @@ mod tests {
         for nr in [libc::SYS_sendto, libc::SYS_recvfrom] {
             assert_eq!(verdict(nr, &[5, 1, 1, 0, 0, 0]), RET_ALLOW);
             assert_eq!(verdict(nr, &[5, 1, 1, 0, 0x1000, 16]), RET_NOTIFY);
+            assert_eq!(verdict(nr, &[5, 1, 1, libc::MSG_ERRQUEUE as u32, 0, 0]), RET_NOTIFY);
         }
         for nr in [libc::SYS_setsockopt, libc::SYS_getsockopt] {
             assert_eq!(verdict(nr, &[5, libc::SOL_SOCKET as u32, libc::SO_ERROR as u32]), RET_NOTIFY);
@@ -359,6 +367,9 @@ mod tests {
         for nr in [libc::SYS_read, libc::SYS_write, libc::SYS_epoll_wait, libc::SYS_poll, libc::SYS_dup] {
             assert_eq!(verdict(nr, &[5, 5, 5]), RET_ALLOW);
         }
+        let cork = [5, libc::IPPROTO_TCP as u32, libc::TCP_CORK as u32];
+        assert_eq!(verdict(libc::SYS_setsockopt, &cork), libc::SECCOMP_RET_ERRNO);
+        assert_eq!(verdict(libc::SYS_getsockopt, &cork), RET_NOTIFY);
         assert_eq!(verdict(libc::SYS_socket, &[libc::AF_INET6 as u32, 1, 0]), RET_NOTIFY);
         assert_eq!(verdict(libc::SYS_io_uring_setup, &[]), refuse(libc::ENOSYS));
     }

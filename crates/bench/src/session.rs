@@ -46,6 +46,7 @@ pub enum Placement {
 pub enum Attach {
     Queued,
     Direct,
+    Relay,
 }
 
 impl Attach {
@@ -53,6 +54,7 @@ impl Attach {
         match self {
             Attach::Queued => "queued",
             Attach::Direct => "direct",
+            Attach::Relay => "relay",
         }
     }
 }
@@ -249,7 +251,7 @@ impl Session {
     /// A guest that the engine does not serve runs at native speed and would keep every promise: that is no result.
     fn check_served(&self, name: &str, engine: &Engine, program: &Process, socket: Option<u64>) {
         let reason = match self.settings.attach {
-            Attach::Queued if !socket.is_some_and(|inode| engine.process.holds(inode)) => {
+            Attach::Queued | Attach::Relay if !socket.is_some_and(|inode| engine.process.holds(inode)) => {
                 "its socket is not the engine's"
             }
             Attach::Direct if !program.is_filtered() => "it has no seccomp filter",

@@ -67,7 +67,9 @@ pub fn run(args: &RunArgs) -> Result<i32> {
                     let watch = match attach {
                         Attach::Relay => Watch::Relay,
                         Attach::Direct if !attached.direct => {
-                            bail!("this stack is not the kernel's and has no sockets to give away: use --attach relay")
+                            bail!(
+                                "this stack is not the kernel's and has no sockets to give away: use --attach relay"
+                            )
                         }
                         _ => agent_watch(&attached),
                     };

@@ -43,9 +43,9 @@ pub(crate) fn start(
     let (kinds, nsm, own) = (shared.config.kinds.clone(), nsm.clone(), link.clone());
     std::thread::Builder::new().name("nk-relay".into()).stack_size(512 << 10).spawn(move || {
         // What goes wrong here closes the listener: the guest's sockets fail with ENOSYS, and nothing waits.
-        let relay = kinds
-            .make(&nsm)
-            .and_then(|stack| Relay::new(start, stack, own).map_err(|error| format!("no descriptors: {error}")));
+        let relay = kinds.make(&nsm).and_then(|stack| {
+            Relay::new(start, stack, own).map_err(|error| format!("no descriptors: {error}"))
+        });
         match relay {
             Ok(relay) => relay.run(),
             Err(reason) => log::error!("guest {guest}: no relay, so that it has no sockets: {reason}"),

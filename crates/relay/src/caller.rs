@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 
+use netkernel_abi::ancillary;
 use netkernel_agent::memory;
 use netkernel_agent::notify::Notification;
 use netkernel_service::{Errno, SocketAddress};
@@ -174,10 +175,58 @@ impl MessageHeader {
             write(call, self.name, &name[..name.len().min(self.name_length as usize)])?;
             write(call, self.at + NAME_LENGTH, &(name.len() as u32).to_ne_bytes())?;
         }
-        let fits = if control.len() <= self.control_length && self.control != 0 { control } else { &[] };
-        write(call, self.control, fits)?;
+        let room = if self.control == 0 { 0 } else { self.control_length };
+        let (fits, whole) = fit_control(control, room);
+        write(call, self.control, &fits)?;
         write(call, self.at + CONTROL_LENGTH, &(fits.len() as u64).to_ne_bytes())?;
-        let cut = if fits.len() < control.len() { libc::MSG_CTRUNC } else { 0 };
+        let cut = if whole { 0 } else { libc::MSG_CTRUNC };
         write(call, self.at + FLAGS, &(flags | cut).to_ne_bytes())
+    }
+}
+
+/// Control messages as put_cmsg() gives them out: the one that does not fit is cut, with its length; none follows. False:
+/// something was cut.
+fn fit_control(control: &[u8], room: usize) -> (Vec<u8>, bool) {
+    let mut fits = Vec::new();
+    for message in ancillary::messages(control).flatten() {
+        let left = room - fits.len();
+        if left < ancillary::HEADER {
+            return (fits, false);
+        }
+        let length = ancillary::HEADER + message.data.len();
+        let cut = length.min(left);
+        fits.extend((cut as u64).to_ne_bytes());
+        fits.extend(message.level.to_ne_bytes());
+        fits.extend(message.kind.to_ne_bytes());
+        fits.extend(&message.data[..cut - ancillary::HEADER]);
+        if cut < length {
+            return (fits, false);
+        }
+        let padded = fits.len().next_multiple_of(8).min(room);
+        fits.resize(padded, 0);
+    }
+    (fits, true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_messages_are_cut_as_the_kernel_cuts_them() {
+        let mut control = Vec::new();
+        for (kind, data) in [(1i32, [1u8; 4]), (2, [2; 4])] {
+            control.extend(20u64.to_ne_bytes());
+            control.extend(0i32.to_ne_bytes());
+            control.extend(kind.to_ne_bytes());
+            control.extend(data);
+            control.extend([0; 4]);
+        }
+        assert_eq!(fit_control(&control, 48), (control.clone(), true));
+        assert_eq!(fit_control(&control, 44).0.len(), 44);
+        let (cut, whole) = fit_control(&control, 42);
+        assert_eq!((cut.len(), whole, cut[24]), (42, false, 18));
+        assert_eq!(fit_control(&control, 30), (control[..24].to_vec(), false));
+        assert_eq!(fit_control(&control, 0), (Vec::new(), false));
     }
 }

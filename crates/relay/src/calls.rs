@@ -15,13 +15,23 @@ use crate::sys::{self, now_ns};
 const I386: u32 = 0x4000_0003;
 /// The type proper, without SOCK_NONBLOCK and SOCK_CLOEXEC.
 const TYPE_MASK: i32 = 0xf;
+/// SOCK_PACKET.
+const MAX_KIND: i32 = 10;
 const SOCKET_FLAGS: i32 = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
 /// Longest option value.
 const MAX_OPTION: usize = 4096;
 /// More than a quarter of a Unix socket's send buffer (net.core.wmem_default), above which it is not writable.
 const FILLER: usize = 60_000;
+/// Fills the smallest send buffer.
+const FULL: usize = 2048;
 /// Bytes that make a listener readable, at most; each is an edge for those who count edges.
 const MAX_TOKENS: usize = 64;
+
+/// Levels that an INET socket knows.
+const LEVELS: [i32; 5] =
+    [libc::SOL_SOCKET, libc::IPPROTO_IP, libc::IPPROTO_IPV6, libc::IPPROTO_TCP, libc::IPPROTO_UDP];
+/// One more than the largest protocol (MPTCP).
+const PROTOCOLS: i32 = 263;
 
 const INVALID: Errno = Errno(libc::EINVAL);
 
@@ -30,7 +40,11 @@ impl Relay {
     pub(crate) fn dispatch(&mut self, call: &Notification) -> Answered {
         if call.arch == I386 {
             // The agent is asked for socket() and TCP_CONGESTION only, and 32-bit structures are not known here.
-            return if call.nr == 366 { Ok(Answer::Through) } else { self.refuse(call, Errno(libc::EAFNOSUPPORT)) };
+            return if call.nr == 366 {
+                Ok(Answer::Through)
+            } else {
+                self.refuse(call, Errno(libc::EAFNOSUPPORT))
+            };
         }
         if i64::from(call.nr) == libc::SYS_socket {
             return match self.socket(call) {
@@ -76,9 +90,11 @@ impl Relay {
                 if !self.start.privileged && (1..1024).contains(&address.port()) {
                     return Err(Errno(libc::EACCES));
                 }
+                // What was closed before has its address no longer.
+                self.settle();
                 self.stack.bind(handle, &address).map(|()| Answer::Value(0))
             }
-            libc::SYS_listen => self.listen(id, a as i32),
+            libc::SYS_listen => self.listen(id, own, a as i32),
             libc::SYS_accept => self.accept(call, id, own, 0),
             libc::SYS_accept4 => self.accept(call, id, own, c as i32),
             libc::SYS_getsockname | libc::SYS_getpeername => {
@@ -94,8 +110,12 @@ impl Relay {
             libc::SYS_shutdown => self.shutdown(id, a as i32),
             libc::SYS_setsockopt => self.set_option(call, id),
             libc::SYS_getsockopt => self.option(call, id, own),
-            libc::SYS_sendto | libc::SYS_recvfrom | libc::SYS_sendmsg | libc::SYS_recvmsg
-            | libc::SYS_sendmmsg | libc::SYS_recvmmsg => {
+            libc::SYS_sendto
+            | libc::SYS_recvfrom
+            | libc::SYS_sendmsg
+            | libc::SYS_recvmsg
+            | libc::SYS_sendmmsg
+            | libc::SYS_recvmmsg => {
                 if self.is_stream(id) {
                     self.stream_message(call, id, own)
                 } else {
@@ -134,8 +154,13 @@ impl Relay {
             return Err(INVALID);
         }
         let (flags, kind) = (kind & SOCKET_FLAGS, kind & TYPE_MASK);
-        if !matches!(kind, libc::SOCK_STREAM | libc::SOCK_DGRAM) {
-            return Err(Errno(if kind == libc::SOCK_RAW { libc::EPERM } else { libc::ESOCKTNOSUPPORT }));
+        if kind > MAX_KIND || !(0..PROTOCOLS).contains(&protocol) {
+            return Err(INVALID);
+        }
+        match kind {
+            libc::SOCK_STREAM | libc::SOCK_DGRAM => {}
+            libc::SOCK_RAW | MAX_KIND => return Err(Errno(libc::EPERM)),
+            _ => return Err(Errno(libc::ESOCKTNOSUPPORT)),
         }
         let id = self.open(domain, kind, protocol)?;
         let given = self.pair(id, flags & libc::SOCK_NONBLOCK != 0).and_then(|theirs| {
@@ -176,7 +201,10 @@ impl Relay {
             return Ok(Answer::Through);
         }
         if start.counters.refused.fetch_add(1, Relaxed) == 0 && call.arch == I386 {
-            log::warn!("guest {}: 32-bit programs are not served by a relay: their sockets are refused", start.guest);
+            log::warn!(
+                "guest {}: 32-bit programs are not served by a relay: their sockets are refused",
+                start.guest
+            );
         }
         Err(errno)
     }
@@ -202,10 +230,16 @@ impl Relay {
                 if sys::is_nonblocking(own) {
                     return Err(Errno(libc::EALREADY));
                 }
-                Ok(self.later(own, libc::SO_SNDTIMEO, libc::EINPROGRESS))
+                Ok(self.later(own, libc::SO_SNDTIMEO, libc::EALREADY))
+            }
+            // What became of a connect that did not wait is told once.
+            State::Over if first && !unspecified && self.was_unreported(id) => {
+                Err(self.take_error(id).unwrap_or(Errno(libc::ECONNABORTED)))
             }
             // It waited, and the connect failed.
-            State::Fresh | State::Over if !first => Err(self.take_error(id).unwrap_or(Errno(libc::ECONNABORTED))),
+            State::Fresh | State::Over if !first => {
+                Err(self.take_error(id).unwrap_or(Errno(libc::ECONNABORTED)))
+            }
             State::Over if unspecified => Ok(Answer::Value(0)),
             State::Over => {
                 let (fresh, own) = self.renew(call, id, own)?;
@@ -221,7 +255,11 @@ impl Relay {
                 let handle = self.handle(id)?;
                 self.stack.disconnect(handle)?;
                 self.fail_waiting(id, INVALID);
-                self.set_state(id, State::Fresh);
+                match self.state(id) {
+                    // Who reads must not wait for ever.
+                    State::Connected => self.hang_up(id),
+                    _ => self.set_state(id, State::Fresh),
+                }
                 Ok(Answer::Value(0))
             }
             State::Fresh => self.begin_connect(id, own, &address),
@@ -232,7 +270,14 @@ impl Relay {
     fn begin_connect(&mut self, id: u32, own: &OwnedFd, address: &SocketAddress) -> Answered {
         let handle = self.handle(id)?;
         let nonblocking = sys::is_nonblocking(own);
-        let begun = self.stack.connect(handle, address)?;
+        // Listeners that were closed must not be found any more.
+        self.settle();
+        let mut begun = self.stack.connect(handle, address);
+        if self.was_unreported(id) && matches!(begun, Err(Errno(libc::ECONNABORTED))) {
+            // The kernel's word for the failure before, which was told already.
+            begun = self.stack.connect(handle, address);
+        }
+        let begun = begun?;
         let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return Err(INVALID) };
         // What was written before: Linux would not have taken it.
         if let Some(end) = &socket.end {
@@ -294,6 +339,7 @@ impl Relay {
             return self.break_off(id, errno);
         }
         // Blocking: the errno is the call's, and the socket can be used again.
+        socket.unreported = true;
         socket.state = State::Fresh;
         self.queue(id);
     }
@@ -334,7 +380,7 @@ impl Relay {
 
     // ---- listeners
 
-    fn listen(&mut self, id: u32, backlog: i32) -> Answered {
+    fn listen(&mut self, id: u32, own: &OwnedFd, backlog: i32) -> Answered {
         let handle = self.handle(id)?;
         if !self.is_stream(id) {
             return Err(Errno(libc::EOPNOTSUPP));
@@ -343,7 +389,13 @@ impl Relay {
             State::Fresh | State::Listening => {}
             _ => return Err(INVALID),
         }
+        self.settle();
         self.stack.listen(handle, backlog)?;
+        if self.state(id) != State::Listening {
+            // A listener is not writable.
+            sys::set_int_option(own, libc::SO_SNDBUF, 1);
+            while sys::send(own, &self.scratch[..FULL]).is_ok() {}
+        }
         self.set_state(id, State::Listening);
         Ok(Answer::Value(0))
     }
@@ -381,19 +433,21 @@ impl Relay {
             return Err(INVALID);
         }
         let accepted = self.take_connection(id);
-        let result = match accepted {
+        // Before the answer: who polls after it must see what is true then.
+        if !matches!(accepted, Err(Errno::AGAIN)) || sys::is_nonblocking(own) {
+            self.count_tokens(id, own);
+        }
+        match accepted {
             Ok((new, peer)) => self.give_connection(call, id, new, peer, flags),
             Err(errno) if errno.would_block() => {
                 if sys::is_nonblocking(own) {
                     Err(errno)
                 } else {
-                    return Ok(self.later(own, libc::SO_RCVTIMEO, libc::EAGAIN));
+                    Ok(self.later(own, libc::SO_RCVTIMEO, libc::EAGAIN))
                 }
             }
             Err(errno) => Err(errno),
-        };
-        self.count_tokens(id, own);
-        result
+        }
     }
 
     /// The oldest connection of a listener, with a number for it.
@@ -524,6 +578,8 @@ impl Relay {
                 Ok(Answer::Value(0))
             }
             State::Connected => {
+                // What came before can be read still.
+                self.pump(id);
                 if let Some(Some(socket)) = self.sockets.get_mut(id as usize) {
                     socket.shut_read |= how != Shutdown::Write;
                     socket.shut_write |= how != Shutdown::Read;
@@ -547,6 +603,9 @@ impl Relay {
         }
         let value = caller::read(call, value_at, length)?;
         let congestion = (level, name) == (libc::IPPROTO_TCP, libc::TCP_CONGESTION);
+        if congestion && length == 0 {
+            return Err(INVALID);
+        }
         if congestion && self.start.settings.policy == Policy::Ignore {
             return Ok(Answer::Value(0));
         }
@@ -577,6 +636,7 @@ impl Relay {
                 value[..n].copy_from_slice(&int.to_ne_bytes()[..n]);
                 n
             }
+            None if !LEVELS.contains(&level) => return Err(Errno(libc::EOPNOTSUPP)),
             None => {
                 let handle = self.handle(id)?;
                 self.stack.option(handle, level, name, &mut value[..room])?
@@ -600,6 +660,11 @@ impl Relay {
         }
     }
 
+    fn was_unreported(&mut self, id: u32) -> bool {
+        let socket = self.sockets.get_mut(id as usize).and_then(Option::as_mut);
+        socket.is_some_and(|socket| std::mem::take(&mut socket.unreported))
+    }
+
     fn take_error(&mut self, id: u32) -> Option<Errno> {
         self.sockets.get_mut(id as usize)?.as_mut()?.error.take()
     }
@@ -612,6 +677,9 @@ impl Relay {
         }
         if let Some(Some(socket)) = self.sockets.get_mut(id as usize) {
             let over = socket.state == State::Over;
+            if over {
+                socket.broken = None;
+            }
             // Of a broken connection, the kernel's own mark is taken with it; gone already: a read told it.
             let marked = sys::int_option(own, libc::SO_ERROR) > 0;
             if let Some(errno) = socket.error.take() {
@@ -633,6 +701,13 @@ impl Relay {
     fn stream_message(&mut self, call: &Notification, id: u32, own: &OwnedFd) -> Answered {
         let nr = i64::from(call.nr);
         let reads = matches!(nr, libc::SYS_recvfrom | libc::SYS_recvmsg | libc::SYS_recvmmsg);
+        let flags_at = match nr {
+            libc::SYS_recvmsg => 2,
+            _ => 3,
+        };
+        if reads && call.arguments[flags_at] as i32 & libc::MSG_ERRQUEUE != 0 {
+            return Err(Errno::AGAIN);
+        }
         match self.state(id) {
             State::Connected | State::Over => {}
             _ if reads => return Err(Errno(libc::ENOTCONN)),
@@ -651,7 +726,11 @@ impl Relay {
         let payload = MessageHeader::of_one(data, length.min(caller::MAX_PAYLOAD as u64)).gather(call)?;
         match sys::send(own, &payload) {
             Ok(n) => Ok(Answer::Value(n as i64)),
-            Err(errno) if errno.would_block() && !sys::is_nonblocking(own) && flags as i32 & libc::MSG_DONTWAIT == 0 => {
+            Err(errno)
+                if errno.would_block()
+                    && !sys::is_nonblocking(own)
+                    && flags as i32 & libc::MSG_DONTWAIT == 0 =>
+            {
                 Ok(self.later(own, libc::SO_SNDTIMEO, libc::EAGAIN))
             }
             Err(errno) => Err(errno),

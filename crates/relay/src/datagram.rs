@@ -30,6 +30,9 @@ const MANY_LENGTH: u64 = 56;
 const MAX_MANY: u64 = 1024;
 const MSG_WAITFORONE: i32 = 0x10000;
 
+/// In place of a sender.
+const ERROR_MARK: &[u8] = &[u8::MAX];
+
 const AGAIN: Errno = Errno::AGAIN;
 
 impl Relay {
@@ -123,13 +126,14 @@ impl Relay {
                         }
                         Err(errno) => {
                             socket.stack_readable = false;
-                            if !errno.would_block() {
-                                socket.error = Some(errno);
-                                // There may be a datagram behind the error.
-                                socket.stack_readable = true;
-                                return true;
+                            if errno.would_block() {
+                                return false;
                             }
-                            return false;
+                            // Who waits must wake: an empty datagram, marked, since no error can stand in this socket.
+                            socket.error = Some(errno);
+                            // There may be a datagram behind the error.
+                            socket.stack_readable = true;
+                            Held { bytes: Vec::new(), note: self.error_mark() }
                         }
                     }
                 }
@@ -169,6 +173,17 @@ impl Relay {
         let note = sys::note(&text).ok()?;
         let copy = note.try_clone().ok();
         self.notes.insert(text, note);
+        copy
+    }
+
+    /// What is attached to the empty datagram that stands for an error.
+    fn error_mark(&mut self) -> Option<OwnedFd> {
+        if let Some(mark) = self.notes.get(ERROR_MARK) {
+            return mark.try_clone().ok();
+        }
+        let mark = sys::note(ERROR_MARK).ok()?;
+        let copy = mark.try_clone().ok();
+        self.notes.insert(ERROR_MARK.to_vec(), mark);
         copy
     }
 
@@ -308,7 +323,7 @@ impl Relay {
 
     /// The control messages that may be sent.
     fn control_of(&self, call: &Notification, id: u32, message: &MessageHeader) -> Result<Vec<u8>, Errno> {
-        if message.control == 0 || message.control_length == 0 {
+        if message.control_length == 0 {
             return Ok(Vec::new());
         }
         if message.control_length > MAX_CONTROL {
@@ -360,14 +375,13 @@ impl Relay {
         self.down_datagrams(id);
         let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return Err(Errno(libc::EBADF)) };
         let peek = flags & libc::MSG_PEEK;
-        let received = fds::receive(
-            own.as_raw_fd(),
-            &mut self.scratch[..MAX_PAYLOAD],
-            peek | libc::MSG_DONTWAIT,
-        );
+        let received =
+            fds::receive(own.as_raw_fd(), &mut self.scratch[..MAX_PAYLOAD], peek | libc::MSG_DONTWAIT);
         let (n, notes) = match received {
             // A Unix socket of this kind ends with the relay's end.
-            Ok((0, notes)) if notes.is_empty() && socket.end.is_none() => return Err(Errno(libc::ECONNRESET)),
+            Ok((0, notes)) if notes.is_empty() && socket.end.is_none() => {
+                return Err(Errno(libc::ECONNRESET));
+            }
             Ok(received) => received,
             Err(error) if sys::of(&error).would_block() => {
                 return match socket.error.take() {
@@ -378,6 +392,17 @@ impl Relay {
             Err(error) => return Err(sys::of(&error)),
         };
         let note = notes.first().map(sys::read_note).unwrap_or_default();
+        if note == ERROR_MARK {
+            let error = socket.error.take();
+            if peek != 0 {
+                let _ = sys::receive(own, &mut [], 0);
+            }
+            return match error {
+                Some(errno) => Err(errno),
+                // Told by SO_ERROR meanwhile. No more than one mark stands for an error, so that this ends.
+                None => self.receive_datagram(call, id, own, message, flags),
+            };
+        }
         let (from, control) = match note.split_first() {
             Some((&length, rest)) if rest.len() >= length.into() => {
                 let (name, control) = rest.split_at(length.into());

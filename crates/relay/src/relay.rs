@@ -263,6 +263,7 @@ impl Relay {
         {
             socket.stack_readable = true;
         }
+        socket.stack_error |= readiness.has(Readiness::ERROR);
         if readiness.has(Readiness::WRITE) || readiness.has(Readiness::ERROR) {
             socket.stack_writable = true;
         }
@@ -288,6 +289,30 @@ impl Relay {
             socket.end_writable = true;
         }
         self.queue(id);
+    }
+
+    /// Sees what was closed until now: the ends hang up at once, and this thread may not have looked.
+    pub(crate) fn settle(&mut self) {
+        let mut events = Vec::new();
+        self.poll.wait(0, &mut events);
+        for (token, bits) in events {
+            // The others are reported again.
+            if token >> 32 <= u64::from(MAX_GENERATION) {
+                self.end_event(token, bits);
+            }
+        }
+        for i in 0..self.run.len() {
+            let Some(&id) = self.run.get(i) else { break };
+            let Some(Some(socket)) = self.sockets.get(id as usize) else { continue };
+            if !socket.end_hung_up {
+                continue;
+            }
+            if socket.is_stream() {
+                self.pump(id);
+            } else {
+                self.pump_datagrams(id);
+            }
+        }
     }
 
     /// The socket goes on before the thread sleeps.
@@ -485,9 +510,8 @@ impl Relay {
         let mut value = 0u64;
         // SAFETY: eight bytes, valid for writes; the eventfd is non-blocking.
         unsafe { libc::read(self.link.wake.as_raw_fd(), (&raw mut value).cast(), 8) };
-        let requests = std::mem::take(
-            &mut *self.link.requests.lock().unwrap_or_else(PoisonError::into_inner),
-        );
+        let requests =
+            std::mem::take(&mut *self.link.requests.lock().unwrap_or_else(PoisonError::into_inner));
         if requests.is_empty() {
             return;
         }
@@ -511,7 +535,8 @@ impl Relay {
     /// True when there is nobody to serve and nothing to send.
     fn is_over(&self) -> bool {
         let Some(since) = self.over_since_ns else { return false };
-        self.sockets.iter().all(Option::is_none) || (since > 0 && now_ns() > since + LINGER_NS && self.no_ends())
+        self.sockets.iter().all(Option::is_none)
+            || (since > 0 && now_ns() > since + LINGER_NS && self.no_ends())
     }
 
     fn no_ends(&self) -> bool {

@@ -94,6 +94,7 @@ pub struct Socket {
     pub end_writable: bool,
     pub stack_readable: bool,
     pub stack_writable: bool,
+    pub stack_error: bool,
     /// The program ended its direction, or closed.
     pub end_ended: bool,
     pub end_hung_up: bool,
@@ -141,6 +142,7 @@ impl Socket {
             end_writable: true,
             stack_readable: false,
             stack_writable: true,
+            stack_error: false,
             end_ended: false,
             end_hung_up: false,
             up_ended: false,

@@ -55,6 +55,13 @@ impl Relay {
                 moved = down;
             }
         }
+        // Of a stream that ended, reading does not tell.
+        if std::mem::take(&mut socket.stack_error)
+            && socket.broken.is_none()
+            && let Err(errno) = stack.take_error(socket.handle)
+        {
+            socket.broken = Some(errno);
+        }
         let drained = socket.down.is_empty() && (!socket.stack_readable || socket.down_ended);
         match (moved, socket.broken) {
             (Moved::Closed { abort }, _) => {
@@ -103,6 +110,15 @@ impl Relay {
         }
         self.push_over(id, generation);
         self.retry(id, generation);
+    }
+
+    /// The program dissolved its connection: its socket ends.
+    pub(crate) fn hang_up(&mut self, id: u32) {
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        socket.state = State::Over;
+        socket.end = None;
+        let generation = socket.generation;
+        self.push_over(id, generation);
     }
 
     /// Looks for the descriptor in all of the guest's processes.

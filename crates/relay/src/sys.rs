@@ -49,9 +49,7 @@ pub fn int_option(fd: &OwnedFd, name: i32) -> i32 {
 pub fn set_int_option(fd: &OwnedFd, name: i32, value: i32) {
     let length = size_of::<i32>() as libc::socklen_t;
     // SAFETY: value is valid for reads of its size. An option that this kernel does not know changes nothing.
-    unsafe {
-        libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw const value).cast(), length)
-    };
+    unsafe { libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw const value).cast(), length) };
 }
 
 /// SO_RCVTIMEO or SO_SNDTIMEO in nanoseconds; `None`: for ever.
@@ -159,7 +157,10 @@ pub fn read_note(fd: &OwnedFd) -> Vec<u8> {
 pub fn segments(buffer: &mut [u8]) -> Segments {
     // SAFETY: valid for reads and writes of its length while the caller's borrow lasts, which is the call for which the
     // segments are made.
-    Segments { first: unsafe { GuestBytes::new(buffer.as_mut_ptr(), buffer.len()) }, second: GuestBytes::EMPTY }
+    Segments {
+        first: unsafe { GuestBytes::new(buffer.as_mut_ptr(), buffer.len()) },
+        second: GuestBytes::EMPTY,
+    }
 }
 
 pub fn now_ns() -> u64 {
@@ -199,9 +200,7 @@ impl Poll {
 
     pub fn remove(&self, fd: i32) {
         // SAFETY: takes integers and no event.
-        unsafe {
-            libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut())
-        };
+        unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut()) };
     }
 
     /// Appends token and event bits of what happened.

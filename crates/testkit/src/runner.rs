@@ -46,7 +46,7 @@ pub struct Options {
     /// The stack that guests get
     #[arg(long, default_value = "cubic")]
     stack: String,
-    /// How guests are attached: auto, queued, direct
+    /// How guests are attached: auto, queued, direct, relay
     #[arg(long, default_value = "auto")]
     attach: String,
     /// Programs that are not installed are no failure
