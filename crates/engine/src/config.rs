@@ -30,11 +30,13 @@ pub struct NsmConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Attach {
-    /// Queued for what can be preloaded to, with the agent behind it; direct for the rest.
+    /// Queued for what can be preloaded to, with the agent behind it; for the rest direct, or relay if the stack is not the
+    /// kernel's.
     #[default]
     Auto,
     Queued,
     Direct,
+    Relay,
 }
 
 impl NsmConfig {

@@ -157,10 +157,8 @@ pub fn read_note(fd: &OwnedFd) -> Vec<u8> {
 pub fn segments(buffer: &mut [u8]) -> Segments {
     // SAFETY: valid for reads and writes of its length while the caller's borrow lasts, which is the call for which the
     // segments are made.
-    Segments {
-        first: unsafe { GuestBytes::new(buffer.as_mut_ptr(), buffer.len()) },
-        second: GuestBytes::EMPTY,
-    }
+    let first = unsafe { GuestBytes::new(buffer.as_mut_ptr(), buffer.len()) };
+    Segments { first, second: GuestBytes::EMPTY }
 }
 
 pub fn now_ns() -> u64 {
