@@ -36,10 +36,9 @@ pub fn compare(cases: &[String]) -> Result<Tally> {
         run.retain(|name, _| !hangs(name));
         let left_out = native.len() - run.len();
         // Without names the program runs all of its cases.
-        let names: Vec<String> =
-            if left_out == 0 { cases.to_vec() } else { run.keys().cloned().collect() };
+        let names: Vec<String> = if left_out == 0 { cases.to_vec() } else { run.keys().cloned().collect() };
         tally = tally.and(attached(&run, &expected, &names, attach)?);
-        tally.known += left_out;
+        tally.known += left_out as u64;
     }
     Ok(tally)
 }
