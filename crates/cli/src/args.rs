@@ -48,6 +48,8 @@ pub enum Command {
     Man,
     #[command(hide = true)]
     PrivateEngine(PrivateEngineArgs),
+    #[command(hide = true)]
+    NsmProcess(NsmProcessArgs),
 }
 
 #[derive(Debug, Args)]
@@ -210,4 +212,13 @@ pub struct PrivateEngineArgs {
     /// Keep standard error for the log.
     #[arg(long)]
     pub log: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct NsmProcessArgs {
+    /// The engine is at its other end.
+    #[arg(long)]
+    pub control_fd: i32,
+    /// For people that look at the list of processes.
+    pub name: String,
 }

@@ -11,7 +11,7 @@ use crate::config::{Config, HugePages};
 
 /// The engine's configuration.
 pub fn of(config: &Config) -> Result<EngineConfig> {
-    let mut engine = EngineConfig::default();
+    let mut engine = EngineConfig { process_binary: std::env::current_exe().ok(), ..EngineConfig::default() };
     let section = &config.engine;
     if let Some(n) = &section.switch_threads {
         engine.switch_threads = *n.get_ref();
@@ -41,6 +41,7 @@ pub fn of(config: &Config) -> Result<EngineConfig> {
             .map(|nsm| NsmConfig {
                 name: nsm.name.get_ref().clone(),
                 stack: nsm.stack.as_ref().map_or_else(|| "kernel".into(), |s| s.get_ref().clone()),
+                form: nsm.form.unwrap_or_default(),
                 congestion_control: nsm.congestion_control.as_ref().map(|s| s.get_ref().clone()),
                 netns: nsm.netns.as_ref().map(|s| s.get_ref().clone()),
                 congestion_policy: nsm.congestion_policy.unwrap_or_default(),

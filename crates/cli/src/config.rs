@@ -42,6 +42,7 @@ pub struct EngineSection {
 pub struct NsmSection {
     pub name: Spanned<String>,
     pub stack: Option<Spanned<String>>,
+    pub form: Option<netkernel_engine::Form>,
     pub congestion_control: Option<Spanned<String>>,
     pub netns: Option<Spanned<String>>,
     pub congestion_policy: Option<netkernel_engine::Policy>,

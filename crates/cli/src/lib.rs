@@ -12,6 +12,7 @@ mod locate;
 mod logger;
 mod meter;
 mod metrics;
+mod nsm;
 mod private;
 mod program;
 mod run;
@@ -87,5 +88,6 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
             Ok(0)
         }
         Command::PrivateEngine(args) => private::serve(&args),
+        Command::NsmProcess(args) => nsm::process(&args),
     }
 }

@@ -1,17 +1,20 @@
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
 use netkernel_abi::Limits;
 use netkernel_shm::HugePages;
 
-use crate::StackKinds;
+use crate::{Form, StackKinds};
 
 /// A network stack module: a stack and how it is set up.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct NsmConfig {
     /// What guests ask for.
     pub name: String,
     /// Kind of stack, see [`StackKinds`]: `kernel`.
     pub stack: String,
+    /// Where its code runs.
+    pub form: Form,
     /// Congestion control of every TCP socket; `None`: the namespace's default.
     pub congestion_control: Option<String>,
     /// Network namespace: a name in `/run/netns`, or a path. `None`: the engine's own.
@@ -45,6 +48,7 @@ impl NsmConfig {
         NsmConfig {
             name: name.into(),
             stack: "kernel".into(),
+            form: Form::Engine,
             congestion_control: congestion_control.map(str::to_owned),
             netns: None,
             congestion_policy: netkernel_agent::Policy::default(),
@@ -68,6 +72,8 @@ pub struct EngineConfig {
     /// Placeholder ends that a switch thread holds in the process's descriptor table before it hands them to a thread
     /// with a table of its own. `None`: a quarter of the limit for all threads together, at most 4096.
     pub placeholders_in_main_table: Option<usize>,
+    /// The `netkernel` program, which NSMs with `form = "process"` are started with. `None`: there can be none.
+    pub process_binary: Option<PathBuf>,
     /// How stacks are made.
     pub kinds: StackKinds,
 }
@@ -93,6 +99,7 @@ impl Default for EngineConfig {
             huge_pages: HugePages::Off,
             max_guests: 1024,
             placeholders_in_main_table: None,
+            process_binary: None,
             kinds: StackKinds::default(),
         }
     }

@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 use netkernel_shm::{Region, fds};
 
 use crate::direct::{self, Direct};
+use crate::process::Form;
+use crate::process::remote::Remote;
+use crate::process::wire;
 use crate::status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
 use crate::usage::{GuestUsage, MAX_OVER, Usage};
 use crate::watch::{self, Watch};
@@ -32,12 +35,18 @@ pub(crate) struct Shared {
     registry: Mutex<Registry>,
     changed: Condvar,
     workers: Vec<Link>,
+    /// By NSM; those in processes of their own. In [`Registered::worker`] they come behind the threads.
+    remotes: Vec<Option<Remote>>,
+    /// Told of each guest that is over, with whether it broke the protocol.
+    over_hook: Option<OverHook>,
     stopping: AtomicBool,
     pub counters: SharedCounters,
     /// What guests that ended used, see [`Engine::usage`].
     over: Mutex<VecDeque<GuestUsage>>,
     watches: Vec<Arc<Watch>>,
 }
+
+pub(crate) type OverHook = Box<dyn Fn(u32, Usage, bool) + Send + Sync>;
 
 #[derive(Default)]
 pub(crate) struct SharedCounters {
@@ -68,6 +77,8 @@ struct Registered {
     region: OwnedFd,
     doorbell: OwnedFd,
     direct: Option<Direct>,
+    /// Its switch thread, or process, has it.
+    begun: bool,
 }
 
 /// The way to a switch thread.
@@ -115,6 +126,13 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Engine {
     /// Starts the switch threads.
     pub fn start(config: EngineConfig) -> Result<Arc<Engine>, EngineError> {
+        Engine::start_with(config, None)
+    }
+
+    pub(crate) fn start_with(
+        config: EngineConfig,
+        over_hook: Option<OverHook>,
+    ) -> Result<Arc<Engine>, EngineError> {
         if config.nsms.is_empty() {
             return Err(EngineError::Config("no stack is configured: add at least one [[nsm]]".into()));
         }
@@ -133,8 +151,12 @@ impl Engine {
             (0..config.switch_threads).map(|_| Link::new()).collect::<Result<_, _>>().map_err(resource)?;
         let watches: Vec<Arc<Watch>> = workers.iter().map(|_| Arc::default()).collect();
         watch::start(&watches).map_err(resource)?;
+        let remotes = config.nsms.iter().enumerate();
+        let remotes = remotes.map(|(i, nsm)| (nsm.form == Form::Process).then(|| Remote::new(i))).collect();
         let shared = Arc::new(Shared {
             watches,
+            remotes,
+            over_hook,
             config,
             started: Instant::now(),
             registry: Mutex::default(),
@@ -158,7 +180,7 @@ impl Engine {
 
     /// Makes a guest. It lives as long as a process holds its channel, or one of its sockets is open.
     pub fn create_guest(&self, spec: GuestSpec) -> Result<GuestFds, EngineError> {
-        let shared = &*self.shared;
+        let shared = &self.shared;
         self.running()?;
         let config = &shared.config;
         let nsm = if spec.stack.is_empty() {
@@ -201,7 +223,10 @@ impl Engine {
             doorbell: doorbell.try_clone().map_err(resource)?,
             direct: config.kinds.has_direct(&config.nsms[nsm]),
         };
-        let worker = id as usize % shared.workers.len();
+        let worker = match &shared.remotes[nsm] {
+            Some(remote) => shared.workers.len() + remote.nsm(),
+            None => id as usize % shared.workers.len(),
+        };
         let registered = Registered {
             token: fds.token,
             name: spec.name,
@@ -213,6 +238,7 @@ impl Engine {
             region: region_fd.try_clone_to_owned().map_err(resource)?,
             doorbell: doorbell.try_clone().map_err(resource)?,
             direct: None,
+            begun: false,
         };
         {
             let mut registry = lock(&shared.registry);
@@ -226,6 +252,9 @@ impl Engine {
         match result.and_then(|r| r) {
             Ok(()) => {
                 shared.counters.created.fetch_add(1, Ordering::Relaxed);
+                if let Some(guest) = lock(&shared.registry).guests.get_mut(&id) {
+                    guest.begun = true;
+                }
                 Ok(fds)
             }
             Err(error) => {
@@ -233,6 +262,44 @@ impl Engine {
                 Err(error)
             }
         }
+    }
+
+    /// A guest that another engine made, for the process of an NSM.
+    pub(crate) fn adopt_guest(
+        &self,
+        guest: &wire::NewGuest,
+        region: Region,
+        channel: OwnedFd,
+        doorbell: OwnedFd,
+    ) -> Result<(), EngineError> {
+        let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a new guest: {e}"));
+        // SAFETY: the region owns its descriptor and lives during this statement.
+        let region_fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(region.fd()) };
+        let registered = Registered {
+            token: random_token().map_err(resource)?,
+            name: guest.name.clone(),
+            nsm: 0,
+            pid: guest.pid,
+            uid: guest.uid,
+            created: Instant::now(),
+            worker: 0,
+            region: region_fd.try_clone_to_owned().map_err(resource)?,
+            doorbell: doorbell.try_clone().map_err(resource)?,
+            direct: None,
+            begun: true,
+        };
+        lock(&self.shared.registry).guests.insert(guest.id, registered);
+        let new = NewGuest { id: guest.id, region, nsm: 0, privileged: guest.privileged, channel, doorbell };
+        let result = self.ask(0, |answer| Command::Add(Box::new(new), answer)).and_then(|r| r);
+        if result.is_err() {
+            self.shared.forget(guest.id);
+        }
+        result
+    }
+
+    /// One more channel of such a guest.
+    pub(crate) fn add_channel(&self, id: u32, channel: OwnedFd) -> Result<(), EngineError> {
+        self.ask(0, |answer| Command::Channel(id, channel, answer))?
     }
 
     /// The descriptors of a guest again, with a new channel, for a process that lost them.
@@ -262,13 +329,12 @@ impl Engine {
 
     /// Everything about the engine. Costs the switch threads a turn.
     pub fn status(&self) -> Status {
-        let shared = &*self.shared;
+        let shared = &self.shared;
         let answers: Vec<Receiver<Vec<GuestStatus>>> = shared
-            .workers
-            .iter()
+            .seats()
             .map(|worker| {
                 let (answer, receiver) = channel();
-                worker.send(Command::Status(answer));
+                shared.tell(worker, Command::Status(answer));
                 receiver
             })
             .collect();
@@ -288,6 +354,10 @@ impl Engine {
                 status.uid = guest.uid;
                 status.age_seconds = guest.created.elapsed().as_secs();
                 status.switch_thread = guest.worker;
+                if guest.worker >= shared.workers.len() {
+                    // The rest is told by its process.
+                    continue;
+                }
                 status.attachment = match &guest.direct {
                     None => "queued",
                     Some(Direct { behind_preload: true, relay: None, .. }) => "queued, direct",
@@ -342,11 +412,11 @@ impl Engine {
 
     /// What guests used so far; those that ended since the last call too, once. For one caller.
     pub fn usage(&self) -> Vec<GuestUsage> {
-        let shared = &*self.shared;
+        let shared = &self.shared;
         let mut all = Vec::new();
         // Once stopped, there are only guests that are over.
-        let workers = if self.running().is_ok() { shared.workers.len() } else { 0 };
-        for worker in 0..workers {
+        let running = self.running().is_ok();
+        for worker in shared.seats().filter(|_| running) {
             let counts = self.ask(worker, Command::Usage).unwrap_or_default();
             all.extend(counts.into_iter().filter_map(|(id, usage)| shared.usage_of(id, usage, false)));
         }
@@ -383,6 +453,7 @@ impl Engine {
                 stack: nsm.stack.clone(),
                 congestion_control: nsm.congestion_control.clone(),
                 netns: nsm.netns.clone(),
+                form: nsm.form,
                 attach: nsm.attach,
                 available: check.is_ok(),
                 reason: check.err(),
@@ -400,7 +471,7 @@ impl Engine {
     /// Ends a guest: its sockets are closed, its processes see a dead network.
     pub fn end_guest(&self, guest: u32) -> Result<(), EngineError> {
         let worker = lock(&self.shared.registry).guests.get(&guest).map(|guest| guest.worker);
-        self.shared.workers[worker.ok_or(EngineError::UnknownGuest(guest))?].send(Command::End(guest));
+        self.shared.tell(worker.ok_or(EngineError::UnknownGuest(guest))?, Command::End(guest));
         Ok(())
     }
 
@@ -431,12 +502,13 @@ impl Engine {
     /// Ends the engine in order: guests are told, sockets closed, threads joined. May be called more than once.
     pub fn shutdown(&self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
-        for worker in &self.shared.workers {
-            worker.send(Command::Stop);
+        for worker in self.shared.seats() {
+            self.shared.tell(worker, Command::Stop);
         }
         for thread in lock(&self.threads).drain(..) {
             let _ = thread.join();
         }
+        self.shared.remotes.iter().flatten().for_each(Remote::join);
         drop(lock(&self.shared.registry));
         self.shared.changed.notify_all();
     }
@@ -447,7 +519,7 @@ impl Engine {
 
     fn ask<T>(&self, worker: usize, command: impl FnOnce(Sender<T>) -> Command) -> Result<T, EngineError> {
         let (answer, receiver) = channel();
-        self.shared.workers[worker].send(command(answer));
+        self.shared.tell(worker, command(answer));
         receiver.recv_timeout(ANSWER).map_err(|_| EngineError::Stopped)
     }
 }
@@ -472,6 +544,54 @@ impl Shared {
         lock(&self.registry).guests.get(&id).is_some_and(|guest| guest.uid == 0)
     }
 
+    /// All that guests can belong to: switch threads, then processes.
+    fn seats(&self) -> impl Iterator<Item = usize> {
+        let threads = self.workers.len();
+        (0..threads).chain(self.remotes.iter().flatten().map(move |remote| threads + remote.nsm()))
+    }
+
+    fn tell(self: &Arc<Self>, worker: usize, command: Command) {
+        match self.workers.get(worker) {
+            Some(link) => link.send(command),
+            None => {
+                if let Some(remote) = self.remote(worker - self.workers.len()) {
+                    remote.send(self, command);
+                }
+            }
+        }
+    }
+
+    pub fn remote(&self, nsm: usize) -> Option<&Remote> {
+        self.remotes.get(nsm)?.as_ref()
+    }
+
+    /// Name, process and user of a guest.
+    pub fn who(&self, id: u32) -> (String, i32, u32) {
+        let registry = lock(&self.registry);
+        registry.guests.get(&id).map_or_else(Default::default, |g| (g.name.clone(), g.pid, g.uid))
+    }
+
+    /// Told by the process of an NSM.
+    pub fn remote_guest_over(&self, id: u32, usage: Usage, violation: bool) {
+        if lock(&self.registry).guests.contains_key(&id) {
+            self.counters.violations.fetch_add(u64::from(violation), Ordering::Relaxed);
+            self.guest_over(id, usage);
+        }
+    }
+
+    /// The process of an NSM has these guests; others of it are over.
+    pub fn keep_guests_of(&self, nsm: usize, alive: &[u32]) {
+        let seat = self.workers.len() + nsm;
+        let of_nsm = |(id, guest): (&u32, &Registered)| {
+            (guest.worker == seat && guest.begun && !alive.contains(id)).then_some(*id)
+        };
+        let gone: Vec<u32> = lock(&self.registry).guests.iter().filter_map(of_nsm).collect();
+        for id in gone {
+            log::info!("guest {id} ({}) is over: the process of its stack is gone", self.name(id));
+            self.guest_over(id, Usage::default());
+        }
+    }
+
     /// A guest has an agent now.
     pub fn has_agent(&self, id: u32, direct: Direct) {
         if let Some(guest) = lock(&self.registry).guests.get_mut(&id) {
@@ -482,6 +602,9 @@ impl Shared {
     /// The guest is over and nothing of it is left.
     pub fn guest_over(&self, id: u32, usage: Usage) {
         self.counters.over.fetch_add(1, Ordering::Relaxed);
+        if let Some(hook) = &self.over_hook {
+            hook(id, usage, self.counters.violations.swap(0, Ordering::Relaxed) != 0);
+        }
         if let Some(last) = self.usage_of(id, usage, true) {
             let mut over = lock(&self.over);
             if over.len() >= MAX_OVER {

@@ -1,4 +1,7 @@
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// One of the words that [`word`] knows.
+pub type Word = &'static str;
 
 /// The engine and its guests, for `ps` and for programs.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -10,7 +13,7 @@ pub struct Status {
     pub counters: Counters,
 }
 
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct GuestStatus {
     pub id: u32,
     pub name: String,
@@ -35,7 +38,8 @@ pub struct GuestStatus {
     pub ring_bytes: u64,
     pub switch_thread: usize,
     /// How its sockets are attached: `queued`, `direct`, or `queued, direct` (the agent behind the preloaded library).
-    pub attachment: &'static str,
+    #[serde(deserialize_with = "word")]
+    pub attachment: Word,
     /// Of direct attachment: sockets given, refused, and let through to the host's stack (--fail-open).
     pub direct_served: u64,
     pub direct_refused: u64,
@@ -50,6 +54,7 @@ pub struct StackStatus {
     pub stack: String,
     pub congestion_control: Option<String>,
     pub netns: Option<String>,
+    pub form: crate::Form,
     pub attach: crate::Attach,
     pub available: bool,
     /// Why it is not available.
@@ -70,17 +75,21 @@ pub struct Counters {
     pub wakes: u64,
 }
 
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct SocketStatus {
     pub guest: u32,
     /// Of a queued socket its number in the region, of a direct one its inode.
     pub id: u32,
     /// `queued` or `direct`, and why.
-    pub attachment: &'static str,
-    pub reason: &'static str,
+    #[serde(deserialize_with = "word")]
+    pub attachment: Word,
+    #[serde(deserialize_with = "word")]
+    pub reason: Word,
     /// `stream`, `datagram` or `listener`.
-    pub kind: &'static str,
-    pub state: &'static str,
+    #[serde(deserialize_with = "word")]
+    pub kind: Word,
+    #[serde(deserialize_with = "word")]
+    pub state: Word,
     pub local: Option<String>,
     pub peer: Option<String>,
     pub receive_ring_bytes: u32,
@@ -94,4 +103,39 @@ pub struct SocketStatus {
     pub bytes_out: u64,
     pub pid: u32,
     pub fd: u32,
+}
+
+/// One of the few words and phrases that statuses are made of, from the process of an NSM.
+fn word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<&'static str, D::Error> {
+    const WORDS: [&str; 27] = [
+        "queued",
+        "direct",
+        "queued, direct",
+        "relay",
+        "queued, relay",
+        "the preloaded library serves it",
+        "made past the preloaded library",
+        "the guest has no preloaded library",
+        "stream",
+        "datagram",
+        "listener",
+        "closing",
+        "accepting",
+        "listening",
+        "dead",
+        "connecting",
+        "shut",
+        "peer-closed",
+        "half-closed",
+        "connected",
+        "bound",
+        "open",
+        "sending ended",
+        "receiving ended",
+        "ending",
+        "closed",
+        "",
+    ];
+    let text = String::deserialize(deserializer)?;
+    Ok(WORDS.into_iter().find(|word| *word == text).unwrap_or("other"))
 }

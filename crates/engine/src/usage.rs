@@ -1,7 +1,7 @@
 //! What guests used: cumulative counts, and nothing lost when a guest ends between two looks.
 
 /// Counts of one guest since it was made. Payload bytes, as the program sees them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Usage {
     pub bytes_in: u64,
     pub bytes_out: u64,

@@ -138,6 +138,23 @@ impl Region {
         }
     }
 
+    /// Maps the region behind `fd`, whose limits are known: what stands in its header, which a guest can write, is not asked.
+    pub fn open(fd: OwnedFd, limits: Limits) -> Result<Region, RegionError> {
+        let layout = Layout::new(limits).map_err(RegionError::Layout)?;
+        let bytes = limits.region_bytes;
+        // SAFETY: an all-zero stat is a valid value of that plain C struct.
+        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+        // SAFETY: fd is open and stat is valid for writes.
+        if unsafe { libc::fstat(fd.as_raw_fd(), &mut stat) } != 0 {
+            return Err(RegionError::Memory(io::Error::last_os_error()));
+        }
+        if (stat.st_size as u64) < bytes {
+            return Err(RegionError::Layout(LayoutError::Sizes));
+        }
+        let base = map(fd.as_raw_fd(), bytes).map_err(RegionError::Memory)?;
+        Ok(Region { base, bytes, layout, fd })
+    }
+
     #[inline]
     pub fn layout(&self) -> &Layout {
         &self.layout

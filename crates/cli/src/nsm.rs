@@ -1,0 +1,14 @@
+//! NSMs in processes of their own.
+
+use anyhow::{Context as _, Result};
+
+use crate::args::NsmProcessArgs;
+use crate::sys;
+
+/// The hidden subcommand that an engine starts them with.
+pub fn process(args: &NsmProcessArgs) -> Result<i32> {
+    let control = sys::adopt(args.control_fd).context("bad --control-fd")?;
+    sys::raise_descriptor_limit();
+    crate::logger::start(log::LevelFilter::Info);
+    Ok(netkernel_engine::process::main(control))
+}

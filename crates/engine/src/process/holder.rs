@@ -1,0 +1,96 @@
+//! The process that owns an NSM's descriptor table.
+//!
+//! It has one thread, touches no guest's memory, parses only what the engine says, and waits for its worker. A worker that
+//! died is started again at once, by a clone of this small process: well under a millisecond.
+
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::time::{Duration, Instant};
+
+use super::wire::{Reader, Report, Start, send};
+use super::worker;
+
+/// Exit codes of a worker: the engine is gone or said stop.
+pub const ENDED: i32 = 40;
+
+/// So many deaths within [`WINDOW`] are a loop: from then on each start is delayed.
+const MANY: usize = 8;
+const WINDOW: Duration = Duration::from_secs(10);
+const DELAY: Duration = Duration::from_millis(500);
+
+/// Runs an NSM whose engine holds the other end of `control`; returns the exit code of the process. The caller is the only
+/// thread.
+pub fn main(control: OwnedFd) -> i32 {
+    match hold(&control) {
+        Ok(()) => 0,
+        Err(error) => {
+            log::error!("the process of an NSM ends: {error}");
+            1
+        }
+    }
+}
+
+fn hold(control: &OwnedFd) -> io::Result<()> {
+    restrict()?;
+    let Some((start, _)) = Reader::default().receive::<Start>(control)? else { return Ok(()) };
+    let mut deaths: Vec<Instant> = Vec::new();
+    loop {
+        let pid = clone_worker()?;
+        if pid == 0 {
+            let code = worker::run(control, &start);
+            // SAFETY: ends the process at once; nothing of the holder's, whose memory this is a copy of, is to be run.
+            unsafe { libc::_exit(code) }
+        }
+        let status = wait(pid)?;
+        if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == ENDED {
+            return Ok(());
+        }
+        let how = if libc::WIFSIGNALED(status) {
+            format!("signal {}", libc::WTERMSIG(status))
+        } else {
+            format!("exit code {}", libc::WEXITSTATUS(status))
+        };
+        worker::collect_garbage(control);
+        if send(control.as_raw_fd(), &Report::Died(how), &[]).is_err() {
+            return Ok(());
+        }
+        let now = Instant::now();
+        deaths.retain(|death| now.duration_since(*death) < WINDOW);
+        deaths.push(now);
+        if deaths.len() >= MANY {
+            std::thread::sleep(DELAY);
+        }
+    }
+}
+
+/// As `fork`, but parent and child share the descriptor table. 0: in the child.
+fn clone_worker() -> io::Result<i32> {
+    // SAFETY: without CLONE_VM the child has a copy of this single-threaded process, stack included, as after fork; nobody
+    // holds a lock. The C library caches the main thread's id, which is the parent's then; it is used for mutexes of kinds
+    // that nothing here has, and for raise(), which abort() survives.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_FILES | libc::SIGCHLD, 0, 0, 0, 0) };
+    if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(pid as i32) }
+}
+
+fn wait(pid: i32) -> io::Result<i32> {
+    let mut status = 0;
+    loop {
+        // SAFETY: status is valid for writes; the child is ours and was not waited for.
+        if unsafe { libc::waitpid(pid, &mut status, 0) } == pid {
+            return Ok(status);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// No new privileges, whatever is executed.
+fn restrict() -> io::Result<()> {
+    // SAFETY: plain system call.
+    if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -1,0 +1,229 @@
+//! The engine's side of an NSM in a process of its own: takes the commands of a switch thread.
+
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Child, Command as Process, Stdio};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, Weak};
+use std::thread::JoinHandle;
+
+use netkernel_shm::fds;
+
+use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
+use crate::engine::{Command, Shared, lock};
+use crate::status::{GuestStatus, SocketStatus};
+use crate::usage::Usage;
+use crate::{EngineError, NsmConfig};
+
+pub(crate) struct Remote {
+    nsm: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    running: Option<Running>,
+    serial: u64,
+    pending: HashMap<u64, Pending>,
+    reader: Option<JoinHandle<()>>,
+    stopped: bool,
+}
+
+struct Running {
+    control: Arc<OwnedFd>,
+}
+
+/// Who waits for an answer. Dropped: it gets none.
+enum Pending {
+    Done(Sender<Result<(), EngineError>>),
+    Status(Sender<Vec<GuestStatus>>),
+    Usage(Sender<Vec<(u32, Usage)>>),
+    Sockets(Sender<Vec<SocketStatus>>),
+}
+
+impl Remote {
+    pub fn new(nsm: usize) -> Remote {
+        Remote { nsm, state: Mutex::default() }
+    }
+
+    pub fn nsm(&self) -> usize {
+        self.nsm
+    }
+
+    /// Passes a command on. Whoever waits for its answer gets one, or sees that the sender is gone.
+    pub fn send(&self, shared: &Arc<Shared>, command: Command) {
+        let mut state = lock(&self.state);
+        let mut keep = Vec::new();
+        let (request, fds, pending) = match command {
+            Command::Add(guest, answer) => {
+                let limits = guest.region.layout().limits;
+                let (name, pid, uid) = shared.who(guest.id);
+                let request = Request::Add(NewGuest {
+                    id: guest.id,
+                    name,
+                    pid,
+                    uid,
+                    privileged: guest.privileged,
+                    limits: (limits.region_bytes, limits.sockets, limits.queue_sets),
+                });
+                let fds = vec![guest.region.fd(), guest.channel.as_raw_fd(), guest.doorbell.as_raw_fd()];
+                keep.push(guest);
+                (request, fds, Some(Pending::Done(answer)))
+            }
+            Command::Channel(id, channel, answer) => {
+                let pending = Some(Pending::Done(answer));
+                return self.call(&mut state, Request::Channel(id), &[channel.as_raw_fd()], pending);
+            }
+            Command::End(id) => (Request::End(id), Vec::new(), None),
+            Command::Status(answer) => (Request::Status, Vec::new(), Some(Pending::Status(answer))),
+            Command::Usage(answer) => (Request::Usage, Vec::new(), Some(Pending::Usage(answer))),
+            Command::Sockets(id, answer) => {
+                (Request::Sockets(id), Vec::new(), Some(Pending::Sockets(answer)))
+            }
+            Command::Stop => {
+                state.stopped = true;
+                (Request::Stop, Vec::new(), None)
+            }
+        };
+        if state.running.is_none() {
+            if !matches!(request, Request::Add(_)) || state.stopped {
+                // Nothing runs, nothing is there to tell of.
+                match pending {
+                    Some(Pending::Status(answer)) => _ = answer.send(Vec::new()),
+                    Some(Pending::Usage(answer)) => _ = answer.send(Vec::new()),
+                    Some(Pending::Sockets(answer)) => _ = answer.send(Vec::new()),
+                    Some(Pending::Done(_)) | None => {}
+                }
+                return;
+            }
+            if let Err(reason) = self.start(&mut state, shared) {
+                let name = shared.config.nsms[self.nsm].name.clone();
+                if let Some(Pending::Done(answer)) = pending {
+                    let _ = answer.send(Err(EngineError::StackUnavailable { name, reason }));
+                }
+                return;
+            }
+        }
+        self.call(&mut state, request, &fds, pending);
+        drop(state);
+        // Mapped and open until the packet has them.
+        drop(keep);
+    }
+
+    fn call(&self, state: &mut State, request: Request, fds: &[i32], pending: Option<Pending>) {
+        let Some(running) = &state.running else { return };
+        state.serial += 1;
+        let serial = state.serial;
+        let control = Arc::clone(&running.control);
+        if let Some(pending) = pending {
+            state.pending.insert(serial, pending);
+        }
+        if send(control.as_raw_fd(), &Call { serial, request }, fds).is_err() {
+            // The reader sees the end; who waits sees that nobody answers.
+            state.pending.remove(&serial);
+        }
+    }
+
+    fn start(&self, state: &mut State, shared: &Arc<Shared>) -> Result<(), String> {
+        let nsm = &shared.config.nsms[self.nsm];
+        if let Some(reader) = state.reader.take() {
+            // It told of the end of the process before and does nothing any more.
+            drop(reader);
+        }
+        let (control, child) = spawn(shared.config.process_binary.clone(), nsm)?;
+        let start =
+            Start { nsm: nsm.clone(), spin_us: shared.config.spin_us, max_guests: shared.config.max_guests };
+        send(control.as_raw_fd(), &start, &[]).map_err(|e| format!("its process does not listen: {e}"))?;
+        let control = Arc::new(control);
+        state.running = Some(Running { control: Arc::clone(&control) });
+        let weak = Arc::downgrade(shared);
+        let index = self.nsm;
+        let reader = std::thread::Builder::new()
+            .name(format!("nk-nsm-{index}"))
+            .spawn(move || read(&weak, index, &control, child))
+            .map_err(|e| format!("no thread for its process: {e}"))?;
+        state.reader = Some(reader);
+        Ok(())
+    }
+
+    /// After Stop: waits for the process.
+    pub fn join(&self) {
+        let reader = lock(&self.state).reader.take();
+        if let Some(reader) = reader {
+            let _ = reader.join();
+        }
+    }
+
+    fn answer(&self, serial: u64, answer: Answer) {
+        let pending = lock(&self.state).pending.remove(&serial);
+        match (pending, answer) {
+            (Some(Pending::Done(to)), Answer::Done(result)) => {
+                _ = to.send(result.map_err(EngineError::Resource));
+            }
+            (Some(Pending::Status(to)), Answer::Status(list)) => _ = to.send(list),
+            (Some(Pending::Usage(to)), Answer::Usage(list)) => _ = to.send(list),
+            (Some(Pending::Sockets(to)), Answer::Sockets(list)) => _ = to.send(list),
+            _ => {}
+        }
+    }
+}
+
+fn spawn(binary: Option<PathBuf>, nsm: &NsmConfig) -> Result<(OwnedFd, Child), String> {
+    let binary =
+        binary.ok_or("this engine does not know the program to start NSMs with: use form = \"engine\"")?;
+    let (ours, theirs) = fds::pair(libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC)
+        .map_err(|e| format!("no descriptors for its process: {e}"))?;
+    let number = theirs.as_raw_fd();
+    let mut command = Process::new(&binary);
+    command.arg("nsm-process").arg("--control-fd").arg(number.to_string()).arg(&nsm.name);
+    // In a group of its own: what the terminal sends to the engine's must not end it before its guests were told.
+    command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+    // SAFETY: between fork and exec only fcntl is called, on a descriptor that `theirs` keeps open.
+    unsafe {
+        command.pre_exec(move || match libc::fcntl(number, libc::F_SETFD, 0) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        })
+    };
+    let child = command.spawn().map_err(|e| format!("{} cannot be started: {e}", binary.display()))?;
+    Ok((ours, child))
+}
+
+/// The thread that takes what the process tells.
+fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, mut child: Child) {
+    let mut reader = Reader::default();
+    while let Ok(Some((report, _))) = reader.receive::<Report>(control) {
+        let Some(shared) = shared.upgrade() else { break };
+        let Some(remote) = shared.remote(index) else { break };
+        match report {
+            Report::Answer(serial, answer) => remote.answer(serial, answer),
+            Report::Over(id, usage, violation) => shared.remote_guest_over(id, usage, violation),
+            Report::Ready(alive) => shared.keep_guests_of(index, &alive),
+            Report::Died(how) => {
+                let name = &shared.config.nsms[index].name;
+                log::error!("the process of stack {name} died ({how}) and is started again");
+                // Of what it was asked nobody knows how far it came.
+                lock(&remote.state).pending.clear();
+            }
+        }
+    }
+    if let Some(shared) = shared.upgrade() {
+        if let Some(remote) = shared.remote(index) {
+            let mut state = lock(&remote.state);
+            let mine = state.running.as_ref().is_some_and(|r| r.control.as_raw_fd() == control.as_raw_fd());
+            if mine {
+                state.running = None;
+                state.pending.clear();
+            }
+            if !state.stopped {
+                log::error!("the process of stack {} is gone", shared.config.nsms[index].name);
+            }
+        }
+        shared.keep_guests_of(index, &[]);
+    }
+    // Closed by the kernel a moment before it can be waited for; or it never understood us.
+    let _ = child.kill();
+    let _ = child.wait();
+}

@@ -1,0 +1,124 @@
+//! The process that serves the guests of an NSM: an engine of one switch thread and one module.
+
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::sync::mpsc::channel;
+
+use super::Form;
+use super::holder::ENDED;
+use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
+use crate::engine::Engine;
+use crate::{EngineConfig, NsmConfig};
+use netkernel_abi::Limits;
+use netkernel_shm::Region;
+
+/// Exit code: the stack cannot be had.
+const FAILED: i32 = 41;
+
+/// Serves until the engine is gone or says stop; returns the exit code.
+pub fn run(control: &OwnedFd, start: &Start) -> i32 {
+    // SAFETY: plain system call: who holds the descriptors must not be outlived.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
+    let (reports, queue) = channel::<Report>();
+    let socket = control.as_raw_fd();
+    let sender = std::thread::Builder::new().name("nk-reports".into()).spawn(move || {
+        for report in queue {
+            if send(socket, &report, &[]).is_err() {
+                return;
+            }
+        }
+    });
+    let Ok(sender) = sender else { return FAILED };
+    let over = reports.clone();
+    let config = EngineConfig {
+        nsms: vec![NsmConfig { form: Form::Engine, ..start.nsm.clone() }],
+        switch_threads: 1,
+        spin_us: start.spin_us,
+        max_guests: usize::MAX,
+        // Its threads' own descriptor tables would die with it.
+        placeholders_in_main_table: Some(usize::MAX),
+        ..EngineConfig::default()
+    };
+    let hook = Box::new(move |id, usage, violation| _ = over.send(Report::Over(id, usage, violation)));
+    let engine = match Engine::start_with(config, Some(hook)) {
+        Ok(engine) => engine,
+        Err(error) => {
+            log::error!("the process of stack {} cannot start: {error}", start.nsm.name);
+            return FAILED;
+        }
+    };
+    let _ = reports.send(Report::Ready(Vec::new()));
+    let mut reader = Reader::default();
+    loop {
+        let call: Call = match reader.receive(control) {
+            Ok(Some((call, fds))) => {
+                if let Some(answer) = serve(&engine, &call, fds) {
+                    let _ = reports.send(Report::Answer(call.serial, answer));
+                }
+                call
+            }
+            Ok(None) => return ENDED,
+            Err(error) => {
+                log::error!("stack {}: what the engine said is not understood: {error}", start.nsm.name);
+                return ENDED;
+            }
+        };
+        if matches!(call.request, Request::Stop) {
+            engine.shutdown();
+            drop(engine);
+            drop(reports);
+            // What it has to tell before the end: usage of guests that were there.
+            let _ = sender.join();
+            return ENDED;
+        }
+    }
+}
+
+fn serve(engine: &Engine, call: &Call, fds: Vec<OwnedFd>) -> Option<Answer> {
+    let text = |error: crate::EngineError| error.to_string();
+    Some(match &call.request {
+        Request::Add(guest) => Answer::Done(add(engine, guest, fds)),
+        Request::Channel(id) => Answer::Done(match fds.into_iter().next() {
+            Some(channel) => engine.add_channel(*id, channel).map_err(text),
+            None => Err("this NSM has no descriptor left".into()),
+        }),
+        Request::End(id) => {
+            let _ = engine.end_guest(*id);
+            return None;
+        }
+        Request::Status => Answer::Status(engine.status().guests),
+        Request::Usage => Answer::Usage(
+            engine.usage().into_iter().filter(|one| !one.over).map(|one| (one.guest, one.usage)).collect(),
+        ),
+        Request::Sockets(id) => Answer::Sockets(engine.sockets(*id)),
+        Request::Stop => return None,
+    })
+}
+
+fn add(engine: &Engine, guest: &NewGuest, fds: Vec<OwnedFd>) -> Result<(), String> {
+    let Ok([region, channel, doorbell]) = <[OwnedFd; 3]>::try_from(fds) else {
+        return Err("this NSM has no descriptors left for a guest".into());
+    };
+    let (region_bytes, sockets, queue_sets) = guest.limits;
+    let limits = Limits { region_bytes, sockets, queue_sets };
+    let region = Region::open(region, limits).map_err(|e| e.to_string())?;
+    engine.adopt_guest(guest, region, channel, doorbell).map_err(|e| e.to_string())
+}
+
+/// Closes what nobody knows of: a worker that died may have left it half-way. Called with no worker alive.
+pub fn collect_garbage(control: &OwnedFd) {
+    keep_only(&[0, 1, 2, control.as_raw_fd()]);
+}
+
+/// Closes every descriptor but these.
+fn keep_only(keep: &[RawFd]) {
+    let mut keep = keep.to_vec();
+    keep.sort_unstable();
+    let mut from = 0;
+    for fd in keep.into_iter().chain([RawFd::MAX]) {
+        if fd > from {
+            // SAFETY: the process has no other thread, and nothing in it refers to descriptors that are not in the list.
+            unsafe { libc::syscall(libc::SYS_close_range, from as u32, fd as u32 - 1, 0) };
+        }
+        from = from.max(fd.saturating_add(1));
+    }
+}
