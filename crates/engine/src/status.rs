@@ -107,7 +107,7 @@ pub struct SocketStatus {
 
 /// One of the few words and phrases that statuses are made of, from the process of an NSM.
 fn word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<&'static str, D::Error> {
-    const WORDS: [&str; 27] = [
+    const WORDS: [&str; 28] = [
         "queued",
         "direct",
         "queued, direct",
@@ -133,6 +133,7 @@ fn word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<&'static str, D::E
         "sending ended",
         "receiving ended",
         "ending",
+        "over",
         "closed",
         "",
     ];
