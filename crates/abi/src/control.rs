@@ -17,6 +17,11 @@ pub mod kind {
     /// `b`: 1 behind a preloaded library. `c`: 1 for a relay (the filter is told of names and options too).
     /// Descriptor: the filter's listener. The guest lives as long as a process has the filter.
     pub const AGENT: u32 = 5;
+    /// Asks for the stack's own socket, which is the kernel's. `a`: id, `b`: generation. Descriptor: one end of a Unix stream
+    /// pair, on which the answer comes: a positive errno, or 0 with the descriptor (four bytes, little endian). EPERM: the
+    /// guest has no agent that gives kernel sockets; EOPNOTSUPP: the stack has none; EBUSY: something was received and not
+    /// read; EAGAIN: something is still to be sent.
+    pub const HAND_OVER: u32 = 6;
 }
 
 #[repr(C)]

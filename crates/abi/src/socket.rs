@@ -34,6 +34,9 @@ pub mod state {
     pub const ACCEPTABLE: u32 = 1 << 13;
     /// There is no memory for a send ring: the socket is not writable. An event tells when there is one.
     pub const NO_MEMORY: u32 = 1 << 14;
+    /// The stack's own socket was handed over to a process: nothing is served any more, and who still has the placeholder asks
+    /// for the socket too ([`crate::control::kind::HAND_OVER`]).
+    pub const HANDED: u32 = 1 << 15;
 }
 
 /// Bits of [`SocketEntry::flags`], written by the guest.

@@ -9,6 +9,7 @@
 mod config;
 mod direct;
 mod engine;
+mod handed;
 mod keeper;
 mod kinds;
 mod poller;

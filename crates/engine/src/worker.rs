@@ -24,6 +24,7 @@ use netkernel_shm::{Region, fds};
 use crate::EngineError;
 use crate::direct;
 use crate::engine::{Command, Shared};
+use crate::handed::{self, Handed};
 use crate::keeper::{Keeper, send_wakes};
 use crate::poller::{Poller, Source};
 use crate::relay;
@@ -74,6 +75,8 @@ struct Guest {
     hot: bool,
     last_active_ns: u64,
     has_agent: bool,
+    /// Sockets that were handed over.
+    handed: Handed,
     /// All processes are gone; since when.
     over_since: Option<u64>,
 }
@@ -454,6 +457,7 @@ impl Worker {
                         End::Kept(_) => {}
                     }
                     guest.ends.placeholder_count -= 1;
+                    guest.handed.close(id);
                     result = result.and(guest.service.close(&mut *module.stack, id));
                 }
             }
@@ -687,6 +691,7 @@ impl Worker {
             hot: false,
             last_active_ns: self.now_ns,
             has_agent: false,
+            handed: Handed::default(),
             over_since: None,
         }));
         if let Some(module) = &mut self.modules[new.nsm] {
@@ -834,6 +839,18 @@ impl Worker {
         }
         let Some(module) = &mut self.modules[guest.nsm] else { return Ok(()) };
         match message.kind {
+            kind::HAND_OVER => {
+                // Only who may have such sockets of the agent anyway.
+                let fd_of = if guest.has_agent {
+                    let service = &mut guest.service;
+                    guest
+                        .handed
+                        .give(message.a, || service.hand_over(&mut *module.stack, message.a, message.b))?
+                } else {
+                    Err(libc::EPERM)
+                };
+                handed::answer(&fd, fd_of);
+            }
             kind::PROCESS => {
                 if guest.processes.iter().flatten().count() >= MAX_PROCESSES {
                     return Err(Violation("more processes than a guest may have"));
@@ -885,6 +902,9 @@ impl Worker {
         if self.poller.add_hangup(end.as_raw_fd(), Source::Process(slot, number as u32)).is_ok() {
             guest.processes[number] = Some(Process { tag: 0, _pair: end });
             guest.has_agent = true;
+            if message.c != 1 && self.shared.config.kinds.has_direct(nsm) {
+                guest.service.prepare_hand_over();
+            }
             self.shared.has_agent(guest.id, agent);
         }
         Ok(())

@@ -122,6 +122,40 @@ pub fn socket_closed(fd: i32, id: u32) {
     }
 }
 
+/// An interest that leaves with its socket: the instance, the descriptor that was watched, and the event.
+pub type Left = (u32, i32, epoll_event);
+
+/// Socket `id` leaves the queues: takes it out of all instances.
+pub fn leave(id: u32) -> Vec<Left> {
+    let mut left = Vec::new();
+    let all = ALL.lock().len();
+    for index in 0..all as u32 {
+        let Some(e) = by_index(index) else { continue };
+        let mut inner = e.inner.lock();
+        for i in inner.interests.iter().filter(|i| i.live && i.socket == id && i.fd >= 0) {
+            left.push((index, i.fd, epoll_event { events: i.events, u64: i.data }));
+        }
+        inner.remove_socket(id);
+    }
+    left
+}
+
+/// Puts what left into the kernel's own sets, where its descriptors are the kernel's sockets now.
+pub fn rejoin(left: Vec<Left>) {
+    for (index, fd, event) in left {
+        let mut epfd = -1;
+        table::for_each(0, i32::MAX, |number, slot| {
+            if slot == Slot::Epoll(index) {
+                epfd = number;
+            }
+        });
+        if let (Some(e), true) = (by_index(index), epfd >= 0) {
+            raw!(libc::SYS_epoll_ctl, epfd, libc::EPOLL_CTL_ADD, fd, &event as *const epoll_event);
+            e.inner.lock().kernel += 1;
+        }
+    }
+}
+
 pub fn has_instances() -> bool {
     !ALL.lock().is_empty()
 }

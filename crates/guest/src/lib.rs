@@ -7,6 +7,7 @@
 
 mod epoll;
 mod guest;
+mod handover;
 mod hooks;
 mod next;
 mod options;
@@ -15,6 +16,7 @@ mod queue;
 mod socket;
 mod sys;
 mod table;
+mod target;
 mod wait;
 
 /// The library's own heap: nothing here may depend on, or disturb, the program's malloc.

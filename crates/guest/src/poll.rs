@@ -38,6 +38,8 @@ fn look(set: &mut [pollfd]) -> i32 {
                         m
                     }
                 }
+                // It has left the queues: the kernel's pass says.
+                None if matches!(table::slot(p.fd), Slot::None) => continue,
                 None => POLLNVAL,
             },
             Slot::Epoll(_) => match epoll::find(p.fd) {

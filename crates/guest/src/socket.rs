@@ -13,7 +13,7 @@ use netkernel_shm::Bytes;
 use crate::guest::{self, Guest};
 use crate::sys::{self, raw};
 use crate::table::{self, Slot};
-use crate::{queue, wait};
+use crate::{handover, queue, wait};
 
 /// A guest socket under one descriptor of this process.
 #[derive(Clone, Copy)]
@@ -38,8 +38,11 @@ pub type Result<T> = core::result::Result<T, i32>;
 /// The guest socket under `fd`, if there is one.
 #[inline]
 pub fn find(fd: i32) -> Option<Sock> {
-    let id = table::socket(fd)?;
-    by_id(id, fd)
+    let sock = by_id(table::socket(fd)?, fd)?;
+    if handover::is_over(sock.state()) && handover::settle(&sock).is_ok() {
+        return None;
+    }
+    Some(sock)
 }
 
 pub fn by_id(id: u32, fd: i32) -> Option<Sock> {
@@ -389,6 +392,10 @@ impl Sock {
             return (input | output | EPOLLERR | EPOLLHUP | EPOLLRDHUP) as u32;
         }
         let s = self.state();
+        if s & state::HANDED != 0 {
+            // The next call finds out.
+            return (input | output) as u32;
+        }
         let f = self.flags();
         let mut mask = 0;
         if self.entry.error.load(Ordering::Relaxed) != 0 {

@@ -125,6 +125,11 @@ fn count(id: u32, by: i32) {
     counts[index] = counts[index].saturating_add_signed(by as i16);
 }
 
+/// Whether this process has guest sockets.
+pub fn any_sockets() -> bool {
+    COUNTS.lock().iter().any(|&count| count > 0)
+}
+
 /// Descriptors of this process for socket `id`.
 pub fn references(id: u32) -> u16 {
     COUNTS.lock().get(id as usize).copied().unwrap_or(0)

@@ -46,6 +46,7 @@ pub fn wait(
     timeout_us: u64,
     mut ready: impl FnMut() -> bool,
 ) -> Result<(), i32> {
+    let left = || entry.state.load(Ordering::Acquire) & state::HANDED != 0;
     if ready() || guest::engine_gone() {
         return Ok(());
     }
@@ -61,6 +62,11 @@ pub fn wait(
             }
             fence(Ordering::SeqCst);
             if ready() || guest::engine_gone() {
+                break;
+            }
+            if left() {
+                // It is the kernel's now, which the call finds when it is made again.
+                result = Err(libc::EINTR);
                 break;
             }
             match sleep(guest, fd, begin, timeout_us) {

@@ -1,4 +1,5 @@
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{
     Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst},
     fence,
@@ -180,6 +181,8 @@ struct Core {
     /// Guest part of the keys.
     guest: u32,
     privileged: bool,
+    /// Sockets may be handed over.
+    gives: bool,
     guest_sockets: u32,
     /// End of the socket table.
     limit: u32,
@@ -224,6 +227,7 @@ impl Service {
             core: Core {
                 guest,
                 privileged,
+                gives: false,
                 guest_sockets: layout.guest_sockets,
                 limit: layout.limits.sockets,
                 socks: Table::new(layout.limits.sockets),
@@ -286,6 +290,23 @@ impl Service {
     /// The last descriptor for the socket was closed.
     pub fn close(&mut self, stack: &mut dyn Stack, id: u32) -> Result<(), Violation> {
         self.core.close(&mut Cx { region: &self.region, stack }, id)
+    }
+
+    /// From now on sockets may be handed over ([`Service::hand_over`]), and nothing is done ahead that would be in the way:
+    /// a listener accepts ahead only once its guest accepted.
+    pub fn prepare_hand_over(&mut self) {
+        self.core.gives = true;
+    }
+
+    /// Message HAND_OVER: gives the stack's own socket away. Nothing is lost by it: EBUSY when the guest has something unread,
+    /// EAGAIN when something is still to be sent. The entry stays until its placeholder is closed.
+    pub fn hand_over(
+        &mut self,
+        stack: &mut dyn Stack,
+        id: u32,
+        generation: u32,
+    ) -> Result<Result<OwnedFd, Errno>, Violation> {
+        self.core.hand_over(&mut Cx { region: &self.region, stack }, id, generation)
     }
 
     /// Takes elements from the guest's rings, at most about `budget`.
@@ -474,6 +495,7 @@ impl Service {
                     _ => "stream",
                 },
                 state: match () {
+                    () if has(state::HANDED) => "handed over",
                     () if sock.bits & CLOSING != 0 => "closing",
                     () if sock.bits & UNTAKEN != 0 => "accepting",
                     () if has(state::LISTENING) => "listening",
@@ -496,6 +518,16 @@ impl Service {
         }
         out
     }
+}
+
+/// How a listener accepts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ahead {
+    Usual,
+    /// What was told of when the stack had it.
+    Quietly,
+    /// One connection, if there is none, and quietly.
+    One,
 }
 
 /// What became of a job.
@@ -1320,7 +1352,7 @@ impl Core {
     fn accept(&mut self, cx: &mut Cx, listener: u32) -> Result<(), Violation> {
         match self.socks.get(listener) {
             Some(sock) if sock.state & state::ON_DEMAND != 0 => self.offer(cx, listener),
-            _ => self.accept_ahead(cx, listener, false),
+            _ => self.accept_ahead(cx, listener, Ahead::Usual),
         }
     }
 
@@ -1354,7 +1386,21 @@ impl Core {
             return Ok(Done::Answer(0, 0, 0));
         }
         sock.bits |= RX_READY;
-        self.accept_ahead(cx, listener, true)?;
+        if sock.link > SMALL_BACKLOG as u32 {
+            // It was not to accept ahead before its guest accepts.
+            sock.state &= !(state::ON_DEMAND | state::ACCEPTABLE);
+            self.publish_state(cx, listener);
+            self.accept_ahead(cx, listener, Ahead::Quietly)?;
+            let Some(sock) = self.socks.get(listener) else { return Ok(Done::Answer(-libc::EBADF, 0, 0)) };
+            let waiting = sock.rx_tail.wrapping_sub(entry.rx_head.load(Acquire)) / ACCEPT_RECORD;
+            if waiting > 1 && entry.waiters.load(SeqCst) != 0 {
+                // Others sleep: what came together was told of once.
+                let generation = sock.generation;
+                self.events.raise(cx.region, entry, listener, generation, IN, waiting - 1)?;
+            }
+            return Ok(Done::Answer(if waiting == 0 { -libc::EAGAIN } else { 0 }, 0, 0));
+        }
+        self.accept_ahead(cx, listener, Ahead::One)?;
         let Some(sock) = self.socks.get_mut(listener) else { return Ok(Done::Answer(-libc::EBADF, 0, 0)) };
         if sock.rx_tail != entry.rx_head.load(Acquire) {
             sock.bits |= RX_READY;
@@ -1367,8 +1413,8 @@ impl Core {
         Ok(Done::Answer(-libc::EAGAIN, 0, 0))
     }
 
-    /// Accepts into the listener's ring, as far ahead as its backlog allows; `demanded`: one connection, if there is none.
-    fn accept_ahead(&mut self, cx: &mut Cx, listener: u32, demanded: bool) -> Result<(), Violation> {
+    /// Accepts into the listener's ring, as far ahead as its backlog allows.
+    fn accept_ahead(&mut self, cx: &mut Cx, listener: u32, ahead: Ahead) -> Result<(), Violation> {
         let region = cx.region;
         let Some(entry) = region.socket(listener) else { return Ok(()) };
         let mut new = 0;
@@ -1387,7 +1433,7 @@ impl Core {
             let head = entry.rx_head.load(Acquire);
             let used = bytes::used(head, sock.rx_tail, size).map_err(|_| Violation("accept position"))?;
             let most = (sock.link / 2).clamp(1, size / ACCEPT_RECORD - 1);
-            if demanded && used > 0 {
+            if ahead == Ahead::One && used > 0 {
                 break;
             }
             if used.div_ceil(ACCEPT_RECORD) >= most {
@@ -1449,7 +1495,7 @@ impl Core {
                 sock.record = record;
                 sock.bits |= inherited;
             }
-            new += u32::from(!demanded);
+            new += u32::from(ahead == Ahead::Usual);
             if new == 1 {
                 self.events.raise(region, entry, listener, generation, IN, 0)?;
             }
@@ -1525,6 +1571,57 @@ impl Core {
         }
     }
 
+    // ---- handing over
+
+    fn hand_over(
+        &mut self,
+        cx: &mut Cx,
+        id: u32,
+        generation: u32,
+    ) -> Result<Result<OwnedFd, Errno>, Violation> {
+        let usable = |sock: &Sock| {
+            sock.generation == generation
+                && sock.kind != Kind::Free
+                && sock.handle != Handle::NONE
+                && sock.bits & (CLOSING | UNTAKEN) == 0
+        };
+        if !self.socks.get(id).is_some_and(usable) {
+            return Ok(Err(Errno(libc::EBADF)));
+        }
+        self.send(cx, id, false)?;
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else {
+            return Ok(Err(Errno(libc::EBADF)));
+        };
+        if !usable(sock) || sock.state & state::DEAD != 0 {
+            return Ok(Err(Errno(libc::EBADF)));
+        }
+        if sock.kind != Kind::Listener && entry.rx_head.load(Acquire) != sock.rx_tail {
+            return Ok(Err(Errno(libc::EBUSY)));
+        }
+        let tx = if sock.tx.is_none() { Block::NONE } else { replace_tx(entry, sock, Block::NONE) };
+        if !sock.tx.is_none() || sock.bits & SHUT_WR != 0 && sock.state & state::TX_END == 0 {
+            return Ok(Err(Errno(libc::EAGAIN)));
+        }
+        self.give_block(tx);
+        let Some(sock) = self.socks.get_mut(id) else { return Ok(Err(Errno(libc::EBADF))) };
+        let fd = match cx.stack.give(sock.handle) {
+            Ok(fd) => fd,
+            Err(errno) => return Ok(Err(errno)),
+        };
+        sock.handle = Handle::NONE;
+        sock.error = libc::EBADF;
+        sock.bits &= QUEUED | STARVED;
+        sock.state |= state::HANDED;
+        let (generation, listener) = (sock.generation, sock.kind == Kind::Listener);
+        if listener {
+            // Connections that the guest has not accepted cannot go back.
+            self.drop_untaken(cx, id);
+        }
+        self.publish_state(cx, id);
+        self.events.raise(cx.region, entry, id, generation, IN | OUT, u32::MAX)?;
+        Ok(Ok(fd))
+    }
+
     // ---- closing
 
     fn close(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
@@ -1533,6 +1630,11 @@ impl Core {
             Kind::Free => return Ok(()),
             Kind::Listener => {
                 self.drop_untaken(cx, id);
+                self.finish_close(cx, id, Close::Graceful);
+                return Ok(());
+            }
+            // Handed over, or the stack had none.
+            Kind::Stream | Kind::Datagram if sock.handle == Handle::NONE => {
                 self.finish_close(cx, id, Close::Graceful);
                 return Ok(());
             }
@@ -2029,7 +2131,7 @@ impl Core {
         sock.link = if backlog < 0 { 4096 } else { backlog.min(4096) as u32 };
         sock.state &= !(state::RX_END | state::ON_DEMAND | state::ACCEPTABLE);
         sock.state |= state::LISTENING | state::BOUND;
-        if (0..=SMALL_BACKLOG).contains(&backlog) {
+        if (0..=SMALL_BACKLOG).contains(&backlog) || self.gives {
             sock.state |= state::ON_DEMAND;
         }
         sock.bits |= RX_READY;

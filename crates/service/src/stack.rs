@@ -1,6 +1,6 @@
 //! What a network stack must do to serve guests.
 
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 
 use crate::{Segments, SocketAddress};
 
@@ -166,6 +166,12 @@ pub trait Stack: Send {
 
     /// Ends a socket in any state; the handle is free afterwards.
     fn close(&mut self, handle: Handle, how: Close);
+
+    /// Gives the socket away, whatever state it is in; the handle is free afterwards. EOPNOTSUPP: the stack's sockets are not
+    /// the kernel's.
+    fn give(&mut self, _handle: Handle) -> Result<OwnedFd, Errno> {
+        Err(Errno(libc::EOPNOTSUPP))
+    }
 
     fn bind(&mut self, handle: Handle, address: &SocketAddress) -> Result<(), Errno>;
 

@@ -172,6 +172,23 @@ impl Stack for KernelStack {
         self.free.push(handle.0);
     }
 
+    fn give(&mut self, handle: Handle) -> Result<OwnedFd, Errno> {
+        let fd = self.fd(handle)?;
+        let socket = &mut self.sockets[handle.0 as usize];
+        if socket.registered {
+            // SAFETY: both descriptors are open; DEL reads no event.
+            unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut()) };
+        }
+        if socket.linger[0] != 0 {
+            // SAFETY: the value, a struct linger, is valid for reads of its size.
+            unsafe {
+                libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, socket.linger.as_ptr().cast(), 8)
+            };
+        }
+        self.free.push(handle.0);
+        socket.fd.take().ok_or(Errno(libc::EBADF))
+    }
+
     fn bind(&mut self, handle: Handle, address: &SocketAddress) -> Result<(), Errno> {
         let bytes = address.as_bytes();
         // SAFETY: the address is valid for reads of its length.

@@ -4,8 +4,8 @@ use core::ffi::{CStr, c_char, c_int, c_uint, c_ulong};
 
 use netkernel_abi::control::env;
 
-use crate::guest;
 use crate::next::next;
+use crate::{guest, handover, table, target};
 
 unsafe extern "C" {
     static mut environ: *mut *mut c_char;
@@ -102,8 +102,59 @@ unsafe fn with_environment(envp: Strings, f: impl FnOnce(Strings) -> c_int) -> c
     }
 }
 
+/// Before an exec: a program without this library gets kernel sockets in the place of placeholders.
+///
+/// # Safety
+/// `path` must be null or a C string.
+unsafe fn leaving(dir: c_int, path: *const c_char, flags: c_int) {
+    if guest::guest().is_none() || path.is_null() || !table::any_sockets() {
+        return;
+    }
+    // SAFETY: the caller vouches for the string.
+    let path = unsafe { CStr::from_ptr(path) };
+    let served = if path.is_empty() && flags & libc::AT_EMPTY_PATH != 0 {
+        target::descriptor_will_be_served(dir)
+    } else {
+        target::will_be_served(dir, path)
+    };
+    if !served {
+        handover::before_exec(path);
+    }
+}
+
+/// Before a spawn: the same, in the parent.
+///
+/// # Safety
+/// `path` must be null or a C string, `actions` null or initialised by libc.
+unsafe fn spawning(path: *const c_char, actions: Actions) {
+    if guest::guest().is_none() || path.is_null() || !table::any_sockets() {
+        return;
+    }
+    // SAFETY: the caller vouches for both.
+    let (path, given) = unsafe { (CStr::from_ptr(path), handover::duplicated_by(actions)) };
+    if !target::will_be_served(libc::AT_FDCWD, path) {
+        handover::before_spawn(path, |fd| given.contains(&fd));
+    }
+}
+
+/// Runs `f` with the file that a search along PATH finds.
+///
+/// # Safety
+/// `file` must be null or a C string.
+unsafe fn with_program(file: *const c_char, f: impl FnOnce(&CStr)) {
+    if guest::guest().is_none() || file.is_null() || !table::any_sockets() {
+        return;
+    }
+    // SAFETY: the caller vouches for the string.
+    if let Some(path) = target::search(unsafe { CStr::from_ptr(file) }) {
+        f(&path);
+    }
+}
+
 #[unsafe(no_mangle)]
 unsafe extern "C" fn nk_execve(path: *const c_char, argv: Strings, envp: Strings) -> c_int {
+    // SAFETY: the program's own string.
+    unsafe { leaving(libc::AT_FDCWD, path, 0) };
     // SAFETY: the program's own arrays.
     unsafe {
         with_environment(
@@ -115,6 +166,8 @@ unsafe extern "C" fn nk_execve(path: *const c_char, argv: Strings, envp: Strings
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn nk_execvpe(file: *const c_char, argv: Strings, envp: Strings) -> c_int {
+    // SAFETY: the program's own string.
+    unsafe { with_program(file, |path| leaving(libc::AT_FDCWD, path.as_ptr(), 0)) };
     // SAFETY: the program's own arrays.
     unsafe {
         with_environment(
@@ -150,6 +203,8 @@ unsafe extern "C" fn execvpe(file: *const c_char, argv: Strings, envp: Strings) 
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn fexecve(fd: c_int, argv: Strings, envp: Strings) -> c_int {
+    // SAFETY: an empty C string.
+    unsafe { leaving(fd, c"".as_ptr(), libc::AT_EMPTY_PATH) };
     // SAFETY: the program's own arrays.
     unsafe {
         with_environment(envp, |envp| next!(fexecve(fd => c_int, argv => Strings, envp => Strings) -> c_int))
@@ -164,6 +219,8 @@ unsafe extern "C" fn execveat(
     envp: Strings,
     flags: c_int,
 ) -> c_int {
+    // SAFETY: the program's own string.
+    unsafe { leaving(dir, path, flags) };
     // SAFETY: the program's own arrays.
     unsafe {
         with_environment(
@@ -185,6 +242,8 @@ unsafe extern "C" fn posix_spawn(
     argv: Strings,
     envp: Strings,
 ) -> c_int {
+    // SAFETY: the program's own string and actions.
+    unsafe { spawning(path, actions) };
     // SAFETY: the program's own arrays.
     unsafe {
         with_environment(envp, |envp| {
@@ -203,6 +262,8 @@ unsafe extern "C" fn posix_spawnp(
     argv: Strings,
     envp: Strings,
 ) -> c_int {
+    // SAFETY: the program's own string and actions.
+    unsafe { with_program(file, |path| spawning(path.as_ptr(), actions)) };
     // SAFETY: the program's own arrays.
     unsafe {
         with_environment(envp, |envp| {
