@@ -64,7 +64,9 @@ impl Relay {
         if let Some(Some(socket)) = self.sockets.get_mut(id as usize) {
             socket.holder = (call.pid, number);
         }
-        match self.perform(call, id, &own, true)? {
+        let answered = self.perform(call, id, &own, true);
+        self.ask_for_room(id);
+        match answered? {
             Answer::Later(deadline_ns, late) => {
                 self.wait_for(call, id, deadline_ns, late);
                 Ok(Answer::Done)
@@ -77,7 +79,9 @@ impl Relay {
     pub(crate) fn again(&mut self, call: &Notification, id: u32) -> Answered {
         let Some(Some(socket)) = self.sockets.get(id as usize) else { return Err(Errno(libc::EBADF)) };
         let own = self.threads.descriptor(call.pid, call.arguments[0] as u32, socket.inode)?;
-        self.perform(call, id, &own, false)
+        let answered = self.perform(call, id, &own, false);
+        self.ask_for_room(id);
+        answered
     }
 
     fn perform(&mut self, call: &Notification, id: u32, own: &OwnedFd, first: bool) -> Answered {

@@ -40,6 +40,8 @@ const LISTENER: u64 = u64::MAX;
 const END: u64 = u64::MAX - 1;
 const STACK: u64 = u64::MAX - 2;
 const REQUEST: u64 = u64::MAX - 3;
+/// Of an end; EPOLLOUT is added when it is full.
+const INTEREST: i32 = libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLET;
 const MAX_GENERATION: u32 = u32::MAX >> 1;
 
 /// What a relay is made of.
@@ -334,7 +336,20 @@ impl Relay {
         } else {
             self.pump_datagrams(id);
         }
+        self.ask_for_room(id);
         self.retry(id, generation);
+    }
+
+    /// Whoever reads makes room, and would wake this thread each time: that is asked for only when room is missing.
+    pub(crate) fn ask_for_room(&mut self, id: u32) {
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        if socket.wants_room == socket.end_writable
+            && let Some(end) = &socket.end
+        {
+            socket.wants_room = !socket.end_writable;
+            let interest = if socket.wants_room { INTEREST | libc::EPOLLOUT } else { INTEREST };
+            self.poll.change(end.as_raw_fd(), interest, token(socket.generation, id));
+        }
     }
 
     // ---- calls
@@ -479,9 +494,8 @@ impl Relay {
         if socket.is_stream() {
             sys::set_int_option(&end, libc::SO_OOBINLINE, 1);
         }
-        let interest = libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLRDHUP | libc::EPOLLET;
-        let token = u64::from(socket.generation) << 32 | u64::from(id);
-        self.poll.add(end.as_raw_fd(), interest, token).map_err(|_| Errno(libc::ENOBUFS))?;
+        let token = token(socket.generation, id);
+        self.poll.add(end.as_raw_fd(), INTEREST, token).map_err(|_| Errno(libc::ENOBUFS))?;
         let inode = sys::inode(&theirs).ok_or(Errno(libc::ENOBUFS))?;
         socket.end = Some(end);
         socket.inode = inode;
@@ -622,6 +636,10 @@ impl Relay {
     pub(crate) fn served(&self) {
         self.start.counters.served.fetch_add(1, Relaxed);
     }
+}
+
+fn token(generation: u32, id: u32) -> u64 {
+    u64::from(generation) << 32 | u64::from(id)
 }
 
 fn describe(stack: &mut dyn Stack, socket: &mut Socket) -> RelaySocket {

@@ -92,6 +92,8 @@ pub struct Socket {
     /// What the last look said; the next operation tells the truth.
     pub end_readable: bool,
     pub end_writable: bool,
+    /// Its end is asked for room.
+    pub wants_room: bool,
     pub stack_readable: bool,
     pub stack_writable: bool,
     pub stack_error: bool,
@@ -140,6 +142,7 @@ impl Socket {
             down_datagram: None,
             end_readable: false,
             end_writable: true,
+            wants_room: false,
             stack_readable: false,
             stack_writable: true,
             stack_error: false,

@@ -196,6 +196,12 @@ impl Poll {
         if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
+    pub fn change(&self, fd: i32, interest: i32, token: u64) {
+        let mut event = libc::epoll_event { events: interest as u32, u64: token };
+        // SAFETY: event is valid for reads. The descriptor was added, so that this cannot fail.
+        unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_MOD, fd, &mut event) };
+    }
+
     pub fn remove(&self, fd: i32) {
         // SAFETY: takes integers and no event.
         unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut()) };
