@@ -92,6 +92,27 @@ fn what_a_relay_does_not_serve_is_refused_and_a_flood_meets_the_programs_own_lim
 }
 
 #[test]
+fn descriptors_that_change_under_a_call_hurt_nobody() {
+    let p = program("race");
+    let socket = p.place.socket();
+    let socket = socket.to_str().unwrap();
+    let engine = p.place.up(&["--socket", socket]);
+    let mut child = p.start(&["--socket", socket], &["race", "wait", "names"]);
+    // Another guest, meanwhile.
+    let done = p.relayed(&["--socket", socket], &["names", "datagrams"]);
+    assert_eq!(done.succeeds().out, p.natively(&["names", "datagrams"]).out);
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "raced");
+    drop(child.stdin.take());
+    let rest: Vec<String> = lines.map(Result::unwrap).collect();
+    assert_eq!(rest.join("\n") + "\n", p.natively(&["names"]).out);
+    assert!(child.wait().unwrap().success());
+    let explain = || p.place.run(&["explain", "--socket", socket]).out;
+    until("all guests are over", || !explain().contains("guest"));
+    engine.end();
+}
+
+#[test]
 fn explain_names_each_relayed_socket_and_a_dead_program_leaves_nothing() {
     let p = program("explain");
     let socket = p.place.socket();

@@ -41,7 +41,9 @@ const END: u64 = u64::MAX - 1;
 const STACK: u64 = u64::MAX - 2;
 const REQUEST: u64 = u64::MAX - 3;
 /// Of an end; EPOLLOUT is added when it is full.
-const INTEREST: i32 = libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLET;
+const INTEREST: i32 = libc::EPOLLIN | libc::EPOLLPRI | libc::EPOLLRDHUP | libc::EPOLLET;
+/// A Unix socket takes no longer message than twice this, less 32: one byte more than UDP does.
+const DATAGRAM_SEND_BUFFER: i32 = 32770;
 const MAX_GENERATION: u32 = u32::MAX >> 1;
 
 /// What a relay is made of.
@@ -265,6 +267,9 @@ impl Relay {
         {
             socket.stack_readable = true;
         }
+        if readiness.has(Readiness::URGENT) {
+            (socket.stack_urgent, socket.stack_readable) = (true, true);
+        }
         socket.stack_error |= readiness.has(Readiness::ERROR);
         if readiness.has(Readiness::WRITE) || readiness.has(Readiness::ERROR) {
             socket.stack_writable = true;
@@ -283,6 +288,9 @@ impl Relay {
         }
         if bits & (libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) != 0 {
             socket.end_ended = true;
+        }
+        if bits & libc::EPOLLPRI != 0 {
+            (socket.end_urgent, socket.end_readable) = (true, true);
         }
         if bits & libc::EPOLLHUP != 0 {
             socket.end_hung_up = true;
@@ -492,7 +500,10 @@ impl Relay {
             return Err(Errno(libc::ENFILE));
         }
         if socket.is_stream() {
+            // An urgent byte is never lost, and stops a read that comes to it.
             sys::set_int_option(&end, libc::SO_OOBINLINE, 1);
+        } else {
+            sys::set_int_option(&theirs, libc::SO_SNDBUF, DATAGRAM_SEND_BUFFER);
         }
         let token = token(socket.generation, id);
         self.poll.add(end.as_raw_fd(), INTEREST, token).map_err(|_| Errno(libc::ENOBUFS))?;

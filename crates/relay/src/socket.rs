@@ -97,6 +97,12 @@ pub struct Socket {
     pub stack_readable: bool,
     pub stack_writable: bool,
     pub stack_error: bool,
+    /// Urgent data comes from the program, and from the stack.
+    pub end_urgent: bool,
+    pub stack_urgent: bool,
+    /// The only byte of `up` is urgent; an urgent byte for the program.
+    pub up_urgent: bool,
+    pub down_urgent: Option<u8>,
     /// The program ended its direction, or closed.
     pub end_ended: bool,
     pub end_hung_up: bool,
@@ -146,6 +152,10 @@ impl Socket {
             stack_readable: false,
             stack_writable: true,
             stack_error: false,
+            end_urgent: false,
+            stack_urgent: false,
+            up_urgent: false,
+            down_urgent: None,
             end_ended: false,
             end_hung_up: false,
             up_ended: false,

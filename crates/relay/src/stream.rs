@@ -149,8 +149,10 @@ fn up(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: &m
             }
             let pending = socket.up.pending();
             let length = pending.len();
-            match stack.send(socket.handle, &sys::segments(pending), SendFlags::default()) {
+            let flags = SendFlags { more: false, urgent: socket.up_urgent };
+            match stack.send(socket.handle, &sys::segments(pending), flags) {
                 Ok(n) => {
+                    socket.up_urgent &= n == 0;
                     socket.stack_writable = n == length;
                     socket.bytes_out += n as u64;
                     socket.up.take(n);
@@ -178,11 +180,19 @@ fn up(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: &m
         if !socket.end_readable || !socket.stack_writable {
             return Moved::AsFarAsItGoes;
         }
+        if socket.end_urgent && sys::at_mark(end) {
+            socket.end_urgent = false;
+            if let Ok(1) = sys::receive(end, &mut scratch[..1], 0) {
+                socket.up.push(&scratch[..1]);
+                socket.up_urgent = true;
+            }
+            continue;
+        }
         match sys::receive(end, &mut scratch[..CHUNK], 0) {
             Ok(0) => socket.up_ended = true,
             Ok(n) => {
                 // A short read means that nothing is left, unless the end stands behind it.
-                socket.end_readable = n == CHUNK || socket.end_ended;
+                socket.end_readable = n == CHUNK || socket.end_ended || socket.end_urgent;
                 *budget = budget.saturating_sub(n);
                 let sent = match stack.send(
                     socket.handle,
@@ -203,7 +213,7 @@ fn up(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: &m
                     socket.up.push(&scratch[sent..n]);
                 }
             }
-            Err(errno) if errno.would_block() => socket.end_readable = false,
+            Err(errno) if errno.would_block() => (socket.end_readable, socket.end_urgent) = (false, false),
             // Closed with unread data.
             Err(_) => return Moved::Closed { abort: true },
         }
@@ -239,6 +249,27 @@ fn down(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: 
             }
             continue;
         }
+        if let Some(byte) = socket.down_urgent {
+            if !socket.end_writable {
+                return Moved::AsFarAsItGoes;
+            }
+            match sys::send_urgent(end, byte) {
+                Err(errno) if errno.would_block() => socket.end_writable = false,
+                _ => socket.down_urgent = None,
+            }
+            continue;
+        }
+        if socket.stack_urgent && stack.at_mark(socket.handle) == Ok(true) {
+            match stack.recv_urgent(socket.handle) {
+                Ok(byte) => (socket.stack_urgent, socket.down_urgent) = (false, Some(byte)),
+                // Announced, and not there yet.
+                Err(errno) if errno.would_block() => {}
+                Err(_) => socket.stack_urgent = false,
+            }
+            if socket.down_urgent.is_some() {
+                continue;
+            }
+        }
         if socket.down_ended || !socket.stack_readable || !(socket.end_writable || socket.down_closed) {
             return Moved::AsFarAsItGoes;
         }
@@ -249,7 +280,7 @@ fn down(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: 
             }
             Ok(received) => {
                 let n = received.bytes.min(CHUNK);
-                socket.stack_readable = received.more;
+                socket.stack_readable = received.more || socket.stack_urgent;
                 socket.bytes_in += n as u64;
                 *budget = budget.saturating_sub(n);
                 if socket.down_closed {

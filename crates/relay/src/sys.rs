@@ -30,6 +30,22 @@ pub fn send(fd: &OwnedFd, data: &[u8]) -> Result<usize, Errno> {
     if n < 0 { Err(errno()) } else { Ok(n as usize) }
 }
 
+/// Sends one urgent byte without waiting.
+pub fn send_urgent(fd: &OwnedFd, byte: u8) -> Result<usize, Errno> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | libc::MSG_OOB;
+    // SAFETY: one byte, valid for reads.
+    let n = unsafe { libc::send(fd.as_raw_fd(), (&raw const byte).cast(), 1, flags) };
+    if n < 0 { Err(errno()) } else { Ok(n as usize) }
+}
+
+/// Whether the next byte is the urgent one.
+pub fn at_mark(fd: &OwnedFd) -> bool {
+    const SIOCATMARK: libc::c_ulong = 0x8905;
+    let mut value = 0i32;
+    // SAFETY: SIOCATMARK writes one int.
+    unsafe { libc::ioctl(fd.as_raw_fd(), SIOCATMARK as _, &raw mut value) == 0 && value != 0 }
+}
+
 pub fn shutdown(fd: &OwnedFd, how: i32) {
     // SAFETY: plain system call.
     unsafe { libc::shutdown(fd.as_raw_fd(), how) };

@@ -279,6 +279,51 @@ static void bulk(void)
     printf("bulk %d %d\n", ways[0].sum == ways[2].sum && !ways[0].left, ways[1].sum == ways[3].sum && !ways[1].left);
 }
 
+static volatile int racing = 1;
+static void *swapper(void *argument)
+{
+    int *fds = argument;
+    /* What stands under number 100 is a relayed stream, a datagram socket, a pipe, a Unix socket, or nothing. */
+    for (int i = 0; racing; i++) {
+        dup2(fds[i % 5], 100);
+        if (i % 7 == 0) close(100);
+    }
+    return NULL;
+}
+static void race(void)
+{
+    int fds[5] = {socket(AF_INET, SOCK_STREAM, 0), socket(AF_INET, SOCK_DGRAM, 0), listener()}, pair[2];
+    fcntl(fds[2], F_SETFL, O_NONBLOCK);
+    (void)!pipe(pair);
+    fds[3] = pair[0];
+    socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
+    fds[4] = pair[0];
+    for (int i = 0; i < 5; i++) fcntl(fds[i], F_SETFL, O_NONBLOCK);
+    pthread_t thread;
+    pthread_create(&thread, NULL, swapper, fds);
+    in to = loopback(1);
+    char b[128];
+    for (int i = 0; i < 3000; i++) {
+        socklen_t length = sizeof b;
+        int value = 1;
+        switch (i % 10) {
+        case 0: connect(100, (void *)&to, sizeof to); break;
+        case 1: bind(100, (void *)&to, i); break;
+        case 2: listen(100, 1); break;
+        case 3: close(accept(100, (void *)b, &length)); break;
+        case 4: getsockname(100, (void *)b, &length); break;
+        case 5: setsockopt(100, SOL_SOCKET, SO_REUSEADDR, &value, 4); break;
+        case 6: sendto(100, b, sizeof b, MSG_DONTWAIT, (void *)&to, sizeof to); break;
+        case 7: recvfrom(100, b, sizeof b, MSG_DONTWAIT, (void *)&to, &length); break;
+        case 8: shutdown(100, i % 3); break;
+        case 9: recvmsg(100, (void *)(long)(i * 64), MSG_DONTWAIT); break;
+        }
+    }
+    racing = 0;
+    pthread_join(thread, NULL);
+    printf("raced\n");
+}
+
 int main(int argc, char **argv)
 {
     setvbuf(stdout, NULL, _IONBF, 0);
@@ -292,6 +337,7 @@ int main(int argc, char **argv)
         else if (!strcmp(a, "signals")) signals();
         else if (!strcmp(a, "datagrams")) datagrams();
         else if (!strcmp(a, "bulk")) bulk();
+        else if (!strcmp(a, "race")) race();
         else if (!strcmp(a, "raw")) printf("raw %d\n", socket(AF_INET, SOCK_RAW, IPPROTO_ICMP) < 0 ? errno : 0);
         else if (!strcmp(a, "socket")) {
             int fd = socket(AF_INET, SOCK_STREAM, 0);
