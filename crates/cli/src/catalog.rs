@@ -48,6 +48,8 @@ pub fn of(config: &Config) -> Result<EngineConfig> {
                 attach: nsm.attach.unwrap_or_default(),
                 pacing: nsm.pacing.map(|rate| rate.0),
                 mark: nsm.mark,
+                // The file was checked.
+                smoltcp: crate::smoltcp::config(nsm).ok().flatten(),
             })
             .collect();
     }

@@ -49,6 +49,10 @@ pub struct NsmSection {
     pub attach: Option<netkernel_engine::Attach>,
     pub pacing: Option<Rate>,
     pub mark: Option<u32>,
+    pub tap: Option<Spanned<String>>,
+    pub addresses: Option<Spanned<Vec<String>>>,
+    pub gateways: Option<Spanned<Vec<String>>>,
+    pub mtu: Option<Spanned<u16>>,
     pub price_per_hour: Option<Spanned<f64>>,
     pub price_per_gb: Option<Spanned<f64>>,
 }
@@ -143,9 +147,16 @@ impl Config {
                 bail!("{}: there are two stacks named '{name}'; rename one", at(nsm.name.span().start));
             }
             if let Some(stack) = &nsm.stack
-                && stack.get_ref() != "kernel"
+                && !["kernel", "smoltcp"].contains(&stack.get_ref().as_str())
             {
-                bail!("{}: there is no stack '{}'; use \"kernel\"", at(stack.span().start), stack.get_ref());
+                bail!(
+                    "{}: there is no stack '{}'; use \"kernel\" or \"smoltcp\"",
+                    at(stack.span().start),
+                    stack.get_ref()
+                );
+            }
+            if let Err((start, error)) = crate::smoltcp::config(nsm) {
+                bail!("{}: {error}", at(start));
             }
             if let Some(cc) = &nsm.congestion_control
                 && (cc.get_ref().is_empty() || cc.get_ref().len() > 15)
@@ -315,6 +326,8 @@ mod tests {
             |n: &NsmSection| n.attach.is_some(),
             |n: &NsmSection| n.pacing.is_some(),
             |n: &NsmSection| n.mark.is_some(),
+            |n: &NsmSection| n.tap.is_some() && n.addresses.is_some(),
+            |n: &NsmSection| n.gateways.is_some() && n.mtu.is_some(),
             |n: &NsmSection| n.price_per_hour.is_some() && n.price_per_gb.is_some(),
         ] {
             assert!(config.nsms.iter().any(has));
@@ -350,6 +363,18 @@ mod tests {
             (
                 "[[nsm]]\nname = \"a\"\nstack = \"tpc\"\n",
                 "nk.toml, line 3, key 'stack': there is no stack 'tpc'",
+            ),
+            (
+                "[[nsm]]\nname = \"a\"\ntap = \"nk0\"\n",
+                "nk.toml, line 3, key 'tap': only a stack \"smoltcp\"",
+            ),
+            (
+                "[[nsm]]\nname = \"a\"\nstack = \"smoltcp\"\n",
+                "nk.toml, line 3, key 'stack': the stack \"smoltcp\" needs a TAP",
+            ),
+            (
+                "[[nsm]]\nname = \"a\"\nstack = \"smoltcp\"\ntap = \"nk0\"\naddresses = [\"10.9.0.2\"]\n",
+                "nk.toml, line 5, key 'addresses': `10.9.0.2` is no address with a prefix",
             ),
             ("[[nsm]]\nname = \"a\"\npacing = \"5 MB/s\"\n", "nk.toml, line 3, key 'pacing': invalid value"),
             (

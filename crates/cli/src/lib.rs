@@ -17,6 +17,7 @@ mod private;
 mod program;
 mod run;
 mod show;
+mod smoltcp;
 mod sys;
 mod units;
 mod up;

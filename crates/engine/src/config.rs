@@ -11,7 +11,7 @@ use crate::{Form, StackKinds};
 pub struct NsmConfig {
     /// What guests ask for.
     pub name: String,
-    /// Kind of stack, see [`StackKinds`]: `kernel`.
+    /// Kind of stack, see [`StackKinds`]: `kernel`, `smoltcp`.
     pub stack: String,
     /// Where its code runs.
     pub form: Form,
@@ -27,6 +27,8 @@ pub struct NsmConfig {
     pub pacing: Option<u64>,
     /// SO_MARK of each socket.
     pub mark: Option<u32>,
+    /// Set-up of a `smoltcp` stack; its namespace is `netns`.
+    pub smoltcp: Option<netkernel_stack_smoltcp::SmoltcpConfig>,
 }
 
 /// How a program's sockets are attached to their stack.
@@ -55,6 +57,7 @@ impl NsmConfig {
             attach: Attach::default(),
             pacing: None,
             mark: None,
+            smoltcp: None,
         }
     }
 }

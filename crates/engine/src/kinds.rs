@@ -81,9 +81,10 @@ impl StackKinds {
 }
 
 impl Default for StackKinds {
-    /// The kernel stack.
+    /// The kernel stack and smoltcp.
     fn default() -> Self {
         use netkernel_stack_kernel::{DirectSockets, KernelConfig, KernelStack, check};
+        use netkernel_stack_smoltcp::{SmoltcpConfig, SmoltcpStack};
         fn kernel(nsm: &NsmConfig) -> KernelConfig {
             KernelConfig {
                 congestion_control: nsm.congestion_control.clone(),
@@ -102,6 +103,14 @@ impl Default for StackKinds {
         kinds.register_direct("kernel", |nsm| {
             Ok(Box::new(DirectSockets::new(kernel(nsm))?) as Box<dyn Sockets>)
         });
+        fn smoltcp(nsm: &NsmConfig) -> SmoltcpConfig {
+            SmoltcpConfig { netns: nsm.netns.clone(), ..nsm.smoltcp.clone().unwrap_or_default() }
+        }
+        kinds.register(
+            "smoltcp",
+            |nsm| netkernel_stack_smoltcp::check(&smoltcp(nsm)),
+            |nsm| Ok(Box::new(SmoltcpStack::new(&smoltcp(nsm))?) as Box<dyn Stack>),
+        );
         kinds
     }
 }
