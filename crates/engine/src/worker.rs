@@ -356,14 +356,16 @@ impl Worker {
     fn poll_stacks(&mut self) -> bool {
         let mut worked = false;
         for nsm in 0..self.modules.len() {
-            worked |= self.poll_stack(nsm);
+            worked |= self.poll_stack(nsm, false);
         }
         worked
     }
 
-    fn poll_stack(&mut self, nsm: usize) -> bool {
+    /// `woken`: the stack's descriptor is readable.
+    fn poll_stack(&mut self, nsm: usize, woken: bool) -> bool {
         let Some(Some(module)) = self.modules.get_mut(nsm) else { return false };
-        if module.guests == 0 {
+        // A stack of one's own has work without guests too: what they left behind, and what its neighbours ask.
+        if module.guests == 0 && !woken && module.stack.deadline_ns().is_none() {
             return false;
         }
         self.ready.clear();
@@ -403,7 +405,7 @@ impl Worker {
         // Stacks that have no descriptor to wake us with.
         for nsm in 0..self.modules.len() {
             if self.modules[nsm].as_ref().is_some_and(|module| !module.wakes) {
-                worked |= self.poll_stack(nsm);
+                worked |= self.poll_stack(nsm, false);
             }
         }
         worked
@@ -418,7 +420,7 @@ impl Worker {
                 }
             }
             Source::Stack(nsm) => {
-                self.poll_stack(nsm as usize);
+                self.poll_stack(nsm as usize, true);
             }
             Source::Doorbell(slot) => {
                 // Never read: the guest could make that block. Each write is reported all the same (edge-triggered).

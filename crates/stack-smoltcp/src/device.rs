@@ -7,7 +7,8 @@ use std::io::{Read, Write};
 use smoltcp::phy::{self, DeviceCapabilities, Medium};
 use smoltcp::time::Instant;
 use smoltcp::wire::{
-    ArpOperation, ArpPacket, EthernetAddress, EthernetFrame, EthernetProtocol, IpAddress, Ipv6Packet,
+    ArpOperation, ArpPacket, EthernetAddress, EthernetFrame, EthernetProtocol, Icmpv6Message, Icmpv6Packet,
+    IpAddress, IpProtocol, Ipv6Packet,
 };
 
 /// Frames to the stack itself that wait; more are lost, as on a wire.
@@ -93,17 +94,15 @@ impl Device {
             EthernetProtocol::Arp => ArpPacket::new_checked(frame.payload()).is_ok_and(|arp| {
                 let target: Option<[u8; 4]> = arp.target_protocol_addr().try_into().ok();
                 arp.operation() == ArpOperation::Request
-                    && target.is_some_and(|target| {
-                        self.addresses.contains(&IpAddress::Ipv4(target.into()))
-                    })
+                    && target.is_some_and(|target| self.addresses.contains(&IpAddress::Ipv4(target.into())))
             }),
-            // A neighbour solicitation goes to the group of whoever has the address.
+            // A neighbour solicitation goes to a group, which others may be in too.
             EthernetProtocol::Ipv6 => Ipv6Packet::new_checked(frame.payload()).is_ok_and(|packet| {
-                let group = packet.dst_addr();
-                self.addresses.iter().any(|own| {
-                    matches!(own, IpAddress::Ipv6(own) if group.octets()[..13] == [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xff]
-                        && group.octets()[13..] == own.octets()[13..])
-                })
+                packet.next_header() == IpProtocol::Icmpv6
+                    && Icmpv6Packet::new_checked(packet.payload()).is_ok_and(|message| {
+                        message.msg_type() == Icmpv6Message::NeighborSolicit
+                            && self.addresses.contains(&IpAddress::Ipv6(message.target_addr()))
+                    })
             }),
             _ => false,
         }
