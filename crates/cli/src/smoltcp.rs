@@ -35,6 +35,10 @@ pub fn config(nsm: &NsmSection) -> Result<Option<SmoltcpConfig>, (usize, String)
             "`pacing` and `mark` are for the kernel's sockets; remove them for \"smoltcp\"".into(),
         ));
     }
+    if nsm.form == Some(netkernel_engine::Form::Process) {
+        let text = "a stack \"smoltcp\" runs in the engine's own process only so far; remove `form`".into();
+        return Err((at, text));
+    }
     let mut config = SmoltcpConfig {
         netns: nsm.netns.as_ref().map(|key| key.get_ref().clone()),
         ..SmoltcpConfig::default()

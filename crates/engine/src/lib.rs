@@ -26,7 +26,7 @@ pub use kinds::StackKinds;
 pub use netkernel_abi::Limits;
 pub use netkernel_agent::Policy;
 pub use netkernel_shm::HugePages;
-pub use process::Form;
 pub use netkernel_stack_smoltcp::{Cidr, SmoltcpConfig};
+pub use process::Form;
 pub use status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
 pub use usage::{GuestUsage, Usage};

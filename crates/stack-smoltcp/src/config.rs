@@ -1,10 +1,12 @@
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::tap;
 
 /// An address with the length of its network's prefix: `10.9.0.2/24`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cidr {
     pub address: IpAddr,
     pub prefix: u8,
@@ -27,7 +29,7 @@ impl FromStr for Cidr {
 }
 
 /// How the module is set up.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SmoltcpConfig {
     /// TAP device, made unless it exists. `None`: no wire, the stack talks to itself only.
     pub tap: Option<String>,
