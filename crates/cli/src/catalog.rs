@@ -38,20 +38,25 @@ pub fn of(config: &Config) -> Result<EngineConfig> {
         engine.nsms = config
             .nsms
             .iter()
-            .map(|nsm| NsmConfig {
-                name: nsm.name.get_ref().clone(),
-                stack: nsm.stack.as_ref().map_or_else(|| "kernel".into(), |s| s.get_ref().clone()),
-                form: nsm.form.unwrap_or_default(),
-                congestion_control: nsm.congestion_control.as_ref().map(|s| s.get_ref().clone()),
-                netns: nsm.netns.as_ref().map(|s| s.get_ref().clone()),
-                congestion_policy: nsm.congestion_policy.unwrap_or_default(),
-                attach: nsm.attach.unwrap_or_default(),
-                pacing: nsm.pacing.map(|rate| rate.0),
-                mark: nsm.mark,
-                // The file was checked.
-                smoltcp: crate::smoltcp::config(nsm).ok().flatten(),
+            .map(|nsm| {
+                let allow = nsm.memory_users()?;
+                Ok(NsmConfig {
+                    name: nsm.name.get_ref().clone(),
+                    stack: nsm.stack.as_ref().map_or_else(|| "kernel".into(), |s| s.get_ref().clone()),
+                    form: nsm.form.unwrap_or_default(),
+                    congestion_control: nsm.congestion_control.as_ref().map(|s| s.get_ref().clone()),
+                    netns: nsm.netns.as_ref().map(|s| s.get_ref().clone()),
+                    congestion_policy: nsm.congestion_policy.unwrap_or_default(),
+                    attach: nsm.attach.unwrap_or_default(),
+                    pacing: nsm.pacing.map(|rate| rate.0),
+                    mark: nsm.mark,
+                    // The file was checked.
+                    smoltcp: crate::smoltcp::config(nsm).ok().flatten(),
+                    memory: nsm.memory.unwrap_or_default(),
+                    memory_allow: (!allow.everybody).then_some(allow.list),
+                })
             })
-            .collect();
+            .collect::<Result<_>>()?;
     }
     Ok(engine)
 }

@@ -53,6 +53,9 @@ pub struct NsmSection {
     pub addresses: Option<Spanned<Vec<String>>>,
     pub gateways: Option<Spanned<Vec<String>>>,
     pub mtu: Option<Spanned<u16>>,
+    pub memory: Option<bool>,
+    #[serde(default)]
+    pub memory_allow: Vec<Spanned<User>>,
     pub price_per_hour: Option<Spanned<f64>>,
     pub price_per_gb: Option<Spanned<f64>>,
 }
@@ -132,6 +135,9 @@ impl Config {
             bail!("{}: a region is 64MiB to 64GiB large", at(n.span().start));
         }
         self.users_at(path, text)?;
+        for nsm in &self.nsms {
+            users(&nsm.memory_allow, path, text)?;
+        }
         for (i, nsm) in self.nsms.iter().enumerate() {
             let name = nsm.name.get_ref();
             if name.is_empty()
@@ -147,10 +153,10 @@ impl Config {
                 bail!("{}: there are two stacks named '{name}'; rename one", at(nsm.name.span().start));
             }
             if let Some(stack) = &nsm.stack
-                && !["kernel", "smoltcp"].contains(&stack.get_ref().as_str())
+                && !["kernel", "shm", "smoltcp"].contains(&stack.get_ref().as_str())
             {
                 bail!(
-                    "{}: there is no stack '{}'; use \"kernel\" or \"smoltcp\"",
+                    "{}: there is no stack '{}'; use \"kernel\", \"shm\" or \"smoltcp\"",
                     at(stack.span().start),
                     stack.get_ref()
                 );
@@ -181,22 +187,33 @@ impl Config {
     }
 
     fn users_at(&self, path: &Path, text: &str) -> Result<Users> {
-        let mut users = Users::default();
-        for user in &self.engine.allow_users {
-            match user.get_ref() {
-                User::Number(uid) => users.list.push(*uid),
-                User::Name(name) if name == "*" => users.everybody = true,
-                User::Name(name) => {
-                    let uid = name.parse().ok().or_else(|| sys::uid_of(name)).ok_or_else(|| {
+        users(&self.engine.allow_users, path, text)
+    }
+}
+
+impl NsmSection {
+    /// Resolves `memory_allow`.
+    pub fn memory_users(&self) -> Result<Users> {
+        users(&self.memory_allow, Path::new("configuration"), "")
+    }
+}
+
+fn users(list: &[Spanned<User>], path: &Path, text: &str) -> Result<Users> {
+    let mut users = Users::default();
+    for user in list {
+        match user.get_ref() {
+            User::Number(uid) => users.list.push(*uid),
+            User::Name(name) if name == "*" => users.everybody = true,
+            User::Name(name) => {
+                let uid = name.parse().ok().or_else(|| sys::uid_of(name)).ok_or_else(|| {
                         let at = Place::of(path, text, Some(user.span().start));
                         anyhow!("{at}: there is no user '{name}' on this host; use a name, a number, or \"*\" for everybody")
                     })?;
-                    users.list.push(uid);
-                }
+                users.list.push(uid);
             }
         }
-        Ok(users)
     }
+    Ok(users)
 }
 
 impl<'de> Deserialize<'de> for Bytes {

@@ -11,7 +11,7 @@ use crate::{Form, StackKinds};
 pub struct NsmConfig {
     /// What guests ask for.
     pub name: String,
-    /// Kind of stack, see [`StackKinds`]: `kernel`, `smoltcp`.
+    /// Kind of stack, see [`StackKinds`]: `kernel`, `shm` (in front of the kernel), `smoltcp`.
     pub stack: String,
     /// Where its code runs.
     pub form: Form,
@@ -29,6 +29,10 @@ pub struct NsmConfig {
     pub mark: Option<u32>,
     /// Set-up of a `smoltcp` stack; its namespace is `netns`.
     pub smoltcp: Option<netkernel_stack_smoltcp::SmoltcpConfig>,
+    /// Connections between its guests and others that have this are joined in memory. Kind `shm` always has it.
+    pub memory: bool,
+    /// Users whose guests may connect in memory to guests of other users that have this stack. `None`: everybody.
+    pub memory_allow: Option<Vec<u32>>,
 }
 
 /// How a program's sockets are attached to their stack.
@@ -58,6 +62,8 @@ impl NsmConfig {
             pacing: None,
             mark: None,
             smoltcp: None,
+            memory: false,
+            memory_allow: Some(Vec::new()),
         }
     }
 }
@@ -82,12 +88,13 @@ pub struct EngineConfig {
 }
 
 impl EngineConfig {
-    /// NSM `kernel` (the host's default congestion control) and one for each congestion control that the host offers.
+    /// NSM `kernel` (the host's default congestion control), one for each congestion control that the host offers, and `shm`.
     pub fn default_catalog() -> Vec<NsmConfig> {
         let mut nsms = vec![NsmConfig::kernel("kernel", None)];
         for cc in netkernel_stack_kernel::available_congestion_controls() {
             nsms.push(NsmConfig::kernel(&cc, Some(&cc)));
         }
+        nsms.push(NsmConfig { stack: "shm".into(), ..NsmConfig::kernel("shm", None) });
         nsms
     }
 }

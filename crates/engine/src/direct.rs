@@ -87,7 +87,7 @@ fn status(guest: u32, socket: DirectSocket, reason: &'static str) -> SocketStatu
         guest,
         id: socket.inode as u32,
         attachment: "direct",
-        reason,
+        reason: reason.into(),
         kind: socket.kind,
         state: socket.state,
         local: socket.local,

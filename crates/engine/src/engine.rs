@@ -247,7 +247,8 @@ impl Engine {
         }
         // The engine may be allowed more than who asked for the guest.
         let privileged = spec.uid == 0;
-        let guest = NewGuest { id, region, nsm, privileged, channel: channel_ours, doorbell };
+        let guest =
+            NewGuest { id, region, nsm, privileged, owner: spec.uid, channel: channel_ours, doorbell };
         let result = self.ask(worker, |answer| Command::Add(Box::new(guest), answer));
         match result.and_then(|r| r) {
             Ok(()) => {

@@ -1,8 +1,10 @@
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 
 use netkernel_agent::Sockets;
 use netkernel_service::Stack;
+use netkernel_stack_shm::{Hub, Network, Settings, ShmStack};
 
 use crate::NsmConfig;
 
@@ -81,7 +83,7 @@ impl StackKinds {
 }
 
 impl Default for StackKinds {
-    /// The kernel stack and smoltcp.
+    /// The kernel stack, by itself and behind the shared-memory stack, and smoltcp.
     fn default() -> Self {
         use netkernel_stack_kernel::{DirectSockets, KernelConfig, KernelStack, check};
         use netkernel_stack_smoltcp::{SmoltcpConfig, SmoltcpStack};
@@ -95,14 +97,26 @@ impl Default for StackKinds {
             }
         }
         let mut kinds = StackKinds::none();
-        kinds.register(
-            "kernel",
-            |nsm| check(&kernel(nsm)),
-            |nsm| Ok(Box::new(KernelStack::new(kernel(nsm))?) as Box<dyn Stack>),
-        );
-        kinds.register_direct("kernel", |nsm| {
-            Ok(Box::new(DirectSockets::new(kernel(nsm))?) as Box<dyn Sockets>)
-        });
+        let hub = Arc::new(Hub::default());
+        for kind in ["kernel", "shm"] {
+            let hub = Arc::clone(&hub);
+            let make = move |nsm: &NsmConfig| {
+                let stack = Box::new(KernelStack::new(kernel(nsm))?) as Box<dyn Stack>;
+                if kind == "kernel" && !nsm.memory {
+                    return Ok(stack);
+                }
+                let settings = Settings {
+                    network: network(nsm.netns.as_deref())?,
+                    allow: nsm.memory_allow.clone().unwrap_or_default(),
+                    allow_all: nsm.memory_allow.is_none(),
+                };
+                Ok(Box::new(ShmStack::new(stack, Arc::clone(&hub), settings)?) as Box<dyn Stack>)
+            };
+            kinds.register(kind, |nsm| check(&kernel(nsm)), make);
+            kinds.register_direct(kind, |nsm| {
+                Ok(Box::new(DirectSockets::new(kernel(nsm))?) as Box<dyn Sockets>)
+            });
+        }
         fn smoltcp(nsm: &NsmConfig) -> SmoltcpConfig {
             SmoltcpConfig { netns: nsm.netns.clone(), ..nsm.smoltcp.clone().unwrap_or_default() }
         }
@@ -113,4 +127,15 @@ impl Default for StackKinds {
         );
         kinds
     }
+}
+
+/// The network namespace of an NSM, by its identity.
+fn network(netns: Option<&str>) -> Result<Network, String> {
+    let path = match netns {
+        None => "/proc/self/ns/net".into(),
+        Some(path) if path.contains('/') => path.to_owned(),
+        Some(name) => format!("/run/netns/{name}"),
+    };
+    let file = std::fs::metadata(&path).map_err(|e| format!("network namespace {path}: {e}"))?;
+    Ok(Network(file.dev(), file.ino()))
 }

@@ -58,6 +58,8 @@ pub(crate) struct NewGuest {
     pub nsm: usize,
     /// May bind to ports below 1024.
     pub privileged: bool,
+    /// The user who asked for it.
+    pub owner: u32,
     pub channel: OwnedFd,
     pub doorbell: OwnedFd,
 }
@@ -502,6 +504,11 @@ impl Worker {
         if !self.cool_all() || self.stop {
             return;
         }
+        // What a stack did for one of its sockets may have made others of this thread ready.
+        if self.poll_stacks() {
+            self.flush_hot();
+            return;
+        }
         self.sleeps += 1;
         let timeout = self.timeout_ms();
         self.look(timeout);
@@ -663,6 +670,9 @@ impl Worker {
                 self.guests.len() - 1
             }
         };
+        if let Some(module) = &mut self.modules[new.nsm] {
+            module.stack.guest(slot as u32, new.owner);
+        }
         let limits = new.region.layout().limits;
         self.poller
             .add_doorbell(new.doorbell.as_raw_fd(), Source::Doorbell(slot as u32))
@@ -752,7 +762,7 @@ impl Worker {
                 guest: id,
                 id: s.id,
                 attachment: "queued",
-                reason: "the preloaded library serves it",
+                reason: s.way.map_or("the preloaded library serves it".into(), Into::into),
                 kind: s.kind,
                 state: s.state,
                 local: text(s.local),

@@ -87,6 +87,20 @@ impl Segments {
         done
     }
 
+    /// Copies as many bytes of other guest memory as both sides have; says how many.
+    pub fn copy_from_guest(&self, from: &Segments) -> usize {
+        let most = self.len().min(from.len());
+        let mut done = 0;
+        while done < most {
+            let (into, from) = (self.slice(done, most - done).first, from.slice(done, most - done).first);
+            let n = into.len.min(from.len);
+            // SAFETY: both runs are valid for n bytes (contract of GuestBytes::new); they may overlap.
+            unsafe { std::ptr::copy(from.pointer, into.pointer, n) };
+            done += n;
+        }
+        done
+    }
+
     /// Copies in as many bytes as both sides have; says how many.
     pub fn copy_from(&self, data: &[u8]) -> usize {
         let mut done = 0;

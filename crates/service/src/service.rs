@@ -68,6 +68,8 @@ pub struct SocketInfo {
     pub send_ring_bytes: u32,
     pub unread_bytes: u32,
     pub unsent_bytes: u32,
+    /// What the stack says of its way ([`Stack::way`]).
+    pub way: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -513,6 +515,7 @@ impl Service {
                 receive_ring_bytes: sock.rx.size(),
                 send_ring_bytes: sock.tx.size(),
                 unread_bytes: sock.rx_tail.wrapping_sub(entry.rx_head.load(Relaxed)).min(sock.rx.size()),
+                way: stack.way(sock.handle),
                 unsent_bytes: entry.tx_tail.load(Relaxed).wrapping_sub(sock.tx_head).min(sock.tx.size()),
             });
         }

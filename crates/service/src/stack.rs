@@ -155,7 +155,7 @@ pub enum Close {
 /// them than needed do no harm, also reports of sockets that were closed meanwhile.
 ///
 /// **Payload is guest memory.** [`Segments`] are runs of memory that the guest can write at any time. Hand them to the
-/// system or copy them; decide nothing by what stands in them. They are valid during the call only.
+/// system or copy them; decide nothing by what stands in them. They are valid during the call only, unless it says otherwise.
 ///
 /// **Errors are Linux's.** What an operation returns reaches the program as errno.
 ///
@@ -190,7 +190,8 @@ pub trait Stack: Send {
     /// True when [`accept`](Stack::accept) would find a connection.
     fn acceptable(&mut self, listener: Handle) -> bool;
 
-    /// Sends stream bytes; says how many were taken. A stack that keeps bytes must copy them.
+    /// Sends stream bytes; says how many were taken. A stack that keeps bytes must copy them. What was not taken stays mapped
+    /// until the next `send`, [`disconnect`](Stack::disconnect) or [`close`](Stack::close) of this handle, and is offered again first.
     fn send(&mut self, handle: Handle, data: &Segments, flags: SendFlags) -> Result<usize, Errno>;
 
     /// Receives stream bytes, at most `into.len()`, which is not 0.
@@ -258,6 +259,14 @@ pub trait Stack: Send {
     /// A descriptor that is readable while [`poll`](Stack::poll) has something to report; the engine sleeps on it.
     /// `None`: only polling tells (see [`deadline_ns`](Stack::deadline_ns)).
     fn wake_fd(&self) -> Option<RawFd>;
+
+    /// A guest comes, before its first socket: the upper half of its sockets' keys, and whose it is.
+    fn guest(&mut self, _guest: u32, _owner: u32) {}
+
+    /// Which way a socket's payload goes, and why; for people. `None`: this stack has one way only.
+    fn way(&mut self, _handle: Handle) -> Option<String> {
+        None
+    }
 
     /// When `poll` must be called at the latest, in nanoseconds of CLOCK_MONOTONIC; for stacks with timers of their own.
     fn deadline_ns(&self) -> Option<u64> {
