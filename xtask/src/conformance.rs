@@ -12,6 +12,7 @@ const PROGRAM: &str = "conformance/build/socktest";
 const EXPECTED: &str = "conformance/expected-differences.txt";
 /// A relay differs in other cases.
 const EXPECTED_RELAY: &str = "conformance/expected-differences-relay.txt";
+const EXPECTED_SHM: &str = "conformance/expected-differences-shm.txt";
 /// What the reason of a case begins with that is not run, since it would wait until its limit.
 const HANGS: &str = "hangs";
 
@@ -28,24 +29,33 @@ pub fn compare(cases: &[String]) -> Result<Tally> {
     let (_, native) = capture(native, 10 * MINUTE, false)?;
     let native = parse(&native);
     let mut tally = built;
-    for (attach, expected) in [("auto", EXPECTED), ("direct", EXPECTED), ("relay", EXPECTED_RELAY)] {
-        let text = std::fs::read_to_string(expected).with_context(|| format!("cannot read {expected}"))?;
-        let expected = parse_expected(&text).with_context(|| expected.to_owned())?;
+    let runs = [
+        ("auto", "cubic", &[EXPECTED][..]),
+        ("direct", "cubic", &[EXPECTED]),
+        ("relay", "cubic", &[EXPECTED_RELAY]),
+        ("auto", "shm", &[EXPECTED, EXPECTED_SHM]),
+    ];
+    for (attach, stack, files) in runs {
+        let mut expected = Cases::new();
+        for file in files {
+            let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {file}"))?;
+            expected.extend(parse_expected(&text).with_context(|| (*file).to_owned())?);
+        }
         let hangs = |name: &str| expected.get(name).is_some_and(|reason| reason.starts_with(HANGS));
         let mut run = native.clone();
         run.retain(|name, _| !hangs(name));
         let left_out = native.len() - run.len();
         // Without names the program runs all of its cases.
         let names: Vec<String> = if left_out == 0 { cases.to_vec() } else { run.keys().cloned().collect() };
-        tally = tally.and(attached(&run, &expected, &names, attach)?);
+        tally = tally.and(attached(&run, &expected, &names, attach, stack)?);
         tally.known += left_out as u64;
     }
     Ok(tally)
 }
 
 /// Runs the program as a guest and compares.
-fn attached(native: &Cases, expected: &Cases, cases: &[String], attach: &str) -> Result<Tally> {
-    let mut served = parse(&serve(cases, attach)?);
+fn attached(native: &Cases, expected: &Cases, cases: &[String], attach: &str, stack: &str) -> Result<Tally> {
+    let mut served = parse(&serve(cases, attach, stack)?);
     // What differs unexpectedly is run once more: what is as it should be then is told as flaky.
     let differing: Vec<String> = native
         .iter()
@@ -53,7 +63,7 @@ fn attached(native: &Cases, expected: &Cases, cases: &[String], attach: &str) ->
         .map(|(name, _)| name.clone())
         .collect();
     if !differing.is_empty() && differing.len() < 12 {
-        for (name, got) in parse(&serve(&differing, attach)?) {
+        for (name, got) in parse(&serve(&differing, attach, stack)?) {
             if let Some(before) = served.insert(name.clone(), got.clone())
                 && before != got
             {
@@ -62,13 +72,13 @@ fn attached(native: &Cases, expected: &Cases, cases: &[String], attach: &str) ->
         }
     }
     let report = judge(native, &served, expected);
-    println!("--- conformance, --attach {attach}");
+    println!("--- conformance, --attach {attach} --stack {stack}");
     report.lines.iter().for_each(|line| println!("{line}"));
     Ok(report.tally)
 }
 
 /// Runs cases as a guest.
-fn serve(cases: &[String], attach: &str) -> Result<Vec<String>> {
+fn serve(cases: &[String], attach: &str, stack: &str) -> Result<Vec<String>> {
     let mut served = Command::new(artifact("netkernel"));
     served
         .args([
@@ -77,7 +87,7 @@ fn serve(cases: &[String], attach: &str) -> Result<Vec<String>> {
             "--attach",
             attach,
             "--stack",
-            "cubic",
+            stack,
             "--name",
             "socktest",
             "--",

@@ -71,7 +71,7 @@ fn status(guest: u32, socket: RelaySocket, reason: &'static str) -> SocketStatus
         guest,
         id: socket.inode as u32,
         attachment: "relay",
-        reason,
+        reason: reason.into(),
         kind: socket.kind,
         state: socket.state,
         local: socket.local.map(|name| name.to_string()),

@@ -11,6 +11,9 @@ use crate::link::{Link, Side};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Network(pub u64, pub u64);
 
+/// Owner of guests that nobody told of.
+pub(crate) const NOBODY: u32 = u32::MAX;
+
 /// All listeners of guests of one engine.
 #[derive(Default)]
 pub struct Hub {
@@ -102,6 +105,9 @@ impl Listener {
 
     /// The policy: may a guest of this owner be joined with the listener's? An error is the reason, for people.
     pub fn admits(&self, owner: u32) -> Result<(), String> {
+        if owner == NOBODY {
+            return Err("whose guest this is, is not known".into());
+        }
         if owner == self.owner || self.allow_all || self.allow.contains(&owner) {
             return Ok(());
         }

@@ -63,6 +63,8 @@ struct End {
 struct Urgent {
     at: u64,
     byte: Option<u8>,
+    /// The receiver asked for the byte. It is not passed before: what is ready may be told of piece by piece.
+    told: bool,
 }
 
 /// A sender's bytes where they are.
@@ -147,7 +149,7 @@ impl Link {
             let at = peer.received + (peer.queue.len() + rest.len() - 1) as u64;
             // Offered once already: the receiver may have taken it meanwhile.
             if peer.urgent.as_ref().is_none_or(|known| known.at != at) {
-                peer.urgent = Some(Urgent { at, byte: Some(byte[0]) });
+                peer.urgent = Some(Urgent { at, byte: Some(byte[0]), told: false });
             }
             peer.report(Readiness::READ | Readiness::URGENT);
         }
@@ -165,6 +167,10 @@ impl Link {
     pub fn recv(&self, side: Side, into: &Segments) -> Result<Received, Errno> {
         let mut state = lock(&self.state);
         let (me, peer) = state.ends(side);
+        if me.urgent.as_ref().is_some_and(|urgent| urgent.at == me.received && !urgent.told) {
+            me.wants_read = true;
+            return Err(Errno::AGAIN);
+        }
         if !me.inline && me.urgent.as_ref().is_some_and(|urgent| urgent.at == me.received) && me.waiting() > 0
         {
             let mut byte = [0];
@@ -214,6 +220,9 @@ impl Link {
     pub fn recv_urgent(&self, side: Side) -> Result<u8, Errno> {
         let mut state = lock(&self.state);
         let me = state.ends(side).0;
+        if let Some(urgent) = &mut me.urgent {
+            urgent.told = true;
+        }
         if me.inline {
             return Err(Errno(libc::EINVAL));
         }
@@ -267,6 +276,20 @@ impl Link {
         match lock(&self.state).ends(side).0.error.take() {
             Some(errno) => Err(errno),
             None => Ok(()),
+        }
+    }
+
+    /// As TCP_INFO names it.
+    pub fn tcp_state(&self, side: Side) -> u8 {
+        let mut state = lock(&self.state);
+        let established = state.established;
+        let me = state.ends(side).0;
+        match (established, me.over, me.fin, me.shut) {
+            (_, true, ..) | (_, _, true, true) => 7,
+            (false, ..) => 2,
+            (_, _, true, _) => 8,
+            (_, _, _, true) => 5,
+            _ => 1,
         }
     }
 

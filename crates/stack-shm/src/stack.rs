@@ -8,13 +8,17 @@ use netkernel_service::{
     SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
 };
 
-use crate::hub::{Hub, Listener, Network, Waiting, canonical, destination, of_domain};
+use crate::hub::{Hub, Listener, NOBODY, Network, Waiting, canonical, destination, of_domain};
 use crate::inbox::Inbox;
 use crate::link::{Link, Side};
 
 /// With reports of the hub there, the fallback is asked every so many turns only: that is a system call.
 const FALLBACK_EVERY: u32 = 8;
+/// What the kernel says of connections within the host.
+const LOOPBACK_MTU: i32 = 65536;
 const SIOCATMARK: u64 = 0x8905;
+/// Tells of a connection only when its first bytes are there: the fallback does that.
+const DEFER_ACCEPT: (i32, i32) = (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT);
 /// What a guest can never be told of.
 const NO_KEY: u64 = u64::MAX;
 
@@ -55,6 +59,8 @@ struct Socket {
     options: Vec<(i32, i32, Vec<u8>)>,
     joined: Option<Joined>,
     listener: Option<Arc<Listener>>,
+    /// Of a link that was dissolved.
+    error: Option<Errno>,
     way: Option<String>,
 }
 
@@ -65,6 +71,8 @@ struct Joined {
     peer: SocketAddress,
     /// The shadow was bound for this connection.
     bound_here: bool,
+    /// Nobody was told so far that the connect has ended.
+    connecting: bool,
 }
 
 impl ShmStack {
@@ -128,7 +136,7 @@ impl ShmStack {
     }
 
     fn owner(&self, key: u64) -> u32 {
-        self.owners.get((key >> 32) as usize).copied().unwrap_or(u32::MAX)
+        self.owners.get((key >> 32) as usize).copied().unwrap_or(NOBODY)
     }
 
     /// Connects in memory. `Ok(None)`: the fallback's affair, and why stands in `way`.
@@ -183,11 +191,12 @@ impl ShmStack {
             self.because(handle, "by the fallback stack: the listener was being closed");
             return Ok(None);
         }
-        let begun = if link.is_established() { Connect::Done } else { Connect::Begun };
         let (local, peer) = (of_domain(domain, local), of_domain(domain, (ip, port)));
         self.because(handle, &format!("in memory, with guest slot {} on this engine", listener.guest));
-        self.socket(handle)?.joined = Some(Joined { link, side: Side::Client, local, peer, bound_here });
-        Ok(Some(begun))
+        self.socket(handle)?.joined =
+            Some(Joined { link, side: Side::Client, local, peer, bound_here, connecting: true });
+        // As TCP has it: a connect that does not wait is under way first.
+        Ok(Some(Connect::Begun))
     }
 
     fn because(&mut self, handle: Handle, way: &str) {
@@ -231,6 +240,9 @@ impl ShmStack {
         let Ok(socket) = self.socket(handle) else { return false };
         let Some(joined) = socket.joined.take() else { return false };
         socket.way = None;
+        if joined.connecting || joined.link.is_connected(joined.side) {
+            socket.error = Some(Errno(libc::ECONNRESET));
+        }
         let shadow = if joined.bound_here { socket.shadow.take() } else { None };
         joined.link.close(joined.side, Close::Abort);
         if let Some(shadow) = shadow {
@@ -252,6 +264,7 @@ impl ShmStack {
             local: of_domain(domain, waiting.server),
             peer,
             bound_here: false,
+            connecting: false,
         };
         let handle = self.insert(Socket {
             key,
@@ -262,6 +275,7 @@ impl ShmStack {
             options,
             joined: Some(joined),
             listener: None,
+            error: None,
             way: Some("in memory, accepted from a guest of this engine".into()),
         });
         Ok(Accepted { handle, peer })
@@ -281,6 +295,7 @@ impl ShmStack {
             options: Vec::new(),
             joined: None,
             listener: None,
+            error: None,
             way: Some(
                 "by the fallback stack: the peer is no guest of this engine, or was not to be joined".into(),
             ),
@@ -303,6 +318,7 @@ impl Stack for ShmStack {
             options: Vec::new(),
             joined: None,
             listener: None,
+            error: None,
             way,
         }))
     }
@@ -338,7 +354,14 @@ impl Stack for ShmStack {
             listener.set_backlog(backlog);
             return Ok(());
         }
+        if is_set(&socket.options, DEFER_ACCEPT.0, DEFER_ACCEPT.1) {
+            socket.way = Some("by the fallback stack: TCP_DEFER_ACCEPT".into());
+            return Ok(());
+        }
         let (key, domain) = (socket.key, socket.domain);
+        if self.owner(key) == NOBODY {
+            return Ok(());
+        }
         let Some((address, port)) = canonical(&self.fallback.local_name(shadow)?) else { return Ok(()) };
         let mut only = [0; 4];
         let v6only = domain == libc::AF_INET6
@@ -482,7 +505,7 @@ impl Stack for ShmStack {
 
     fn shutdown(&mut self, handle: Handle, how: Shutdown) -> Result<(), Errno> {
         if let Some(joined) = self.joined(handle) {
-            if joined.link.is_established() {
+            if !joined.connecting {
                 return joined.link.shutdown(joined.side, how);
             }
             if how != Shutdown::Write {
@@ -500,6 +523,9 @@ impl Stack for ShmStack {
     fn set_option(&mut self, handle: Handle, level: i32, name: i32, value: &[u8]) -> Result<(), Errno> {
         let shadow = self.shadow(handle)?;
         self.fallback.set_option(shadow, level, name, value)?;
+        if (level, name) == DEFER_ACCEPT {
+            self.stop_listening(handle);
+        }
         let socket = self.socket(handle)?;
         if socket.kind != libc::SOCK_STREAM {
             return Ok(());
@@ -523,14 +549,20 @@ impl Stack for ShmStack {
             out[..n].copy_from_slice(&errno[..n]);
             return Ok(n);
         }
+        if matches!((level, name), (libc::IPPROTO_IP, libc::IP_MTU) | (libc::IPPROTO_IPV6, libc::IPV6_MTU))
+            && self.joined(handle).is_some_and(|joined| joined.link.is_connected(joined.side))
+        {
+            let n = out.len().min(4);
+            out[..n].copy_from_slice(&LOOPBACK_MTU.to_ne_bytes()[..n]);
+            return Ok(n);
+        }
         let shadow = self.shadow(handle)?;
         let n = self.fallback.option(shadow, level, name, out)?;
         if (level, name) == (libc::IPPROTO_TCP, libc::TCP_INFO)
             && let Some(joined) = self.joined(handle)
             && let Some(state) = out.first_mut()
         {
-            // TCP_ESTABLISHED and TCP_CLOSE.
-            *state = if joined.link.is_connected(joined.side) { 1 } else { 7 };
+            *state = joined.link.tcp_state(joined.side);
         }
         Ok(n)
     }
@@ -569,7 +601,12 @@ impl Stack for ShmStack {
     }
 
     fn take_error(&mut self, handle: Handle) -> Result<(), Errno> {
-        if let Some(joined) = self.joined(handle) {
+        let socket = self.socket(handle)?;
+        if let Some(errno) = socket.error.take() {
+            return Err(errno);
+        }
+        if let Some(joined) = &mut socket.joined {
+            joined.connecting &= !joined.link.is_established();
             return joined.link.take_error(joined.side);
         }
         let shadow = self.shadow(handle)?;
@@ -597,7 +634,7 @@ impl Stack for ShmStack {
     fn guest(&mut self, guest: u32, owner: u32) {
         let index = guest as usize;
         if self.owners.len() <= index {
-            self.owners.resize(index + 1, u32::MAX);
+            self.owners.resize(index + 1, NOBODY);
         }
         self.owners[index] = owner;
         self.fallback.guest(guest, owner);

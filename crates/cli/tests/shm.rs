@@ -1,0 +1,152 @@
+//! Guests that are joined in memory, one of which is killed: the other sees what TCP would show it, what came is intact, and
+//! nothing is left. `NETKERNEL_SHM_ROUNDS` makes it more than a few rounds.
+
+mod common;
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::TcpListener;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, ChildStdin, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use common::{Place, WATCHDOG, until};
+
+/// A guest on the shared-memory stack; its process tree is killed with the value.
+struct Peer {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Receiver<String>,
+}
+
+impl Peer {
+    fn start(place: &Place, args: &[&str]) -> Peer {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/shm/peer.py");
+        let mut command = place.netkernel(&["run", "--stack", "shm", "--", "python3", script]);
+        command.args(args).process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in out.lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Peer { stdin: child.stdin.take().unwrap(), child, lines }
+    }
+
+    /// What follows `word` in the next line, which begins with it.
+    #[track_caller]
+    fn told(&self, word: &str) -> String {
+        let line = self.lines.recv_timeout(WATCHDOG).expect("the peer says something");
+        let rest = line.strip_prefix(word).unwrap_or_else(|| panic!("{line:?}, not {word}"));
+        rest.trim().to_owned()
+    }
+
+    fn kill(&mut self) {
+        // SAFETY: the group of a child that was not waited for.
+        unsafe { libc::kill(-(self.child.id() as i32), libc::SIGKILL) };
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
+            self.kill();
+        }
+    }
+}
+
+fn explained(place: &Place) -> String {
+    let done = place.run(&["explain"]);
+    done.out
+}
+
+fn descriptors(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+fn resident_kib(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn killed_peers_end_as_tcp_would_and_leave_nothing() {
+    let rounds: usize = std::env::var("NETKERNEL_SHM_ROUNDS").map_or(6, |n| n.parse().unwrap());
+    let mut random = std::process::id() as u64 | 1;
+    let place = Place::new("shm-killed");
+    let engine = place.up(&[]);
+    let (mut base, mut outcomes) = ((0, 0), std::collections::BTreeMap::new());
+    for round in 0..rounds {
+        let mut server = Peer::start(&place, &["server"]);
+        let port = server.told("port");
+        let mut client = Peer::start(&place, &["client", &port]);
+        server.told("ready");
+        client.told("ready");
+        if round == 0 {
+            assert!(explained(&place).contains("in memory, with guest"), "{}", explained(&place));
+        }
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        std::thread::sleep(Duration::from_micros(random % 60_000));
+        let (victim, survivor) =
+            if random & 1 == 0 { (&mut server, &client) } else { (&mut client, &server) };
+        victim.kill();
+        let over = survivor.told("over");
+        let outcome = over.split(' ').next().unwrap().to_owned();
+        assert!(matches!(&*outcome, "end" | "ECONNRESET" | "EPIPE"), "round {round}: {over}");
+        *outcomes.entry(outcome).or_insert(0) += 1;
+        drop((server, client));
+        until("both guests are over", || !explained(&place).contains("guest "));
+        let port: u16 = port.parse().unwrap();
+        until("the port is free", || TcpListener::bind(("127.0.0.1", port)).is_ok());
+        if round == 2 {
+            base = (descriptors(engine.pid()), resident_kib(engine.pid()));
+        }
+    }
+    println!("{rounds} rounds: {outcomes:?}");
+    until("no descriptors are left", || descriptors(engine.pid()) <= base.0);
+    let now = resident_kib(engine.pid());
+    assert!(now < base.1 + 8192, "{} KiB after three rounds, {now} KiB now", base.1);
+    engine.end();
+}
+
+#[test]
+fn what_was_written_before_a_kill_is_read() {
+    let place = Place::new("shm-written");
+    let engine = place.up(&[]);
+    let mut reader = Peer::start(&place, &["reader"]);
+    let port = reader.told("port");
+    let mut writer = Peer::start(&place, &["writer", &port]);
+    reader.told("accepted");
+    writer.told("written");
+    writer.kill();
+    writeln!(reader.stdin).unwrap();
+    reader.told("ready");
+    assert_eq!(reader.told("over"), "end 20000");
+    engine.end();
+}
+
+#[test]
+fn guests_are_joined_only_where_the_configuration_says_so() {
+    let place = Place::new("shm-policy");
+    let config = place.file(
+        "engine.toml",
+        "[[nsm]]\nname = \"shm\"\nstack = \"kernel\"\n[[nsm]]\nname = \"memory\"\nstack = \"kernel\"\nmemory = true\n",
+    );
+    let engine = place.up(&["--config", config.to_str().unwrap()]);
+    let server = Peer::start(&place, &["server"]);
+    let client = Peer::start(&place, &["client", &server.told("port")]);
+    server.told("ready");
+    client.told("ready");
+    let explained = explained(&place);
+    assert!(explained.contains("127.0.0.1") && !explained.contains("in memory"), "{explained}");
+    drop((server, client));
+    engine.end();
+}
