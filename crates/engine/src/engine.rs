@@ -290,7 +290,9 @@ impl Engine {
             begun: true,
         };
         lock(&self.shared.registry).guests.insert(guest.id, registered);
-        let new = NewGuest { id: guest.id, region, nsm: 0, privileged: guest.privileged, channel, doorbell };
+        let owner = guest.uid;
+        let new =
+            NewGuest { id: guest.id, region, nsm: 0, privileged: guest.privileged, owner, channel, doorbell };
         let result = self.ask(0, |answer| Command::Add(Box::new(new), answer)).and_then(|r| r);
         if result.is_err() {
             self.shared.forget(guest.id);

@@ -83,8 +83,7 @@ pub struct SocketStatus {
     /// `queued` or `direct`, and why.
     #[serde(deserialize_with = "word")]
     pub attachment: Word,
-    #[serde(deserialize_with = "word")]
-    pub reason: Word,
+    pub reason: std::borrow::Cow<'static, str>,
     /// `stream`, `datagram` or `listener`.
     #[serde(deserialize_with = "word")]
     pub kind: Word,

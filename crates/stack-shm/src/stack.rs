@@ -627,6 +627,18 @@ impl Stack for ShmStack {
         self.wake.as_ref().map(|fd| fd.as_raw_fd())
     }
 
+    fn give(&mut self, handle: Handle) -> Result<OwnedFd, Errno> {
+        if self.joined(handle).is_some() {
+            return Err(Errno(libc::EOPNOTSUPP));
+        }
+        let shadow = self.shadow(handle)?;
+        let fd = self.fallback.give(shadow)?;
+        self.stop_listening(handle);
+        self.sockets[handle.0 as usize] = None;
+        self.free.push(handle.0);
+        Ok(fd)
+    }
+
     fn deadline_ns(&self) -> Option<u64> {
         self.fallback.deadline_ns()
     }
