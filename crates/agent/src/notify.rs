@@ -53,15 +53,15 @@ const _: () =
 pub struct Listener(OwnedFd);
 
 impl Listener {
-    /// `None`: the descriptor is no seccomp listener. A guest could hand over anything, also what blocks for ever.
-    pub fn new(fd: OwnedFd) -> Option<Listener> {
-        let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
-        if link.as_os_str() != "anon_inode:seccomp notify" {
-            return None;
+    /// Gives the descriptor back that is no seccomp listener: a guest could hand over anything, also what blocks for ever.
+    pub fn new(fd: OwnedFd) -> Result<Listener, OwnedFd> {
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        if !link.is_ok_and(|link| link.as_os_str() == "anon_inode:seccomp notify") {
+            return Err(fd);
         }
         // SAFETY: takes an integer. Older kernels refuse it, and lose some microseconds for each call.
         unsafe { libc::ioctl(fd.as_raw_fd(), SET_FLAGS, SYNC_WAKE_UP) };
-        Some(Listener(fd))
+        Ok(Listener(fd))
     }
 
     pub fn fd(&self) -> i32 {

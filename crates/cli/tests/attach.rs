@@ -16,12 +16,14 @@ const PROGRAM: &str = r#"
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 static int made(const char *what, int fd) { printf("%s %d\n", what, fd < 0 ? -errno : 1); return fd; }
 int main(int argc, char **argv) {
@@ -40,6 +42,36 @@ int main(int argc, char **argv) {
             getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &length);
             printf("set %d now %s\n", error, name);
             i++;
+        } else if (!strcmp(a, "flood")) {
+            /* Sockets without end, and processes up to the limit, until standard input says stop. */
+            struct pollfd end = {0, POLLIN, 0};
+            for (int n = 0; n < 8; n++) {
+                if (fork()) continue;
+                while (!poll(&end, 1, 0)) {
+                    int fds[200], made = 0;
+                    while (made < 200 && (fds[made] = socket(AF_INET, SOCK_STREAM, 0)) >= 0) made++;
+                    while (made) close(fds[--made]);
+                }
+                _exit(0);
+            }
+            printf("flooding\n");
+            while (wait(0) > 0) {}
+        } else if (!strcmp(a, "forks")) {
+            struct rlimit limit = {40, 40};
+            int count = 0, error = 0, gate[2];
+            pipe(gate);
+            setuid(65534);
+            setrlimit(RLIMIT_NPROC, &limit);
+            for (;;) {
+                pid_t pid = fork();
+                if (pid < 0) { error = errno; break; }
+                count++;
+                if (!pid) { char b; close(gate[1]); read(gate[0], &b, 1); _exit(socket(AF_INET, SOCK_DGRAM, 0) < 0); }
+            }
+            close(gate[1]);
+            int failed = 0, status;
+            while (wait(&status) > 0) failed += status != 0;
+            printf("forks %d %d failed %d\n", count > 10 && count <= 40, -error, failed);
         } else if (!strcmp(a, "limits")) {
             /* What the module set, and what becomes of attempts to change it. */
             int fd = socket(AF_INET, SOCK_STREAM, 0), mark = 0;
@@ -183,6 +215,40 @@ fn limits_and_flags_are_the_programs_own() {
     let p = programs("limits");
     let done = p.run(&[], &p.fixed, &["flags", "full"]);
     assert_eq!(done.succeeds().out, format!("flags 1 1\nfull 1 -{}\n", libc::EMFILE));
+}
+
+#[test]
+fn a_flood_of_sockets_and_processes_is_its_guests_own_trouble() {
+    let p = programs("flood");
+    let engine = p.place.up(&["--socket", p.place.socket().to_str().unwrap()]);
+    let socket = p.place.socket();
+    let socket = socket.to_str().unwrap();
+    for (attach, program) in [("direct", &p.fixed), ("auto", &p.dynamic)] {
+        let options = ["run", "--socket", socket, "--attach", attach, "--"];
+        let mut command = p.place.netkernel(&options);
+        command.arg(program).arg("flood").stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut flood = command.spawn().unwrap();
+        let mut line = String::new();
+        let mut out = std::io::BufReader::new(flood.stdout.take().unwrap());
+        std::io::BufRead::read_line(&mut out, &mut line).unwrap();
+        assert_eq!(line, "flooding\n");
+        // Others get everything that they ask for meanwhile.
+        for (attach, program) in [("direct", &p.fixed), ("auto", &p.dynamic)] {
+            let done = p.run(&["--socket", socket, "--attach", attach], program, &["udp", "listen", "full"]);
+            let text = &done.succeeds().out;
+            let full = format!("\nfull 1 -{}\n", libc::EMFILE);
+            assert!(text.starts_with("udp 1\nlisten ") && text.ends_with(&full), "{text}");
+        }
+        assert!(flood.try_wait().unwrap().is_none(), "the flood goes on");
+        drop(flood.stdin.take());
+        assert!(common::wait(&mut flood, "the flood").success());
+        if is_root() {
+            let done = p.run(&["--socket", socket, "--attach", attach], program, &["forks"]);
+            assert_eq!(done.succeeds().out, format!("forks 1 -{} failed 0\n", libc::EAGAIN), "{attach}");
+        }
+    }
+    until("all guests are over", || !p.place.run(&["explain", "--socket", socket]).out.contains("guest"));
+    engine.end();
 }
 
 #[test]

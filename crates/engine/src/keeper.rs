@@ -205,7 +205,7 @@ impl Table {
                         write_eventfd(self.wake.as_raw_fd());
                         continue;
                     };
-                    let interest = libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLET;
+                    let interest = libc::EPOLLHUP | libc::EPOLLET;
                     if self.watch(fd.as_raw_fd(), interest, serial as u64).is_err() {
                         hung.push(serial);
                     }

@@ -6,6 +6,7 @@
 //!
 //! The engine knows no concrete stack: [`StackKinds`] says how a stack of each kind is made.
 
+mod bury;
 mod config;
 mod direct;
 mod engine;

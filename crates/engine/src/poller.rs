@@ -81,7 +81,7 @@ impl Poller {
 
     /// The other end was closed; reported once.
     pub fn add_hangup(&self, fd: RawFd, source: Source) -> io::Result<()> {
-        self.add(fd, libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLET, source)
+        self.add(fd, libc::EPOLLHUP | libc::EPOLLET, source)
     }
 
     fn add(&self, fd: RawFd, interest: i32, source: Source) -> io::Result<()> {

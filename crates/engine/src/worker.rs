@@ -22,6 +22,7 @@ use netkernel_service::{Host, Ready, Service, Stack, Table, Violation};
 use netkernel_shm::{Region, fds};
 
 use crate::EngineError;
+use crate::bury::{bury, stays_empty};
 use crate::direct;
 use crate::engine::{Command, Shared};
 use crate::handed::{self, Handed};
@@ -799,6 +800,7 @@ impl Worker {
                         continue;
                     };
                     if !received.is_empty() {
+                        bury((received, fd));
                         return self
                             .violation(slot, Violation("channel message with more than one descriptor"));
                     }
@@ -806,7 +808,10 @@ impl Worker {
                         return self.violation(slot, violation);
                     }
                 }
-                Ok(_) => return self.violation(slot, Violation("channel message of a wrong length")),
+                Ok((_, received)) => {
+                    bury(received);
+                    return self.violation(slot, Violation("channel message of a wrong length"));
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return,
             }
@@ -832,6 +837,7 @@ impl Worker {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
         if message.kind == kind::DOORBELL {
             if !is_eventfd(&fd) {
+                bury(fd);
                 return Err(Violation("doorbell that is not an eventfd"));
             }
             guest.service.doorbell(message.a)?;
@@ -847,7 +853,12 @@ impl Worker {
         }
         // Nothing but a real Unix stream socket: other descriptors could block this thread.
         if !is_unix_stream(&fd) {
+            bury(fd);
             return Err(Violation("channel message with a descriptor that is not a Unix stream socket"));
+        }
+        if !stays_empty(&fd) {
+            bury(fd);
+            return Err(Violation("something was sent into the engine's end of a pair"));
         }
         let Some(module) = &mut self.modules[guest.nsm] else { return Ok(()) };
         match message.kind {
@@ -894,7 +905,10 @@ impl Worker {
     /// Starts the agent of a guest. It holds the guest as a process does.
     fn agent(&mut self, slot: u32, message: Message, fd: OwnedFd) -> Result<(), Violation> {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
-        let listener = Listener::new(fd).ok_or(Violation("agent without a seccomp listener"))?;
+        let listener = Listener::new(fd).map_err(|fd| {
+            bury(fd);
+            Violation("agent without a seccomp listener")
+        })?;
         if guest.has_agent {
             return Err(Violation("second agent"));
         }
@@ -1079,6 +1093,8 @@ impl Worker {
         self.shared.counters.doorbells.fetch_add(guest.ends.rings, Relaxed);
         self.shared.counters.wakes.fetch_add(guest.ends.wakes, Relaxed);
         let (id, usage) = (guest.id, usage(&guest));
+        // Messages that were not read may carry anything.
+        bury(std::mem::take(&mut guest.channels));
         // Unmaps the region and closes every end.
         drop(guest);
         self.shared.guest_over(id, usage);

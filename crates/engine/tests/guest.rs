@@ -473,6 +473,76 @@ fn a_doorbell_that_blocks_ends_its_guest() {
     good.connect(echo.local_addr().unwrap());
 }
 
+/// A TCP socket whose last close takes ten minutes, and its peer.
+fn lingering() -> (TcpStream, TcpStream) {
+    use std::os::fd::AsRawFd;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while socket.write(&[0; 65536]).is_ok() {}
+    let linger = libc::linger { l_onoff: 1, l_linger: 600 };
+    let size = size_of::<libc::linger>() as libc::socklen_t;
+    // SAFETY: linger is valid for reads of its size.
+    let r = unsafe {
+        let pointer = (&raw const linger).cast();
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, pointer, size)
+    };
+    assert_eq!(r, 0);
+    (socket, peer)
+}
+
+#[test]
+fn a_descriptor_whose_close_waits_stops_nobody() {
+    let engine = engine();
+    let good = Guest::new(&engine, "kernel");
+    let echo = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut peers = Vec::new();
+    for kind in [kind::SOCKET, kind::DOORBELL, kind::AGENT, 77] {
+        let bad = Guest::new(&engine, "kernel");
+        let (socket, peer) = lingering();
+        bad.tell(Message { kind, a: 1, b: 2, c: 1, ..Message::default() }, &socket.into());
+        until("the guest is ended", || engine.guest_count() == 1);
+        good.connect(echo.local_addr().unwrap());
+        peers.push(peer);
+    }
+    // On its way through a placeholder: it is there before the engine has the other end, or it cannot get there.
+    for before in [true, false] {
+        let bad = Guest::new(&engine, "kernel");
+        let (socket, peer) = lingering();
+        let (ours, theirs) = netkernel_shm::fds::pair(libc::SOCK_STREAM).unwrap();
+        let hide = |socket: &TcpStream| {
+            use std::os::fd::AsRawFd;
+            netkernel_shm::fds::send(ours.as_raw_fd(), b"x", &[socket.as_raw_fd()], 0).is_ok()
+        };
+        if before {
+            assert!(hide(&socket));
+        }
+        bad.tell(Message { kind: kind::SOCKET, a: 1, b: 2, c: 1, ..Message::default() }, &theirs);
+        if before {
+            until("the guest is ended", || engine.guest_count() == 1);
+        } else {
+            until("the end is shut", || {
+                netkernel_shm::fds::send(
+                    std::os::fd::AsRawFd::as_raw_fd(&ours),
+                    b"x",
+                    &[],
+                    libc::MSG_DONTWAIT,
+                )
+                .is_err()
+            });
+            assert!(!hide(&socket));
+        }
+        // The engine's copy of `theirs` is the last one but ours.
+        drop((theirs, ours));
+        good.connect(echo.local_addr().unwrap());
+        drop(bad);
+        until("the guest is over", || engine.guest_count() == 1);
+        std::mem::forget(socket);
+        peers.push(peer);
+    }
+}
+
 #[test]
 fn low_ports_are_for_roots_guests() {
     let engine = engine();
