@@ -64,6 +64,9 @@ pub struct Settings {
     pub policy: Policy,
     /// What cannot be served is let through to the host's stack, and counted, instead of refused.
     pub fail_open: bool,
+    /// The guest's tenant has limits that a kernel socket would pass by: there are no streams. (Datagrams are left, so that
+    /// names can be asked for.)
+    pub no_streams: bool,
 }
 
 /// Counts, for `netkernel explain`.
@@ -152,6 +155,8 @@ impl Agent {
         } else if needs_permission(&request) && !may_use_raw(call.pid, &request) {
             // The kernel asks who makes the socket, and that is the engine.
             Err(if request.kind == libc::SOCK_DGRAM { libc::EACCES } else { libc::EPERM })
+        } else if self.settings.no_streams && request.kind == libc::SOCK_STREAM {
+            Err(libc::EACCES)
         } else if request.protocol == libc::IPPROTO_MPTCP {
             // Its subflows have a congestion control and paths of their own; programs fall back to TCP.
             Err(libc::EPROTONOSUPPORT)

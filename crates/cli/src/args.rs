@@ -31,6 +31,14 @@ pub enum Command {
     Sockets(SocketsArgs),
     /// Say of each socket of the guests by which stack it is served, in which way, and why
     Explain(ExplainArgs),
+    /// List the stacks with what they can carry and what they cost
+    Catalog(ShowArgs),
+    /// List the tenants, their limits, and what they use
+    Tenants(ShowArgs),
+    /// Change a tenant's limits, also for its connections of now
+    Tenant(TenantArgs),
+    /// Make the engine read its configuration again
+    Reload(ReloadArgs),
     /// Print what was used, and what it costs
     Usage(UsageArgs),
     /// End the engine; its guests' connections are reset
@@ -85,6 +93,9 @@ pub struct RunArgs {
     /// /tmp/netkernel-UID/engine.sock, /run/netkernel/engine.sock; else a private engine is started.
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
+    /// Show the token in this file to be known as a tenant's guest
+    #[arg(long, value_name = "FILE", env = "NETKERNEL_TENANT_TOKEN_FILE")]
+    pub tenant_token: Option<PathBuf>,
     /// Name of the guest [default: the program's name]
     #[arg(long, value_name = "NAME")]
     pub name: Option<String>,
@@ -152,6 +163,53 @@ pub struct SocketsArgs {
     pub show: ShowArgs,
     /// Only this guest (id as in `netkernel ps`)
     pub guest: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub struct TenantArgs {
+    #[command(subcommand)]
+    pub command: TenantCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TenantCommand {
+    /// Set limits: rates such as "500 Mbit/s", or "none"
+    Set(TenantSetArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct TenantSetArgs {
+    /// Socket of the engine
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    #[arg(long, value_name = "RATE")]
+    pub guaranteed_send: Option<String>,
+    #[arg(long, value_name = "RATE")]
+    pub max_send: Option<String>,
+    #[arg(long, value_name = "RATE")]
+    pub guaranteed_receive: Option<String>,
+    #[arg(long, value_name = "RATE")]
+    pub max_receive: Option<String>,
+    /// Queue elements per second; 0: no limit
+    #[arg(long, value_name = "N")]
+    pub max_operations: Option<u64>,
+    /// At a time; 0: no limit
+    #[arg(long, value_name = "N")]
+    pub max_connections: Option<u64>,
+    /// At a time; 0: no limit
+    #[arg(long, value_name = "N")]
+    pub max_guests: Option<u64>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub weight: Option<u32>,
+    /// The tenant
+    pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub struct ReloadArgs {
+    /// Socket of the engine
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

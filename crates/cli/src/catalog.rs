@@ -3,7 +3,7 @@
 use anyhow::{Result, anyhow, bail};
 use netkernel_abi::Limits;
 use netkernel_control::NsmInfo;
-use netkernel_engine::{Engine, EngineConfig, NsmConfig};
+use netkernel_engine::{Capacity, Engine, EngineConfig, NsmConfig};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -52,12 +52,19 @@ pub fn of(config: &Config) -> Result<EngineConfig> {
                     mark: nsm.mark,
                     // The file was checked.
                     smoltcp: crate::smoltcp::config(nsm).ok().flatten(),
+                    capacity: Capacity {
+                        rate: nsm.capacity.map(|rate| rate.0),
+                        operations: nsm.capacity_operations,
+                        connections: nsm.capacity_connections,
+                    },
                     memory: nsm.memory.unwrap_or_default(),
                     memory_allow: (!allow.everybody).then_some(allow.list),
                 })
             })
             .collect::<Result<_>>()?;
     }
+    engine.tenants = config.tenants()?;
+    engine.strict_tenants = config.engine.strict_tenants;
     Ok(engine)
 }
 

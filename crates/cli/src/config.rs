@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
+use netkernel_engine::{Rates, Recognise, TenantConfig};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, Visitor};
 use toml::Spanned;
@@ -14,11 +15,16 @@ use crate::units::Rate;
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
+    /// Where it was read.
+    #[serde(skip)]
+    pub file: Option<PathBuf>,
     #[serde(default)]
     pub engine: EngineSection,
     /// Empty: the built-in catalogue.
     #[serde(default, rename = "nsm")]
     pub nsms: Vec<NsmSection>,
+    #[serde(default, rename = "tenant")]
+    pub tenants: Vec<TenantSection>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -32,6 +38,9 @@ pub struct EngineSection {
     pub max_guests: Option<Spanned<usize>>,
     /// Where usage is kept; without it, it is not.
     pub usage: Option<PathBuf>,
+    /// Who belongs to no [[tenant]] gets no guest.
+    #[serde(default)]
+    pub strict_tenants: bool,
     /// Names or numbers of users; "*" is everybody.
     #[serde(default)]
     pub allow_users: Vec<Spanned<User>>,
@@ -56,8 +65,39 @@ pub struct NsmSection {
     pub memory: Option<bool>,
     #[serde(default)]
     pub memory_allow: Vec<Spanned<User>>,
+    /// What it can carry in each direction.
+    pub capacity: Option<Rate>,
+    pub capacity_operations: Option<u64>,
+    pub capacity_connections: Option<u64>,
+    /// Cores that the provider reckons with.
+    pub cores: Option<Spanned<f64>>,
     pub price_per_hour: Option<Spanned<f64>>,
     pub price_per_gb: Option<Spanned<f64>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TenantSection {
+    pub name: Spanned<String>,
+    #[serde(default)]
+    pub users: Vec<Spanned<User>>,
+    #[serde(default)]
+    pub cgroups: Vec<String>,
+    #[serde(default)]
+    pub netns: Vec<String>,
+    /// A file with the token.
+    pub token_file: Option<Spanned<PathBuf>>,
+    #[serde(default)]
+    pub nsms: Vec<Spanned<String>>,
+    pub guaranteed_send: Option<Rate>,
+    pub max_send: Option<Rate>,
+    pub guaranteed_receive: Option<Rate>,
+    pub max_receive: Option<Rate>,
+    pub max_operations: Option<Spanned<u64>>,
+    pub max_connections: Option<u64>,
+    pub max_guests: Option<u64>,
+    pub region_bytes: Option<Spanned<Bytes>>,
+    pub weight: Option<Spanned<u32>>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -98,7 +138,9 @@ impl Config {
                 path.display()
             )
         })?;
-        Config::parse(path, &text)
+        let config = Config::parse(path, &text)?;
+        // `reload` reads it again, wherever the process is then.
+        Ok(Config { file: std::path::absolute(path).ok(), ..config })
     }
 
     pub fn parse(path: &Path, text: &str) -> Result<Config> {
@@ -136,14 +178,12 @@ impl Config {
         }
         self.users_at(path, text)?;
         for nsm in &self.nsms {
-            users(&nsm.memory_allow, path, text)?;
+            resolve(&nsm.memory_allow, path, text)?;
         }
+        self.check_tenants(path, text)?;
         for (i, nsm) in self.nsms.iter().enumerate() {
             let name = nsm.name.get_ref();
-            if name.is_empty()
-                || name.len() > 32
-                || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
-            {
+            if !is_name(name) {
                 bail!(
                     "{}: '{name}' is no name for a stack; use 1 to 32 letters, digits, '-', '_' and '.'",
                     at(nsm.name.span().start)
@@ -181,39 +221,153 @@ impl Config {
         Ok(())
     }
 
+    fn check_tenants(&self, path: &Path, text: &str) -> Result<()> {
+        let at = |start: usize| Place::of(path, text, Some(start));
+        for (i, tenant) in self.tenants.iter().enumerate() {
+            let name = tenant.name.get_ref();
+            let start = tenant.name.span().start;
+            if !is_name(name) || name == netkernel_engine::OTHERS {
+                bail!(
+                    "{}: '{name}' is no name for a tenant; use 1 to 32 letters, digits, '-', '_' and '.', and not '{}', which is everybody else",
+                    at(start),
+                    netkernel_engine::OTHERS
+                );
+            }
+            if self.tenants[..i].iter().any(|other| other.name.get_ref() == name) {
+                bail!("{}: there are two tenants named '{name}'; rename one", at(start));
+            }
+            if tenant.users.is_empty()
+                && tenant.cgroups.is_empty()
+                && tenant.netns.is_empty()
+                && tenant.token_file.is_none()
+            {
+                bail!(
+                    "{}: tenant '{name}' cannot be recognised; give it users, cgroups, netns or token_file",
+                    at(start)
+                );
+            }
+            resolve(&tenant.users, path, text)?;
+            for nsm in &tenant.nsms {
+                if !self.nsms.iter().any(|other| other.name.get_ref() == nsm.get_ref()) {
+                    bail!(
+                        "{}: tenant '{name}' may use '{}', but there is no such [[nsm]]",
+                        at(nsm.span().start),
+                        nsm.get_ref()
+                    );
+                }
+            }
+            if let Some(weight) = &tenant.weight
+                && !(1..=10_000).contains(weight.get_ref())
+            {
+                bail!("{}: a weight is 1 to 10000", at(weight.span().start));
+            }
+            if let Some(n) = &tenant.max_operations
+                && *n.get_ref() == 0
+            {
+                bail!("{}: 0 operations are none; leave the key out for no limit", at(n.span().start));
+            }
+            if let Some(n) = &tenant.region_bytes
+                && !REGION_BYTES.contains(&n.get_ref().0)
+            {
+                bail!("{}: a region is 64MiB to 64GiB large", at(n.span().start));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tenants as the engine knows them. Reads their tokens.
+    pub fn tenants(&self) -> Result<Vec<TenantConfig>> {
+        let one = |section: &TenantSection| -> Result<TenantConfig> {
+            let token = match &section.token_file {
+                Some(file) => Some(read_token(file.get_ref())?),
+                None => None,
+            };
+            let rates = |guaranteed: Option<Rate>, most: Option<Rate>| Rates {
+                guaranteed: guaranteed.map_or(0, |rate| rate.0),
+                most: most.map(|rate| rate.0),
+            };
+            let users = resolve(&section.users, Path::new("configuration"), "")?;
+            Ok(TenantConfig {
+                recognise: Recognise {
+                    users: users.list,
+                    cgroups: section.cgroups.clone(),
+                    netns: section.netns.clone(),
+                    token,
+                },
+                nsms: section.nsms.iter().map(|nsm| nsm.get_ref().clone()).collect(),
+                send: rates(section.guaranteed_send, section.max_send),
+                receive: rates(section.guaranteed_receive, section.max_receive),
+                operations: section.max_operations.as_ref().map(|n| *n.get_ref()),
+                connections: section.max_connections,
+                guests: section.max_guests,
+                region_bytes: section.region_bytes.as_ref().map(|n| n.get_ref().0),
+                weight: section.weight.as_ref().map_or(1, |n| *n.get_ref()),
+                ..TenantConfig::new(section.name.get_ref())
+            })
+        };
+        self.tenants.iter().map(one).collect()
+    }
+
     /// Resolves `allow_users`.
     pub fn users(&self) -> Result<Users> {
         self.users_at(Path::new("configuration"), "")
     }
 
+    /// Tenants' users are allowed too.
     fn users_at(&self, path: &Path, text: &str) -> Result<Users> {
-        users(&self.engine.allow_users, path, text)
+        let mut users = resolve(&self.engine.allow_users, path, text)?;
+        for tenant in &self.tenants {
+            users.list.extend(resolve(&tenant.users, path, text)?.list);
+            // These are not known by their user: the engine asks for the rest.
+            users.everybody |=
+                tenant.token_file.is_some() || !tenant.cgroups.is_empty() || !tenant.netns.is_empty();
+        }
+        Ok(users)
     }
 }
 
 impl NsmSection {
     /// Resolves `memory_allow`.
     pub fn memory_users(&self) -> Result<Users> {
-        users(&self.memory_allow, Path::new("configuration"), "")
+        resolve(&self.memory_allow, Path::new("configuration"), "")
     }
 }
 
-fn users(list: &[Spanned<User>], path: &Path, text: &str) -> Result<Users> {
-    let mut users = Users::default();
-    for user in list {
+fn resolve(users: &[Spanned<User>], path: &Path, text: &str) -> Result<Users> {
+    let mut found = Users::default();
+    for user in users {
         match user.get_ref() {
-            User::Number(uid) => users.list.push(*uid),
-            User::Name(name) if name == "*" => users.everybody = true,
+            User::Number(uid) => found.list.push(*uid),
+            User::Name(name) if name == "*" => found.everybody = true,
             User::Name(name) => {
                 let uid = name.parse().ok().or_else(|| sys::uid_of(name)).ok_or_else(|| {
-                        let at = Place::of(path, text, Some(user.span().start));
-                        anyhow!("{at}: there is no user '{name}' on this host; use a name, a number, or \"*\" for everybody")
-                    })?;
-                users.list.push(uid);
+                    let at = Place::of(path, text, Some(user.span().start));
+                    anyhow!("{at}: there is no user '{name}' on this host; use a name, a number, or \"*\" for everybody")
+                })?;
+                found.list.push(uid);
             }
         }
     }
-    Ok(users)
+    Ok(found)
+}
+
+fn is_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 32
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+}
+
+/// The first line of a file that nobody else can read.
+pub fn read_token(path: &Path) -> Result<String> {
+    let shown = path.display();
+    let text = std::fs::read_to_string(path).map_err(|e| anyhow!("cannot read the token in {shown}: {e}"))?;
+    let token = text.lines().next().unwrap_or_default().trim();
+    if token.len() < 16 {
+        bail!(
+            "the token in {shown} is too short to be secret: use 16 characters or more, such as those of `openssl rand -hex 16`"
+        );
+    }
+    Ok(token.to_owned())
 }
 
 impl<'de> Deserialize<'de> for Bytes {
@@ -337,6 +491,12 @@ mod tests {
         assert!(engine.socket.is_some() && engine.switch_threads.is_some() && engine.spin_us.is_some());
         assert!(engine.huge_pages.is_some() && engine.region_bytes.is_some() && engine.max_guests.is_some());
         assert!(!engine.allow_users.is_empty() && engine.usage.is_some());
+        let [a, ..] = &config.tenants[..] else { panic!("a tenant") };
+        assert!(!a.users.is_empty() && !a.cgroups.is_empty() && !a.netns.is_empty() && !a.nsms.is_empty());
+        assert!(a.token_file.is_some() && a.weight.is_some() && a.region_bytes.is_some());
+        assert!(a.guaranteed_send.is_some() && a.max_send.is_some());
+        assert!(a.guaranteed_receive.is_some() && a.max_receive.is_some());
+        assert!(a.max_operations.is_some() && a.max_connections.is_some() && a.max_guests.is_some());
         for has in [
             |n: &NsmSection| n.netns.is_some(),
             |n: &NsmSection| n.congestion_policy.is_some(),
@@ -346,6 +506,8 @@ mod tests {
             |n: &NsmSection| n.tap.is_some() && n.addresses.is_some(),
             |n: &NsmSection| n.gateways.is_some() && n.mtu.is_some(),
             |n: &NsmSection| n.price_per_hour.is_some() && n.price_per_gb.is_some(),
+            |n: &NsmSection| n.capacity.is_some() && n.cores.is_some(),
+            |n: &NsmSection| n.capacity_operations.is_some() && n.capacity_connections.is_some(),
         ] {
             assert!(config.nsms.iter().any(has));
         }
@@ -397,6 +559,19 @@ mod tests {
             (
                 "[[nsm]]\nname = \"a\"\nprice_per_gb = -0.5\n",
                 "nk.toml, line 3, key 'price_per_gb': a price is",
+            ),
+            ("[[tenant]]\nname = \"a\"\n", "nk.toml, line 2, key 'name': tenant 'a' cannot be recognised"),
+            (
+                "[[tenant]]\nname = \"others\"\nusers = [1]\n",
+                "nk.toml, line 2, key 'name': 'others' is no name for a tenant",
+            ),
+            (
+                "[[tenant]]\nname = \"a\"\nusers = [1]\nmax_send = \"5\"\n",
+                "nk.toml, line 4, key 'max_send': invalid value",
+            ),
+            (
+                "[[tenant]]\nname = \"a\"\nusers = [1]\nnsms = [\"b\"]\n",
+                "nk.toml, line 4, key 'nsms': tenant 'a' may use 'b', but there is no such [[nsm]]",
             ),
             (
                 "[[nsm]]\nname = \"a\"\nattach = \"fast\"\n",

@@ -1,5 +1,6 @@
 //! The engine, as the control server sees it.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow};
 use netkernel_control::{
     ApiError, EngineApi, ErrorCode, Grant, NewGuest, NsmInfo, PROTOCOL_VERSION, Peer, SocketInfo, Status,
-    UsageQuery, VersionInfo,
+    TenantChange, TenantInfo, UsageQuery, VersionInfo,
 };
 use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec};
 
@@ -27,6 +28,10 @@ pub struct Adapter {
     private: bool,
     started: Instant,
     meter: Option<Arc<Meter>>,
+    /// What was read last, and where from.
+    config_file: Option<PathBuf>,
+    /// What the catalogue says of each stack and the engine need not know.
+    offers: Mutex<HashMap<String, Map<String, Value>>>,
     /// An eventfd.
     stop: File,
     /// Guests made so far.
@@ -48,6 +53,8 @@ impl Adapter {
         let adapter = Adapter {
             engine,
             meter,
+            config_file: config.file.clone(),
+            offers: Mutex::new(offers(config)),
             socket: socket.into(),
             private,
             started: Instant::now(),
@@ -106,6 +113,7 @@ impl EngineApi for Adapter {
         let spec = GuestSpec {
             name: guest.name.unwrap_or_else(|| "guest".into()),
             stack: guest.stack.unwrap_or_default(),
+            tenant_token: guest.tenant_token,
             pid: peer.pid,
             uid: peer.uid,
             limits: None,
@@ -134,7 +142,12 @@ impl EngineApi for Adapter {
     }
 
     fn stacks(&self) -> Vec<NsmInfo> {
-        self.engine.stacks().iter().filter_map(convert).collect()
+        let mut stacks: Vec<NsmInfo> = self.engine.stacks().iter().filter_map(convert).collect();
+        let offers = self.offers.lock().unwrap_or_else(|e| e.into_inner());
+        for nsm in &mut stacks {
+            nsm.details.extend(offers.get(&nsm.name).cloned().unwrap_or_default());
+        }
+        stacks
     }
 
     fn sockets(&self, guest: u32) -> Result<Vec<SocketInfo>, ApiError> {
@@ -147,6 +160,52 @@ impl EngineApi for Adapter {
 
     fn stop(&self) {
         let _ = (&self.stop).write(&1u64.to_ne_bytes());
+    }
+
+    fn tenants(&self) -> Vec<TenantInfo> {
+        self.engine.tenants().iter().filter_map(convert).collect()
+    }
+
+    fn change_tenant(&self, name: &str, change: TenantChange) -> Result<(), ApiError> {
+        // 0 takes a limit away.
+        let set = |to: &mut Option<u64>, new: Option<u64>| {
+            if let Some(new) = new {
+                *to = (new > 0).then_some(new);
+            }
+        };
+        if change.weight == Some(0) {
+            return Err(ApiError::new(ErrorCode::BadRequest, "a weight is 1 to 10000"));
+        }
+        let apply = |tenant: &mut netkernel_engine::TenantConfig| {
+            set(&mut tenant.send.most, change.max_send);
+            set(&mut tenant.receive.most, change.max_receive);
+            set(&mut tenant.operations, change.max_operations);
+            set(&mut tenant.connections, change.max_connections);
+            set(&mut tenant.guests, change.max_guests);
+            tenant.send.guaranteed = change.guaranteed_send.unwrap_or(tenant.send.guaranteed);
+            tenant.receive.guaranteed = change.guaranteed_receive.unwrap_or(tenant.receive.guaranteed);
+            tenant.weight = change.weight.unwrap_or(tenant.weight);
+        };
+        self.engine.change_tenant(name, apply).map_err(refusal)?;
+        log::info!("the limits of tenant {name} were changed");
+        Ok(())
+    }
+
+    fn reload(&self) -> Result<(), ApiError> {
+        let bad = |text: String| ApiError::new(ErrorCode::BadRequest, text);
+        let file = self
+            .config_file
+            .as_ref()
+            .ok_or_else(|| bad("this engine was started without a configuration file".into()))?;
+        let config = Config::read(file).map_err(|e| bad(format!("{e:#}")))?;
+        let tenants = config.tenants().map_err(|e| bad(format!("{e:#}")))?;
+        self.engine.change_tenants(&tenants).map_err(refusal)?;
+        if let Some(meter) = &self.meter {
+            meter.set_prices(&config);
+        }
+        *self.offers.lock().unwrap_or_else(|e| e.into_inner()) = offers(&config);
+        log::info!("the configuration was read again");
+        Ok(())
     }
 
     fn usage(&self, query: &UsageQuery, of: Option<u32>) -> Result<Vec<Row>, ApiError> {
@@ -167,6 +226,21 @@ impl EngineApi for Adapter {
     fn metrics(&self) -> String {
         crate::metrics::render(&self.engine.status())
     }
+}
+
+fn offers(config: &Config) -> HashMap<String, Map<String, Value>> {
+    let one = |nsm: &crate::config::NsmSection| {
+        let keys = [
+            ("cores", &nsm.cores),
+            ("price_per_hour", &nsm.price_per_hour),
+            ("price_per_gb", &nsm.price_per_gb),
+        ];
+        let told = |(key, value): (&str, &Option<toml::Spanned<f64>>)| {
+            Some((key.to_owned(), Value::from(*value.as_ref()?.get_ref())))
+        };
+        (nsm.name.get_ref().clone(), keys.into_iter().filter_map(told).collect())
+    };
+    config.nsms.iter().map(one).collect()
 }
 
 /// What else the engine counts.
@@ -195,6 +269,7 @@ fn refusal(error: EngineError) -> ApiError {
         EngineError::UnknownGuest(_) => ErrorCode::UnknownGuest,
         EngineError::BadToken => ErrorCode::BadToken,
         EngineError::TooManyGuests(_) => ErrorCode::Limit,
+        EngineError::Refused(_) => ErrorCode::Permission,
         EngineError::Config(_) | EngineError::Resource(_) | EngineError::Stopped => ErrorCode::Engine,
     };
     let message = match error {

@@ -19,6 +19,7 @@ mod run;
 mod show;
 mod smoltcp;
 mod sys;
+mod tenants;
 mod units;
 mod up;
 mod usage;
@@ -76,6 +77,10 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         Command::Ps(args) => show::ps(&args).map(|()| 0),
         Command::Explain(args) => explain::explain(&args).map(|()| 0),
         Command::Sockets(args) => show::sockets(&args).map(|()| 0),
+        Command::Catalog(args) => tenants::catalog(&args).map(|()| 0),
+        Command::Tenants(args) => tenants::list(&args).map(|()| 0),
+        Command::Tenant(args) => tenants::change(&args).map(|()| 0),
+        Command::Reload(args) => tenants::reload(&args).map(|()| 0),
         Command::Usage(args) => usage::usage(&args).map(|()| 0),
         Command::Stop(args) => show::stop(&args).map(|()| 0),
         Command::Doctor(args) => doctor::doctor(&args),

@@ -18,7 +18,7 @@ const TICK: Duration = Duration::from_secs(1);
 /// The book of one engine.
 pub struct Meter {
     store: Store,
-    prices: HashMap<String, Price>,
+    prices: Mutex<HashMap<String, Price>>,
     last: Mutex<Last>,
 }
 
@@ -33,6 +33,12 @@ struct Last {
 
 impl Meter {
     pub fn open(path: &Path, config: &Config) -> Result<Arc<Meter>> {
+        let meter = Meter { store: Store::open(path)?, prices: Mutex::default(), last: Mutex::default() };
+        meter.set_prices(config);
+        Ok(Arc::new(meter))
+    }
+
+    pub fn set_prices(&self, config: &Config) {
         let prices = config
             .nsms
             .iter()
@@ -45,7 +51,7 @@ impl Meter {
                 has.then(|| (nsm.name.get_ref().clone(), price))
             })
             .collect();
-        Ok(Arc::new(Meter { store: Store::open(path)?, prices, last: Mutex::default() }))
+        *self.prices.lock().unwrap_or_else(PoisonError::into_inner) = prices;
     }
 
     /// Reads the engine's counts every second from now on, as long as both live.
@@ -81,7 +87,8 @@ impl Meter {
                 counted.insert(guest.guest, guest.usage);
             }
             if !amount.is_zero() {
-                let tenant = sys::user_name(guest.uid).unwrap_or_else(|| guest.uid.to_string());
+                let user = || sys::user_name(guest.uid).unwrap_or_else(|| guest.uid.to_string());
+                let tenant = guest.tenant.unwrap_or_else(user);
                 let sum = pending.entry((minute, tenant, guest.nsm, guest.name)).or_default();
                 *sum = sum.plus(&amount);
             }
@@ -122,6 +129,7 @@ impl Meter {
                 entries.push(entry);
             }
         })?;
-        Ok(report(entries, by, |nsm| self.prices.get(nsm).copied()))
+        let prices = self.prices.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(report(entries, by, |nsm| prices.get(nsm).copied()))
     }
 }

@@ -68,7 +68,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
                         Attach::Relay => Watch::Relay,
                         Attach::Direct if !attached.direct => {
                             bail!(
-                                "this stack is not the kernel's and has no sockets to give away: use --attach relay"
+                                "there are no kernel sockets to give away (the stack is another one, or the tenant has limits): use --attach relay"
                             )
                         }
                         _ => agent_watch(&attached),
@@ -166,8 +166,13 @@ fn queued(
 
 /// A guest of the engine that was named, of one that runs, or of a private one.
 fn guest(args: &RunArgs, name: &str) -> Result<(Attached, [OwnedFd; 3], PathBuf)> {
+    let token = args.tenant_token.as_deref().map(crate::config::read_token).transpose()?;
     let create = |client: &mut Client| {
-        client.create_guest(NewGuest { name: Some(name.to_owned()), stack: args.stack.clone() })
+        client.create_guest(NewGuest {
+            name: Some(name.to_owned()),
+            stack: args.stack.clone(),
+            tenant_token: token.clone(),
+        })
     };
     let named = args.socket.clone().or_else(|| std::env::var_os(locate::SOCKET_ENV).map(PathBuf::from));
     if args.private && args.socket.is_some() {

@@ -194,7 +194,8 @@ fn attaching_needs_the_token() {
     let place = Place::new("token");
     let engine = place.up(&[]);
     let mut client = Client::connect(&place.socket()).unwrap();
-    let (made, fds) = client.create_guest(NewGuest { name: Some("twice".into()), stack: None }).unwrap();
+    let (made, fds) =
+        client.create_guest(NewGuest { name: Some("twice".into()), ..NewGuest::default() }).unwrap();
     let token = netkernel_control::parse_token(&made.token).unwrap();
     let (again, more) = client.attach(&token).unwrap();
     assert_eq!(made, again);

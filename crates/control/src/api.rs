@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{ApiError, Attached, ErrorCode, NsmInfo, SocketInfo, Status, VersionInfo};
+use crate::{ApiError, Attached, ErrorCode, NsmInfo, SocketInfo, Status, TenantInfo, VersionInfo};
 
 /// Version of the API: the first part of each path. Both sides must have the same one.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -31,6 +31,13 @@ pub enum Request {
     /// Ends the engine.
     Stop,
     Usage(UsageQuery),
+    Tenants,
+    ChangeTenant {
+        name: String,
+        change: TenantChange,
+    },
+    /// Reads the configuration file again; what of it can change under way, changes.
+    Reload,
     /// Counters in the text format of OpenMetrics.
     Metrics,
     /// The description of this API.
@@ -47,6 +54,32 @@ pub struct NewGuest {
     /// A name of `/v1/stacks`; without it the engine's first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stack: Option<String>,
+    /// A tenant's token, for guests that nothing else tells to be its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant_token: Option<String>,
+}
+
+/// New limits of a tenant; what is missing stays. Rates are in bytes per second; 0 takes a limit or a guarantee away.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TenantChange {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guaranteed_send: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_send: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guaranteed_receive: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_receive: Option<u64>,
+    /// Queue elements per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_operations: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_connections: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_guests: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight: Option<u32>,
 }
 
 /// Which usage, and how it is summed.
@@ -290,6 +323,45 @@ pub(crate) const ROUTES: &[Route] = &[
     },
     Route {
         method: "GET",
+        path: "/v1/tenants",
+        name: "tenants",
+        summary: "The tenants, their limits, and what they use",
+        role: Role::Provider,
+        body: None,
+        query: &[],
+        reply: Some(schema::<Vec<TenantInfo>>),
+        reply_type: JSON,
+        decode: |_| Ok(Request::Tenants),
+    },
+    Route {
+        method: "PATCH",
+        path: "/v1/tenants/{tenant}",
+        name: "change_tenant",
+        summary: "New limits for a tenant, at once and for the connections that there are. Refused if guarantees could not be kept",
+        role: Role::Provider,
+        body: Some(schema::<TenantChange>),
+        query: &[],
+        reply: None,
+        reply_type: JSON,
+        decode: |parts| {
+            let name = percent_encoding::percent_decode_str(parts.parameter).decode_utf8_lossy().into_owned();
+            Ok(Request::ChangeTenant { name, change: parts.json()? })
+        },
+    },
+    Route {
+        method: "POST",
+        path: "/v1/reload",
+        name: "reload",
+        summary: "Reads the configuration again. Limits, weights and prices of tenants that there are change; with an error nothing does",
+        role: Role::Provider,
+        body: None,
+        query: &[],
+        reply: None,
+        reply_type: JSON,
+        decode: |_| Ok(Request::Reload),
+    },
+    Route {
+        method: "GET",
         path: "/metrics",
         name: "metrics",
         summary: "Counters for Prometheus, in the text format of OpenMetrics",
@@ -371,6 +443,12 @@ pub(crate) fn encode(request: &Request) -> (&'static str, String, Option<Value>)
         Request::Sockets { guest: Some(id) } => ("GET", format!("/v1/guests/{id}/sockets"), None),
         Request::EndGuest { guest } => ("DELETE", format!("/v1/guests/{guest}"), None),
         Request::Stop => ("POST", "/v1/stop".into(), None),
+        Request::Tenants => ("GET", "/v1/tenants".into(), None),
+        Request::ChangeTenant { name, change } => {
+            let name = utf8_percent_encode(name, NON_ALPHANUMERIC);
+            ("PATCH", format!("/v1/tenants/{name}"), Some(json!(change)))
+        }
+        Request::Reload => ("POST", "/v1/reload".into(), None),
         Request::Usage(query) => {
             let mut target = String::from("/v1/usage");
             let by = query.by.as_deref().map(|by| utf8_percent_encode(by, NON_ALPHANUMERIC).to_string());
@@ -410,7 +488,11 @@ mod tests {
         let requests = [
             Request::Version,
             Request::CreateGuest(NewGuest::default()),
-            Request::CreateGuest(NewGuest { name: Some("a/b?".into()), stack: Some("bbr".into()) }),
+            Request::CreateGuest(NewGuest {
+                name: Some("a/b?".into()),
+                stack: Some("bbr".into()),
+                tenant_token: Some("t".into()),
+            }),
             Request::Attach(Token { token: "00".into() }),
             Request::Status,
             Request::Stacks,
@@ -418,6 +500,12 @@ mod tests {
             Request::Sockets { guest: Some(7) },
             Request::EndGuest { guest: u32::MAX },
             Request::Stop,
+            Request::Tenants,
+            Request::ChangeTenant {
+                name: "a/ü".into(),
+                change: TenantChange { weight: Some(2), ..TenantChange::default() },
+            },
+            Request::Reload,
             Request::Usage(UsageQuery::default()),
             Request::Usage(UsageQuery { from: Some(1), to: Some(2), by: Some("a b,&=%".into()) }),
             Request::Metrics,

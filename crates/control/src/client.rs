@@ -13,8 +13,8 @@ use crate::api::encode;
 use crate::http::{self, Answer};
 use crate::peer::peer_of;
 use crate::{
-    ApiError, Attached, GuestInfo, NewGuest, NsmInfo, Request, SocketInfo, Status, Token, UsageQuery,
-    VersionInfo, token_hex,
+    ApiError, Attached, GuestInfo, NewGuest, NsmInfo, Request, SocketInfo, Status, TenantChange, TenantInfo,
+    Token, UsageQuery, VersionInfo, token_hex,
 };
 
 /// Longest wait for the engine's answer.
@@ -147,6 +147,19 @@ impl Client {
 
     pub fn usage(&mut self, query: UsageQuery) -> Result<Vec<netkernel_meter::Row>, ClientError> {
         self.ask(&Request::Usage(query)).map(|(value, _)| value)
+    }
+
+    pub fn tenants(&mut self) -> Result<Vec<TenantInfo>, ClientError> {
+        self.ask(&Request::Tenants).map(|(value, _)| value)
+    }
+
+    pub fn change_tenant(&mut self, name: &str, change: TenantChange) -> Result<(), ClientError> {
+        let request = Request::ChangeTenant { name: name.into(), change };
+        self.ask::<serde_json::Value>(&request).map(drop)
+    }
+
+    pub fn reload(&mut self) -> Result<(), ClientError> {
+        self.ask::<serde_json::Value>(&Request::Reload).map(drop)
     }
 
     /// Counters in the text format of OpenMetrics.

@@ -24,7 +24,7 @@ mod peer;
 mod proto;
 mod server;
 
-pub use api::{NewGuest, PROTOCOL_VERSION, Request, Token, UsageQuery, examine};
+pub use api::{NewGuest, PROTOCOL_VERSION, Request, TenantChange, Token, UsageQuery, examine};
 pub use client::{Client, ClientError};
 pub use openapi::openapi;
 pub use paths::{
@@ -32,7 +32,7 @@ pub use paths::{
 };
 pub use peer::{Peer, peer_of};
 pub use proto::{
-    ApiError, Attached, ErrorCode, GuestInfo, NsmInfo, SocketInfo, Status, VersionInfo, parse_token,
-    token_hex,
+    ApiError, Attached, ErrorCode, GuestInfo, NsmInfo, SocketInfo, Status, TenantInfo, VersionInfo,
+    parse_token, token_hex,
 };
 pub use server::{Access, EngineApi, Grant, Server};

@@ -128,6 +128,18 @@ pub struct NsmInfo {
     pub details: serde_json::Map<String, Value>,
 }
 
+/// A tenant, its limits, and what it uses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct TenantInfo {
+    pub name: String,
+    pub weight: u32,
+    pub guests: u64,
+    pub connections: u64,
+    /// Limits and counters.
+    #[serde(flatten)]
+    pub details: serde_json::Map<String, Value>,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SocketInfo {
     pub guest: u32,

@@ -18,8 +18,8 @@ use crate::api::{self, METRICS_TYPE, Role};
 use crate::http::{self, ReadError, Reply};
 use crate::peer::{Peer, peer_of};
 use crate::{
-    ApiError, Attached, Endpoint, ErrorCode, NewGuest, NsmInfo, Request, SocketInfo, Status, UsageQuery,
-    VersionInfo, parse_token, token_hex,
+    ApiError, Attached, Endpoint, ErrorCode, NewGuest, NsmInfo, Request, SocketInfo, Status, TenantChange,
+    TenantInfo, UsageQuery, VersionInfo, parse_token, token_hex,
 };
 
 /// Connections at a time, in all and of one user who is neither the engine's nor root.
@@ -54,6 +54,10 @@ pub trait EngineApi: Send + Sync {
     fn stop(&self);
     /// Usage of the user with this uid, or of all.
     fn usage(&self, query: &UsageQuery, of: Option<u32>) -> Result<Vec<Row>, ApiError>;
+    fn tenants(&self) -> Vec<TenantInfo>;
+    fn change_tenant(&self, name: &str, change: TenantChange) -> Result<(), ApiError>;
+    /// Reads the configuration file again.
+    fn reload(&self) -> Result<(), ApiError>;
     /// Counters in the text format of OpenMetrics.
     fn metrics(&self) -> String;
 }
@@ -206,6 +210,7 @@ fn serve(stream: &UnixStream, peer: Peer, shared: &Shared) -> io::Result<()> {
     stream.set_write_timeout(Some(REQUEST_TIMEOUT))?;
     let mut buffer = Vec::new();
     loop {
+        let mut stop = false;
         let request = match http::read_request(stream, &mut buffer, REQUEST_TIMEOUT) {
             Ok(Some(request)) => request,
             Ok(None) => return Ok(()),
@@ -216,15 +221,25 @@ fn serve(stream: &UnixStream, peer: Peer, shared: &Shared) -> io::Result<()> {
                 return http::write_reply(stream, &reply, true, &[]);
             }
         };
-        let answered = api::decode(&request.method, &request.target, &request.body)
-            .and_then(|(asked, role)| answer(asked, role, peer, shared));
+        let answered =
+            api::decode(&request.method, &request.target, &request.body).and_then(|(asked, role)| {
+                stop = asked == Request::Stop;
+                answer(asked, role, peer, shared)
+            });
         match answered {
             Ok((reply, Some(g))) => {
                 let fds = [g.region.as_raw_fd(), g.channel.as_raw_fd(), g.doorbell.as_raw_fd()];
                 http::write_reply(stream, &reply, request.last, &fds)?;
             }
             Ok((reply, None)) => http::write_reply(stream, &reply, request.last, &[])?,
-            Err(error) => http::write_reply(stream, &error_reply(&error), request.last, &[])?,
+            Err(error) => {
+                stop = false;
+                http::write_reply(stream, &error_reply(&error), request.last, &[])?;
+            }
+        }
+        if stop {
+            // After the answer: the process may be gone at once.
+            shared.api.stop();
         }
         if request.last {
             return Ok(());
@@ -301,10 +316,10 @@ fn answer(
             api.end_guest(guest)?;
             done(&())
         }
-        Request::Stop => {
-            api.stop();
-            done(&())
-        }
+        Request::Stop => done(&()),
+        Request::Tenants => done(&api.tenants()),
+        Request::ChangeTenant { name, change } => done(&api.change_tenant(&name, change)?),
+        Request::Reload => done(&api.reload()?),
         Request::Usage(query) => done(&api.usage(&query, (!operator).then_some(peer.uid))?),
         Request::Metrics => {
             let body = api.metrics().into_bytes();

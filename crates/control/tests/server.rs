@@ -97,6 +97,19 @@ impl EngineApi for Fake {
         Ok(Vec::new())
     }
 
+    fn tenants(&self) -> Vec<TenantInfo> {
+        Vec::new()
+    }
+
+    fn change_tenant(&self, name: &str, change: TenantChange) -> Result<(), ApiError> {
+        assert_eq!((name, change.weight, change.max_send), ("a b", Some(3), None));
+        Ok(())
+    }
+
+    fn reload(&self) -> Result<(), ApiError> {
+        Err(ApiError::new(ErrorCode::BadRequest, "the file is bad"))
+    }
+
     fn metrics(&self) -> String {
         "# EOF\n".into()
     }
@@ -147,12 +160,13 @@ impl Drop for Place {
 fn requests_are_answered_one_after_the_other_on_one_connection() {
     let place = Place::new("requests");
     let mut client = Client::connect(&place.socket).unwrap();
-    let (made, fds) = client.create_guest(NewGuest { name: Some("a".into()), stack: None }).unwrap();
+    let (made, fds) =
+        client.create_guest(NewGuest { name: Some("a".into()), ..NewGuest::default() }).unwrap();
     assert_eq!((made.id, fds.len()), (1, 3));
     assert_eq!(parse_token(&made.token), Some([7; 16]));
     client.attach(&[7; 16]).unwrap();
     assert!(matches!(client.attach(&[8; 16]), Err(ClientError::Refused(e)) if e.code == ErrorCode::BadToken));
-    match client.create_guest(NewGuest { name: None, stack: Some("none".into()) }) {
+    match client.create_guest(NewGuest { stack: Some("none".into()), ..NewGuest::default() }) {
         Err(ClientError::Refused(e)) => assert_eq!(e.code, ErrorCode::UnknownStack),
         other => panic!("{other:?}"),
     }
@@ -163,6 +177,8 @@ fn requests_are_answered_one_after_the_other_on_one_connection() {
         other => panic!("{other:?}"),
     }
     assert!(client.usage(UsageQuery { from: Some(60), ..UsageQuery::default() }).unwrap().is_empty());
+    client.change_tenant("a b", TenantChange { weight: Some(3), ..TenantChange::default() }).unwrap();
+    assert!(matches!(client.reload(), Err(ClientError::Refused(e)) if e.message == "the file is bad"));
     client.end_guest(5).unwrap();
     client.stop().unwrap();
     assert_eq!(place.fake.stops.load(Ordering::Relaxed), 1);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use netkernel_abi::Limits;
 use netkernel_shm::HugePages;
 
-use crate::{Form, StackKinds};
+use crate::{Capacity, Form, StackKinds, TenantConfig};
 
 /// A network stack module: a stack and how it is set up.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -33,6 +33,8 @@ pub struct NsmConfig {
     pub memory: bool,
     /// Users whose guests may connect in memory to guests of other users that have this stack. `None`: everybody.
     pub memory_allow: Option<Vec<u32>>,
+    /// What it can carry.
+    pub capacity: Capacity,
 }
 
 /// How a program's sockets are attached to their stack.
@@ -64,6 +66,7 @@ impl NsmConfig {
             smoltcp: None,
             memory: false,
             memory_allow: Some(Vec::new()),
+            capacity: Capacity::default(),
         }
     }
 }
@@ -78,6 +81,9 @@ pub struct EngineConfig {
     pub limits: Limits,
     pub huge_pages: HugePages,
     pub max_guests: usize,
+    pub tenants: Vec<TenantConfig>,
+    /// Who belongs to no tenant gets no guest.
+    pub strict_tenants: bool,
     /// Placeholder ends that a switch thread holds in the process's descriptor table before it hands them to a thread
     /// with a table of its own. `None`: a quarter of the limit for all threads together, at most 4096.
     pub placeholders_in_main_table: Option<usize>,
@@ -108,6 +114,8 @@ impl Default for EngineConfig {
             limits: Limits::default(),
             huge_pages: HugePages::Off,
             max_guests: 1024,
+            tenants: Vec::new(),
+            strict_tenants: false,
             placeholders_in_main_table: None,
             process_binary: None,
             kinds: StackKinds::default(),
@@ -119,8 +127,10 @@ impl Default for EngineConfig {
 pub struct GuestSpec {
     /// For people; need not be unique.
     pub name: String,
-    /// Name of an NSM; empty: the first one of the catalog.
+    /// Name of an NSM; empty: the tenant's first one.
     pub stack: String,
+    /// What the caller shows to be known as a tenant's.
+    pub tenant_token: Option<String>,
     /// Who asked.
     pub pid: i32,
     pub uid: u32,
@@ -159,6 +169,8 @@ pub enum EngineError {
         reason: String,
     },
     UnknownGuest(u32),
+    /// Who asks may not have it.
+    Refused(String),
     /// No guest has this token.
     BadToken,
     TooManyGuests(usize),
@@ -171,7 +183,9 @@ pub enum EngineError {
 impl std::fmt::Display for EngineError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            EngineError::Config(text) | EngineError::Resource(text) => f.write_str(text),
+            EngineError::Config(text) | EngineError::Resource(text) | EngineError::Refused(text) => {
+                f.write_str(text)
+            }
             EngineError::UnknownStack { name, known } => {
                 write!(f, "there is no stack `{name}`; this engine offers: {}", known.join(", "))
             }

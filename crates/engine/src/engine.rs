@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use netkernel_service::Limits;
 use netkernel_shm::{Region, fds};
 
 use crate::direct::{self, Direct};
@@ -14,10 +15,11 @@ use crate::process::Form;
 use crate::process::remote::Remote;
 use crate::process::wire;
 use crate::status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
+use crate::tenants::{Asker, Tenant, Tenants};
 use crate::usage::{GuestUsage, MAX_OVER, Usage};
 use crate::watch::{self, Watch};
 use crate::worker::{NewGuest, Worker};
-use crate::{EngineConfig, EngineError, GuestFds, GuestSpec};
+use crate::{EngineConfig, EngineError, GuestFds, GuestSpec, TenantConfig, TenantStatus};
 
 /// How long a control call waits for a switch thread, which answers within a turn unless the machine stands still.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -43,6 +45,7 @@ pub(crate) struct Shared {
     pub counters: SharedCounters,
     /// What guests that ended used, see [`Engine::usage`].
     over: Mutex<VecDeque<GuestUsage>>,
+    tenants: Arc<Tenants>,
     watches: Vec<Arc<Watch>>,
 }
 
@@ -70,6 +73,7 @@ struct Registered {
     token: [u8; 16],
     name: String,
     nsm: usize,
+    tenant: Arc<Tenant>,
     pid: i32,
     uid: u32,
     created: Instant,
@@ -153,7 +157,10 @@ impl Engine {
         watch::start(&watches).map_err(resource)?;
         let remotes = config.nsms.iter().enumerate();
         let remotes = remotes.map(|(i, nsm)| (nsm.form == Form::Process).then(|| Remote::new(i))).collect();
+        let tenants = Arc::new(Tenants::new(&config.tenants, config.strict_tenants, &config.nsms)?);
+        Tenants::start(&tenants, config.nsms.clone()).map_err(resource)?;
         let shared = Arc::new(Shared {
+            tenants,
             watches,
             remotes,
             over_hook,
@@ -183,15 +190,20 @@ impl Engine {
         let shared = &self.shared;
         self.running()?;
         let config = &shared.config;
-        let nsm = if spec.stack.is_empty() {
-            Some(0)
-        } else {
-            config.nsms.iter().position(|nsm| nsm.name == spec.stack)
+        let asker = Asker { pid: spec.pid, uid: spec.uid, token: spec.tenant_token.as_deref() };
+        let tenant = shared.tenants.of(asker)?;
+        let rights = tenant.config();
+        let wanted = match (spec.stack.as_str(), rights.nsms.first()) {
+            ("", Some(first)) => first.as_str(),
+            ("", None) => config.nsms[0].name.as_str(),
+            (named, _) => named,
         };
-        let nsm = nsm.ok_or_else(|| EngineError::UnknownStack {
-            name: spec.stack.clone(),
-            known: config.nsms.iter().map(|nsm| nsm.name.clone()).collect(),
-        })?;
+        let known = || -> Vec<String> {
+            let names = config.nsms.iter().map(|nsm| nsm.name.clone());
+            names.filter(|name| rights.may_use(name)).collect()
+        };
+        let nsm = config.nsms.iter().position(|nsm| nsm.name == wanted && rights.may_use(wanted));
+        let nsm = nsm.ok_or_else(|| EngineError::UnknownStack { name: wanted.to_owned(), known: known() })?;
         config.kinds.check(&config.nsms[nsm]).map_err(|reason| EngineError::StackUnavailable {
             name: config.nsms[nsm].name.clone(),
             reason,
@@ -204,7 +216,19 @@ impl Engine {
             registry.last_id += 1;
             registry.last_id
         };
-        let limits = spec.limits.unwrap_or(config.limits);
+        let mut limits = spec.limits.unwrap_or(config.limits);
+        if let Some(bytes) = rights.region_bytes {
+            limits.region_bytes = limits.region_bytes.min(bytes);
+        }
+        if shared.remotes[nsm].is_some() && tenant.has_limits() {
+            return Err(EngineError::Refused(format!(
+                "tenant '{}' has limits, which hold in the engine only, and NSM '{}' is a process of its own: use another NSM",
+                rights.name, config.nsms[nsm].name
+            )));
+        }
+        shared.tenants.take_guest(&tenant)?;
+        // Given back with what is dropped before the guest is registered.
+        let place = Place(Some(Arc::clone(&tenant)));
         let huge = spec.huge_pages.unwrap_or(config.huge_pages);
         let spin_ns = u32::try_from(config.spin_us.saturating_mul(1000)).unwrap_or(u32::MAX);
         let region =
@@ -221,7 +245,7 @@ impl Engine {
             region: region_fd.try_clone_to_owned().map_err(resource)?,
             channel: channel_theirs,
             doorbell: doorbell.try_clone().map_err(resource)?,
-            direct: config.kinds.has_direct(&config.nsms[nsm]),
+            direct: config.kinds.has_direct(&config.nsms[nsm]) && !tenant.needs_queues(),
         };
         let worker = match &shared.remotes[nsm] {
             Some(remote) => shared.workers.len() + remote.nsm(),
@@ -231,6 +255,7 @@ impl Engine {
             token: fds.token,
             name: spec.name,
             nsm,
+            tenant: Arc::clone(&tenant),
             pid: spec.pid,
             uid: spec.uid,
             created: Instant::now(),
@@ -242,13 +267,16 @@ impl Engine {
         };
         {
             let mut registry = lock(&shared.registry);
+            place.keep();
             registry.tokens.insert(fds.token, id);
             registry.guests.insert(id, registered);
         }
         // The engine may be allowed more than who asked for the guest.
         let privileged = spec.uid == 0;
-        let guest =
-            NewGuest { id, region, nsm, privileged, owner: spec.uid, channel: channel_ours, doorbell };
+        let limits = tenant.limits(nsm);
+        let owner = spec.uid;
+        let channel = channel_ours;
+        let guest = NewGuest { id, region, nsm, limits, privileged, owner, channel, doorbell };
         let result = self.ask(worker, |answer| Command::Add(Box::new(guest), answer));
         match result.and_then(|r| r) {
             Ok(()) => {
@@ -279,6 +307,8 @@ impl Engine {
         let registered = Registered {
             token: random_token().map_err(resource)?,
             name: guest.name.clone(),
+            // The supervisor's business: it lets no tenant in that has limits.
+            tenant: self.shared.tenants.others(),
             nsm: 0,
             pid: guest.pid,
             uid: guest.uid,
@@ -291,8 +321,17 @@ impl Engine {
         };
         lock(&self.shared.registry).guests.insert(guest.id, registered);
         let owner = guest.uid;
-        let new =
-            NewGuest { id: guest.id, region, nsm: 0, privileged: guest.privileged, owner, channel, doorbell };
+        let limits = Limits::default();
+        let new = NewGuest {
+            id: guest.id,
+            region,
+            nsm: 0,
+            limits,
+            privileged: guest.privileged,
+            owner,
+            channel,
+            doorbell,
+        };
         let result = self.ask(0, |answer| Command::Add(Box::new(new), answer)).and_then(|r| r);
         if result.is_err() {
             self.shared.forget(guest.id);
@@ -321,7 +360,8 @@ impl Engine {
                 region: guest.region.as_fd().try_clone_to_owned().map_err(resource)?,
                 channel: theirs,
                 doorbell: guest.doorbell.as_fd().try_clone_to_owned().map_err(resource)?,
-                direct: self.shared.config.kinds.has_direct(&self.shared.config.nsms[guest.nsm]),
+                direct: self.shared.config.kinds.has_direct(&self.shared.config.nsms[guest.nsm])
+                    && !guest.tenant.needs_queues(),
             };
             (guest.worker, fds)
         };
@@ -352,6 +392,7 @@ impl Engine {
         for status in &mut guests {
             if let Some(guest) = registry.guests.get(&status.id) {
                 status.name.clone_from(&guest.name);
+                status.tenant = guest.tenant.config().name;
                 status.stack.clone_from(&shared.config.nsms[guest.nsm].name);
                 status.pid = guest.pid;
                 status.uid = guest.uid;
@@ -428,6 +469,24 @@ impl Engine {
         all
     }
 
+    pub fn tenants(&self) -> Vec<TenantStatus> {
+        self.shared.tenants.all().map(|tenant| tenant.status()).collect()
+    }
+
+    /// New limits for a tenant, at once and for the connections that there are. Nothing changes when they are refused.
+    pub fn change_tenant(
+        &self,
+        name: &str,
+        change: impl FnOnce(&mut TenantConfig),
+    ) -> Result<(), EngineError> {
+        self.shared.tenants.change(name, &self.shared.config.nsms, change)
+    }
+
+    /// New limits for all tenants that there are; the same list of names as before. Nothing changes when they are refused.
+    pub fn change_tenants(&self, new: &[TenantConfig]) -> Result<(), EngineError> {
+        self.shared.tenants.change_all(new, &self.shared.config.nsms)
+    }
+
     /// The sockets of a guest; empty when there is no such guest.
     pub fn sockets(&self, guest: u32) -> Vec<SocketStatus> {
         let known = lock(&self.shared.registry)
@@ -458,6 +517,7 @@ impl Engine {
                 netns: nsm.netns.clone(),
                 form: nsm.form,
                 attach: nsm.attach,
+                capacity: nsm.capacity,
                 available: check.is_ok(),
                 reason: check.err(),
                 guests,
@@ -623,16 +683,29 @@ impl Shared {
         let guest = registry.guests.get(&id)?;
         let nsm = self.config.nsms[guest.nsm].name.clone();
         let usage = Usage { lived_ms: guest.created.elapsed().as_millis() as u64, ..usage };
-        Some(GuestUsage { guest: id, name: guest.name.clone(), nsm, uid: guest.uid, usage, over })
+        let tenant = (self.tenants.all().count() > 1).then(|| guest.tenant.config().name);
+        Some(GuestUsage { guest: id, name: guest.name.clone(), nsm, tenant, uid: guest.uid, usage, over })
     }
 
     fn forget(&self, id: u32) {
         let mut registry = lock(&self.registry);
         if let Some(guest) = registry.guests.remove(&id) {
             registry.tokens.remove(&guest.token);
+            Tenants::guest_over(&guest.tenant);
         }
         drop(registry);
         self.changed.notify_all();
+    }
+
+    /// What a guest may use.
+    pub fn limits(&self, id: u32) -> Limits {
+        let registry = lock(&self.registry);
+        registry.guests.get(&id).map(|guest| guest.tenant.limits(guest.nsm)).unwrap_or_default()
+    }
+
+    /// The tenant of a guest has limits that direct sockets would pass by.
+    pub fn needs_queues(&self, id: u32) -> bool {
+        lock(&self.registry).guests.get(&id).is_some_and(|guest| guest.tenant.needs_queues())
     }
 
     /// Name of a guest, for the log.
@@ -640,6 +713,23 @@ impl Shared {
         // Chosen by who asked for the guest: it must not make lines of its own in a log.
         let printable = |name: &String| name.replace(char::is_control, "?");
         lock(&self.registry).guests.get(&id).map(|guest| printable(&guest.name)).unwrap_or_default()
+    }
+}
+
+/// A tenant's place for a guest, until it is kept.
+struct Place(Option<Arc<Tenant>>);
+
+impl Place {
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(tenant) = &self.0 {
+            Tenants::guest_over(tenant);
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use netkernel_agent::notify::Listener;
 use netkernel_agent::{Counters, Settings};
 use netkernel_relay::{Link, Relay, RelaySocket, Start};
+use netkernel_service::Policed;
 use netkernel_shm::fds;
 
 use crate::NsmConfig;
@@ -40,10 +41,12 @@ pub(crate) fn start(
         privileged: shared.is_privileged(guest),
         spin_ns: shared.config.spin_us.saturating_mul(1000),
     };
+    let limits = shared.limits(guest);
     let (kinds, nsm, own) = (shared.config.kinds.clone(), nsm.clone(), link.clone());
     std::thread::Builder::new().name("nk-relay".into()).stack_size(512 << 10).spawn(move || {
         // What goes wrong here closes the listener: the guest's sockets fail with ENOSYS, and nothing waits.
         let relay = kinds.make(&nsm).and_then(|stack| {
+            let stack = Box::new(Policed::new(stack, limits));
             Relay::new(start, stack, own).map_err(|error| format!("no descriptors: {error}"))
         });
         match relay {

@@ -17,6 +17,7 @@ pub struct Status {
 pub struct GuestStatus {
     pub id: u32,
     pub name: String,
+    pub tenant: String,
     pub stack: String,
     pub pid: i32,
     pub uid: u32,
@@ -56,6 +57,7 @@ pub struct StackStatus {
     pub netns: Option<String>,
     pub form: crate::Form,
     pub attach: crate::Attach,
+    pub capacity: crate::Capacity,
     pub available: bool,
     /// Why it is not available.
     pub reason: Option<String>,

@@ -33,6 +33,8 @@ pub struct GuestUsage {
     pub guest: u32,
     pub name: String,
     pub nsm: String,
+    /// `None`: the engine has no tenants configured.
+    pub tenant: Option<String>,
     pub uid: u32,
     pub usage: Usage,
     /// It ended; told once, with its last counts.

@@ -18,7 +18,7 @@ use netkernel_abi::control::{Message, kind};
 use netkernel_agent::Settings;
 use netkernel_agent::notify::Listener;
 use netkernel_ring::spin::{Polling, Spin};
-use netkernel_service::{Host, Ready, Service, Stack, Table, Violation};
+use netkernel_service::{Host, Limits, Ready, Service, Stack, Table, Violation};
 use netkernel_shm::{Region, fds};
 
 use crate::EngineError;
@@ -57,6 +57,7 @@ pub(crate) struct NewGuest {
     pub id: u32,
     pub region: Region,
     pub nsm: usize,
+    pub limits: Limits,
     /// May bind to ports below 1024.
     pub privileged: bool,
     /// The user who asked for it.
@@ -184,6 +185,8 @@ pub(crate) struct Worker {
     now_ns: u64,
     next_sweep_ns: u64,
     next_retry_ns: u64,
+    /// When the first of those that wait for a tenant's rate may go on.
+    resume_at: u64,
     turns: u64,
     sleeps: u64,
     stop: bool,
@@ -218,6 +221,7 @@ impl Worker {
             now_ns: now_ns(),
             next_sweep_ns: 0,
             next_retry_ns: 0,
+            resume_at: u64::MAX,
             turns: 0,
             sleeps: 0,
             stop: false,
@@ -257,7 +261,7 @@ impl Worker {
     /// One round over the hot guests and the stacks in use. True: something was done.
     fn turn(&mut self) -> bool {
         self.turns += 1;
-        let worked = self.serve_hot() | self.poll_stacks();
+        let worked = self.resume() | self.serve_hot() | self.poll_stacks();
         self.flush_hot();
         worked
     }
@@ -329,7 +333,41 @@ impl Worker {
             }
             Err(violation) => self.violation(slot, violation),
         }
+        self.note_throttle(slot);
         true
+    }
+
+    /// Remembers when sockets of the guest, or its elements, may go on that wait for its tenant's rate.
+    #[inline]
+    fn note_throttle(&mut self, slot: u32) {
+        if let Some(Some(guest)) = self.guests.get(slot as usize) {
+            self.resume_at = self.resume_at.min(guest.service.throttled_until());
+        }
+    }
+
+    /// Goes on with what waited for a tenant's rate. True: there was something.
+    fn resume(&mut self) -> bool {
+        if self.resume_at == u64::MAX {
+            return false;
+        }
+        let now = now_ns();
+        if now < self.resume_at {
+            return false;
+        }
+        self.now_ns = now;
+        self.resume_at = u64::MAX;
+        let mut resumed = false;
+        for slot in 0..self.guests.len() as u32 {
+            let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { continue };
+            if guest.service.throttled_until() <= now {
+                guest.service.resume();
+                resumed = true;
+                self.warm(slot);
+            } else {
+                self.resume_at = self.resume_at.min(guest.service.throttled_until());
+            }
+        }
+        resumed
     }
 
     /// An element waits for what stands in channels and hang-ups: all of that first, then the element again.
@@ -383,6 +421,7 @@ impl Worker {
             let Some(module) = &mut self.modules[nsm] else { break };
             let result = guest.service.ready(&mut *module.stack, id, report.readiness);
             guest.last_active_ns = self.now_ns;
+            self.resume_at = self.resume_at.min(guest.service.throttled_until());
             if !guest.hot {
                 self.warm(slot);
             }
@@ -466,6 +505,7 @@ impl Worker {
                     result = result.and(guest.service.close(&mut *module.stack, id));
                 }
             }
+            self.note_throttle(slot);
             match result {
                 Ok(()) => {
                     self.warm(slot);
@@ -490,7 +530,7 @@ impl Worker {
                 let look = self.now_ns;
                 // The thread that we wait for may need this core.
                 std::thread::yield_now();
-                if self.serve_hot() | self.look(0) {
+                if self.resume() | self.serve_hot() | self.look(0) {
                     self.now_ns = now_ns();
                     self.spin.waited(polling.spent_ns());
                     self.flush_hot();
@@ -552,7 +592,7 @@ impl Worker {
 
     /// Milliseconds that the thread may sleep; -1: until something happens.
     fn timeout_ms(&self) -> i32 {
-        let mut until = u64::MAX;
+        let mut until = self.resume_at;
         for guest in self.guests.iter().flatten() {
             if guest.service.wants_sweep() || guest.over_since.is_some() {
                 until = until.min(self.next_sweep_ns);
@@ -683,10 +723,12 @@ impl Worker {
             .map_err(resource)?;
         let mut doorbells = Vec::new();
         doorbells.resize_with(limits.queue_sets as usize, || Bell::None);
+        let mut service = Service::new(new.region, slot as u32, new.privileged);
+        service.set_limits(new.limits);
         self.guests[slot] = Some(Box::new(Guest {
             id: new.id,
             nsm: new.nsm,
-            service: Service::new(new.region, slot as u32, new.privileged),
+            service,
             ends: Ends {
                 placeholders: Table::new(limits.sockets),
                 placeholder_count: 0,
@@ -913,7 +955,12 @@ impl Worker {
             return Err(Violation("second agent"));
         }
         let nsm = &self.shared.config.nsms[guest.nsm];
-        let settings = Settings { policy: nsm.congestion_policy, fail_open: message.a == 1 };
+        let queued_only = self.shared.needs_queues(guest.id);
+        let settings = Settings {
+            policy: nsm.congestion_policy,
+            fail_open: message.a == 1 && !queued_only,
+            no_streams: queued_only,
+        };
         // What goes wrong here ends the listener: the guest's sockets fail with ENOSYS, and nothing waits.
         let start = if message.c == 1 { relay::start } else { direct::start };
         let started = start(&self.shared, guest.id, nsm, listener, settings, message.b == 1);
@@ -1118,6 +1165,10 @@ fn cool(guest: &mut Guest) -> bool {
     // Only guests that are polled are flushed: their sleepers would not wake.
     if guest.service.owes_wake_ups() {
         return false;
+    }
+    if guest.service.elements_wait() {
+        // It need not ring: this thread comes by itself.
+        return !guest.service.has_work();
     }
     let waiting = &guest.service.region().header().engine_waiting;
     // SYNC: engine-waiting - a guest that pushed before it could see this 1 is seen by the look that follows.

@@ -238,7 +238,8 @@ impl Relay {
             }
         }
         self.events = events;
-        if stack {
+        // A stack with timers of its own may have something to tell without a descriptor that says so.
+        if stack || self.stack.deadline_ns().is_some_and(|deadline| deadline <= now_ns()) {
             worked |= self.poll_stack();
         }
         for _ in 0..RUN_BATCH {

@@ -14,6 +14,8 @@ mod blocks;
 mod events;
 #[allow(unsafe_code)]
 mod memory;
+mod police;
+mod policed;
 mod service;
 mod stack;
 mod table;
@@ -21,6 +23,8 @@ mod table;
 pub use address::SocketAddress;
 pub use events::{MAX_WAKE, URGENT_WAKE};
 pub use memory::{GuestBytes, Segments};
+pub use police::{Bucket, Limits, Police, Quota, UNLIMITED, now_ns};
+pub use policed::Policed;
 pub use service::{Drained, Host, Service, SocketInfo, Stats, Violation};
 pub use stack::{
     Accepted, Close, Connect, Datagram, Errno, Handle, Readiness, Ready, Received, ReceivedDatagram,

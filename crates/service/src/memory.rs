@@ -31,6 +31,12 @@ impl GuestBytes {
     }
 }
 
+/// CLOCK_MONOTONIC.
+pub(crate) fn monotonic(time: &mut libc::timespec) {
+    // SAFETY: time is valid for writes.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, time) };
+}
+
 /// At most two runs: a piece of a byte ring that may wrap once. What a [`crate::Stack`] sends from and receives into.
 #[derive(Clone, Copy, Debug)]
 pub struct Segments {

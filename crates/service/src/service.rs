@@ -16,6 +16,7 @@ use netkernel_shm::Region;
 use crate::blocks::{Block, Blocks, CLASSES};
 use crate::events::Events;
 use crate::memory::ring_segments;
+use crate::police::{Limits, now_ns};
 use crate::stack::{Close, Connect, Datagram, Errno, Handle, Readiness, SendFlags, Shutdown, Stack, key};
 use crate::{SocketAddress, Table};
 
@@ -115,6 +116,10 @@ mod bit {
     pub const SHUT_RD: u32 = 1 << 15;
     /// The last datagram was small.
     pub const SMALL: u32 = 1 << 16;
+    /// In the list of those that wait for the tenant's rate.
+    pub const THROTTLED: u32 = 1 << 17;
+    /// One of the tenant's connections.
+    pub const COUNTED: u32 = 1 << 18;
 }
 use bit::*;
 
@@ -195,6 +200,12 @@ struct Core {
     run: VecDeque<u32>,
     /// Sockets that wait for memory or descriptors; tried again when something is given back, and every tick.
     starved: Vec<u32>,
+    limits: Limits,
+    /// Sockets that wait until more may be sent or received, in the order in which they go on.
+    throttled: Vec<u32>,
+    /// When the first of them may, and the guest's elements may be looked at again.
+    throttled_until: u64,
+    elements_until: u64,
     /// Queue sets with elements that were not looked at.
     pending: [u64; ACTIVE_WORDS],
     /// An element that waits for the channels or hang-ups.
@@ -238,6 +249,10 @@ impl Service {
                 blocks: Blocks::new(layout.payload_offset, layout.payload_bytes),
                 run: VecDeque::new(),
                 starved: Vec::new(),
+                limits: Limits::default(),
+                throttled: Vec::new(),
+                throttled_until: u64::MAX,
+                elements_until: 0,
                 pending: [0; ACTIVE_WORDS],
                 held: None,
                 free_ids: Vec::new(),
@@ -320,12 +335,44 @@ impl Service {
     #[inline]
     pub fn has_elements(&self) -> bool {
         let header = self.region.header();
+        if self.core.elements_until != 0 {
+            return false;
+        }
         self.core.held.is_some()
             || header
                 .active
                 .iter()
                 .zip(&self.core.pending)
                 .any(|(word, p)| word.load(Relaxed) != 0 || *p != 0)
+    }
+
+    /// What the guest may use, from now on.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.core.limits = limits;
+    }
+
+    /// When [`Service::resume`] is to be called: sockets, or the guest's elements, wait for the tenant's rate. `u64::MAX`: none do.
+    #[inline]
+    pub fn throttled_until(&self) -> u64 {
+        self.core.throttled_until
+    }
+
+    /// The guest pushed more than its tenant's rate of operations allows: its elements are left where they are for now.
+    #[inline]
+    pub fn elements_wait(&self) -> bool {
+        self.core.elements_until != 0
+    }
+
+    /// Goes on with what had to wait.
+    pub fn resume(&mut self) {
+        self.core.throttled_until = u64::MAX;
+        self.core.elements_until = 0;
+        for id in std::mem::take(&mut self.core.throttled) {
+            if let Some(sock) = self.core.socks.get_mut(id) {
+                sock.bits &= !THROTTLED;
+                self.core.enqueue(id);
+            }
+        }
     }
 
     /// True when [`Service::run`] has something to do.
@@ -421,6 +468,7 @@ impl Service {
 
     /// The engine ends in order: hands what the send rings hold to the stack, as far as that takes it at once.
     pub fn flush_all(&mut self, stack: &mut dyn Stack) {
+        self.core.limits = Limits::default();
         let mut cx = Cx { region: &self.region, stack };
         let mut at = Some(0);
         while let Some(id) = at {
@@ -453,6 +501,8 @@ impl Service {
                 let abort = unread || sock.bits & (LINGER_0 | UNTAKEN) != 0;
                 stack.close(sock.handle, if abort { Close::Abort } else { Close::Graceful });
                 sock.handle = Handle::NONE;
+                let counted = std::mem::take(&mut sock.bits) & COUNTED != 0;
+                self.core.uncount(counted);
             }
             at = self.core.socks.next_id(id);
         }
@@ -690,6 +740,25 @@ impl Core {
         }
     }
 
+    /// It goes on at `again` (nanoseconds) or a little later.
+    fn throttle(&mut self, id: u32, again: u64) {
+        self.throttled_until = self.throttled_until.min(again);
+        if let Some(sock) = self.socks.get_mut(id)
+            && sock.bits & THROTTLED == 0
+        {
+            sock.bits |= THROTTLED;
+            self.throttled.push(id);
+        }
+    }
+
+    fn uncount(&self, counted: bool) {
+        if let Some(quota) = &self.limits.connections
+            && counted
+        {
+            quota.give_back();
+        }
+    }
+
     fn retry_starved(&mut self) {
         for id in std::mem::take(&mut self.starved) {
             if let Some(sock) = self.socks.get_mut(id) {
@@ -771,7 +840,19 @@ impl Core {
                 sock.bits |= RX_READY;
             }
             let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
-            let want = size - used;
+            let mut want = size - used;
+            let mut now = 0;
+            if !self.limits.receive.is_idle() {
+                now = now_ns();
+                match self.limits.receive.allow(want.into(), now) {
+                    Ok(allowed) => want = want.min(allowed as u32),
+                    // The stack's own buffer fills, and its window closes.
+                    Err(again) => {
+                        self.throttle(id, again);
+                        return Ok(());
+                    }
+                }
+            }
             let into = ring_segments(region, sock.rx.offset(), size, sock.rx_base, sock.rx_tail, want);
             match cx.stack.recv(sock.handle, &into) {
                 Ok(received) if received.bytes > 0 => {
@@ -780,7 +861,8 @@ impl Core {
                     sock.used_at = self.sweeps;
                     got += n;
                     self.bytes_in += n as u64;
-                    if n == want {
+                    self.limits.receive.take(n.into(), now);
+                    if n == size - used {
                         sock.bits |= RX_FILLED;
                     }
                     if !received.more && sock.bits & MARK == 0 {
@@ -911,6 +993,20 @@ impl Core {
                     urgent = true;
                 }
             }
+            let (mut now, mut limited) = (0, false);
+            if !self.limits.send.is_idle() {
+                now = now_ns();
+                match self.limits.send.allow(len.into(), now) {
+                    Ok(allowed) if allowed < u64::from(len) => {
+                        (len, limited, urgent) = (allowed as u32, true, false);
+                    }
+                    Ok(_) => {}
+                    Err(again) => {
+                        self.throttle(id, again);
+                        break;
+                    }
+                }
+            }
             let base = entry.tx_base.load(Relaxed);
             let data = ring_segments(region, sock.tx.offset(), size, base, sock.tx_head, len);
             match cx.stack.send(sock.handle, &data, SendFlags { more, urgent }) {
@@ -918,10 +1014,15 @@ impl Core {
                     let n = (n as u32).min(len);
                     sock.tx_head = sock.tx_head.wrapping_add(n);
                     self.bytes_out += n as u64;
+                    self.limits.send.take(n.into(), now);
                     // SYNC: tx-head - the stack has taken the bytes.
                     entry.tx_head.store(sock.tx_head, Release);
                     if n < len {
                         sock.bits |= TX_BLOCKED;
+                        break;
+                    }
+                    if limited {
+                        self.throttle(id, now);
                         break;
                     }
                     if !urgent {
@@ -1011,6 +1112,15 @@ impl Core {
                 self.enqueue(id);
                 return Ok(());
             }
+            let mut now = 0;
+            if !self.limits.send.is_idle() {
+                now = now_ns();
+                // A datagram goes whole: the bucket may go below empty by one batch.
+                if let Err(again) = self.limits.send.allow(used.into(), now) {
+                    self.throttle(id, again);
+                    return Ok(());
+                }
+            }
             sock.used_at = self.sweeps;
             let base = entry.tx_base.load(Relaxed);
             let mut batch =
@@ -1084,8 +1194,10 @@ impl Core {
                 Ok(k) if k > 0 => {
                     let k = k.min(n);
                     sock.tx_head = ends[k - 1];
-                    self.bytes_out +=
+                    let passed =
                         if k == n { payload } else { batch[..k].iter().map(|d| d.data.len() as u64).sum() };
+                    self.bytes_out += passed;
+                    self.limits.send.take(passed, now);
                     sent += k as u32;
                 }
                 Ok(_) => sock.bits |= TX_BLOCKED,
@@ -1186,6 +1298,13 @@ impl Core {
                 self.enqueue(id);
                 break;
             }
+            if !self.limits.receive.is_idle()
+                && let Err(again) = self.limits.receive.allow(MAX_DATAGRAM.into(), now_ns())
+            {
+                // They wait in the stack's socket.
+                self.throttle(id, again);
+                break;
+            }
             // SYNC: rx-head
             let head = entry.rx_head.load(Acquire);
             let used = bytes::used(head, sock.rx_tail, sock.rx.size())
@@ -1256,6 +1375,7 @@ impl Core {
                         sock.rx_tail = tail;
                         sock.used_at = self.sweeps;
                         self.bytes_in += bytes as u64;
+                        self.limits.receive.charge(bytes as u64);
                         // Told together with what follows at once, so that recvmmsg finds together what was sent so.
                         if got - told >= DATAGRAM_BATCH as u32 {
                             told = got;
@@ -1293,6 +1413,7 @@ impl Core {
                     sock.bits = if small { sock.bits | SMALL } else { sock.bits & !SMALL };
                     sock.used_at = self.sweeps;
                     self.bytes_in += len as u64;
+                    self.limits.receive.charge(len as u64);
                     got += 1;
                     if sock.bits & SMALL == 0 {
                         told = got;
@@ -1454,8 +1575,15 @@ impl Core {
                 entry.rx_base.store(sock.rx_base, Relaxed);
             }
             let (handle, domain, inherited) = (sock.handle, sock.domain, sock.bits & LINGER_0);
+            if self.limits.connections.as_ref().is_some_and(|quota| !quota.take()) {
+                // The tenant has all that it may have: more wait in the stack's own queue.
+                self.starve(listener);
+                break;
+            }
+            let counted = self.limits.connections.is_some();
             let Some(id) = self.take_id() else {
                 // No ids: connections wait in the stack's own queue.
+                self.uncount(counted);
                 self.starve(listener);
                 break;
             };
@@ -1463,6 +1591,7 @@ impl Core {
                 Ok(accepted) => accepted,
                 Err(errno) => {
                     self.free_ids.push(id);
+                    self.uncount(counted);
                     if errno.would_block() {
                         if let Some(sock) = self.socks.get_mut(listener) {
                             sock.bits &= !RX_READY;
@@ -1478,6 +1607,9 @@ impl Core {
                 }
             };
             self.begin_accepted(cx, id, domain, accepted);
+            if counted && let Some(sock) = self.socks.get_mut(id) {
+                sock.bits |= COUNTED;
+            }
             self.receive(cx, id)?;
             let (generation, record) = {
                 let generation = self.socks.get_mut(id).map_or(0, |s| s.generation);
@@ -1704,9 +1836,11 @@ impl Core {
         }
         let (rx, tx) = (sock.rx, sock.tx);
         let generation = sock.generation.wrapping_add(1);
-        let queued = sock.bits & (QUEUED | STARVED);
+        let queued = sock.bits & (QUEUED | STARVED | THROTTLED);
+        let counted = sock.bits & COUNTED != 0;
         *sock = Sock { generation, bits: queued, ..Sock::default() };
         self.sockets -= 1;
+        self.uncount(counted);
         clear_engine_lines(entry);
         entry.inode.store(0, Relaxed);
         // SYNC: socket-state - the cleared lines are visible to who takes the id again.
@@ -1744,6 +1878,18 @@ impl Core {
     fn drain(&mut self, cx: &mut Cx, budget: usize) -> Result<Drained, Violation> {
         let region = cx.region;
         let mut drained = Drained { elements: 0, more: false, again: false };
+        let mut budget = budget;
+        let policed = budget > 0 && !self.limits.operations.is_idle();
+        if policed {
+            match self.limits.operations.allow(budget as u64, now_ns()) {
+                Ok(allowed) => budget = allowed as usize,
+                Err(again) => {
+                    self.elements_until = again;
+                    self.throttled_until = self.throttled_until.min(again);
+                    return Ok(drained);
+                }
+            }
+        }
         if let Some((q, nqe)) = self.held.take() {
             self.element(cx, q, nqe, true)?;
         }
@@ -1764,6 +1910,9 @@ impl Core {
                 let mut taken = 0;
                 let empty = self.drain_queue(cx, q, &mut taken)?;
                 drained.elements += taken;
+                if policed {
+                    self.limits.operations.take(taken as u64, now_ns());
+                }
                 if self.held.is_some() {
                     drained.again = true;
                     return Ok(drained);
@@ -1951,6 +2100,16 @@ impl Core {
                 if sock.kind != Kind::Datagram && sock.state & state::CONNECTED != 0 {
                     return Ok(Done::Answer(-libc::EISCONN, 0, 0));
                 }
+                if sock.kind == Kind::Stream
+                    && sock.bits & COUNTED == 0
+                    && let Some(quota) = &self.limits.connections
+                {
+                    if !quota.take() {
+                        // As when no local port is left.
+                        return Ok(Done::Answer(-libc::EADDRNOTAVAIL, 0, 0));
+                    }
+                    sock.bits |= COUNTED;
+                }
                 cx.region.read_argument(q, &mut argument[..size]);
                 let address = SocketAddress::from_bytes(&argument[..size]);
                 let mut result = cx.stack.connect(handle, &address);
@@ -2096,7 +2255,7 @@ impl Core {
         sock.tx_head = entry.tx_tail.load(Acquire);
         entry.tx_head.store(sock.tx_head, Release);
         sock.error = 0;
-        sock.bits &= QUEUED | STARVED | LINGER_0 | UNTAKEN | SUSPECT;
+        sock.bits &= QUEUED | STARVED | THROTTLED | COUNTED | LINGER_0 | UNTAKEN | SUSPECT;
         sock.state &= state::OPEN | state::BOUND;
         for word in [&entry.oob, &entry.peer_len, &entry.local_len, &entry.rx_stalled] {
             word.store(0, Relaxed);
