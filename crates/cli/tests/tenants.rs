@@ -337,7 +337,13 @@ fn limits_hold_for_programs_that_pass_the_library_by() {
     cc.args(["-static", "-w", "-o"]).arg(&program).arg(&source);
     common::finish(cc).succeeds();
     let program = program.to_str().unwrap();
+    let none_left = || {
+        until("no connection is counted", || {
+            rig.ask(&["tenants", "--json"]).json()["tenants"][0]["connections"].as_u64() == Some(0)
+        });
+    };
     for act in ["send", "receive"] {
+        none_left();
         let began = Instant::now();
         let done = rig.ask(&["run", "--", program, &rig.port, act, "900000"]);
         assert_eq!(done.succeeds().out, format!("{act}\n"));
@@ -347,6 +353,7 @@ fn limits_hold_for_programs_that_pass_the_library_by() {
     }
     rig.ask(&["run", "--attach", "direct", "--", program, &rig.port, "send", "1"])
         .fails(125, &["no kernel sockets to give away", "the tenant has limits"]);
+    none_left();
     let mut one = rig.client(&[], &["connect", "1"]);
     assert_eq!(one.line(), "0");
     let full = rig.ask(&["run", "--", program, &rig.port, "send", "1"]);
