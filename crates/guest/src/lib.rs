@@ -28,6 +28,15 @@ extern "C" fn constructor() {
     guest::attach();
 }
 
+/// Runs when the program exits in order.
+extern "C" fn destructor() {
+    queue::settle();
+}
+
+#[used]
+#[unsafe(link_section = ".fini_array")]
+static DESTRUCTOR: extern "C" fn() = destructor;
+
 #[used]
 #[unsafe(link_section = ".init_array")]
 static CONSTRUCTOR: extern "C" fn() = constructor;

@@ -1,7 +1,7 @@
 //! A thread's queue set: pushing jobs and sends, waiting for completions.
 
 use core::cell::Cell;
-use core::sync::atomic::{AtomicU32, Ordering, fence};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 
 use netkernel_abi::nqe::flag;
 use netkernel_abi::{Nqe, Op};
@@ -172,8 +172,24 @@ pub fn send(guest: &Guest, op: Op, socket: u32, flags: u8, position: u32) {
     });
 }
 
+/// This process pushed a job that it did not wait for.
+static POSTED: AtomicBool = AtomicBool::new(false);
+
+/// Before this process goes: the engine takes queue sets in no order, and who is told of the end must find what was posted
+/// before it done.
+pub fn settle() {
+    if POSTED.load(Ordering::Relaxed)
+        && let Some(guest) = guest::guest()
+        && !guest::engine_gone()
+    {
+        POSTED.store(false, Ordering::Relaxed);
+        let _ = job(guest, Op::Fence, 0, 0, &[], 0, &mut []);
+    }
+}
+
 /// Pushes a job that nobody waits for.
 pub fn post(guest: &Guest, op: Op, socket: u32, op_data: u64) {
+    POSTED.store(true, Ordering::Relaxed);
     let _ = with_queue(guest, |q| {
         let mut element = about(guest, op, q, socket);
         element.op_data = op_data;

@@ -5,6 +5,7 @@ use core::ffi::{CStr, c_char, c_int, c_uint, c_ulong};
 use netkernel_abi::control::env;
 
 use crate::next::next;
+use crate::sys::raw;
 use crate::{guest, handover, table, target};
 
 unsafe extern "C" {
@@ -107,6 +108,7 @@ unsafe fn with_environment(envp: Strings, f: impl FnOnce(Strings) -> c_int) -> c
 /// # Safety
 /// `path` must be null or a C string.
 unsafe fn leaving(dir: c_int, path: *const c_char, flags: c_int) {
+    crate::queue::settle();
     if guest::guest().is_none() || path.is_null() || !table::any_sockets() {
         return;
     }
@@ -319,6 +321,21 @@ unsafe extern "C" fn prlimit64(pid: libc::pid_t, resource: c_uint, new: Limit, o
     // SAFETY: the same contract.
     unsafe { before_limit(resource, new) };
     next!(prlimit64(pid => libc::pid_t, resource => c_uint, new => Limit, old => LimitOut) -> c_int)
+}
+
+/// The end of a process without the destructors' turn.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn _exit(status: c_int) -> ! {
+    crate::queue::settle();
+    loop {
+        raw!(libc::SYS_exit_group, status);
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn _Exit(status: c_int) -> ! {
+    // SAFETY: no obligations.
+    unsafe { _exit(status) }
 }
 
 /// A vfork child shares the parent's memory, the descriptor table here included, while its descriptors are its own. A
