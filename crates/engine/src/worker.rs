@@ -1168,7 +1168,8 @@ fn cool(guest: &mut Guest) -> bool {
     }
     if guest.service.elements_wait() {
         // It need not ring: this thread comes by itself.
-        return !guest.service.has_work();
+        guest.hot = guest.service.has_work();
+        return !guest.hot;
     }
     let waiting = &guest.service.region().header().engine_waiting;
     // SYNC: engine-waiting - a guest that pushed before it could see this 1 is seen by the look that follows.
