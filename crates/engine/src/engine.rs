@@ -276,7 +276,7 @@ impl Engine {
         let limits = tenant.limits(nsm);
         let owner = spec.uid;
         let channel = channel_ours;
-        let guest = NewGuest { id, region, nsm, limits, privileged, owner, channel, doorbell };
+        let guest = NewGuest { id, region, nsm, limits, tenant, privileged, owner, channel, doorbell };
         let result = self.ask(worker, |answer| Command::Add(Box::new(guest), answer));
         match result.and_then(|r| r) {
             Ok(()) => {
@@ -327,6 +327,7 @@ impl Engine {
             region,
             nsm: 0,
             limits,
+            tenant: self.shared.tenants.others(),
             privileged: guest.privileged,
             owner,
             channel,

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -114,13 +114,18 @@ pub(crate) struct Tenant {
     operations: Arc<Bucket>,
     connections: Arc<Quota>,
     guests: Quota,
+    /// Place in the list of tenants.
+    index: usize,
+    weight: AtomicU32,
     /// For each NSM: of sending and of receiving.
     shares: Vec<[Share; 2]>,
 }
 
 impl Tenant {
-    fn new(config: TenantConfig, nsms: usize) -> Tenant {
+    fn new(config: TenantConfig, index: usize, nsms: usize) -> Tenant {
         let tenant = Tenant {
+            index,
+            weight: AtomicU32::new(1),
             send: Arc::new(Bucket::new(UNLIMITED)),
             receive: Arc::new(Bucket::new(UNLIMITED)),
             operations: Arc::new(Bucket::new(UNLIMITED)),
@@ -143,6 +148,7 @@ impl Tenant {
         self.receive.set_rate(config.receive.most.unwrap_or(UNLIMITED));
         self.operations.set_rate(config.operations.unwrap_or(UNLIMITED));
         self.connections.set_most(config.connections.unwrap_or(u64::MAX));
+        self.weight.store(config.weight.max(1), Relaxed);
         self.guests.set_most(config.guests.unwrap_or(u64::MAX));
     }
 
@@ -157,6 +163,14 @@ impl Tenant {
             operations: Police::new(vec![Arc::clone(&self.operations)]),
             connections: Some(Arc::clone(&self.connections)),
         }
+    }
+
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    pub fn weight(&self) -> u32 {
+        self.weight.load(Relaxed)
     }
 
     /// True when kernel sockets that are given away would pass its limits by.
@@ -217,9 +231,9 @@ pub const OTHERS: &str = "others";
 impl Tenants {
     pub fn new(configs: &[TenantConfig], strict: bool, nsms: &[NsmConfig]) -> Result<Tenants, EngineError> {
         admit(configs, nsms)?;
-        let mut list: Vec<_> =
-            configs.iter().map(|config| Arc::new(Tenant::new(config.clone(), nsms.len()))).collect();
-        list.push(Arc::new(Tenant::new(TenantConfig::new(OTHERS), nsms.len())));
+        let others = TenantConfig::new(OTHERS);
+        let list = configs.iter().chain([&others]).enumerate();
+        let list = list.map(|(i, config)| Arc::new(Tenant::new(config.clone(), i, nsms.len()))).collect();
         let tenants = Tenants { list, strict, stop: Arc::default() };
         tenants.share(nsms);
         Ok(tenants)

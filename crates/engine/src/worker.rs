@@ -30,6 +30,7 @@ use crate::keeper::{Keeper, send_wakes};
 use crate::poller::{Poller, Source};
 use crate::relay;
 use crate::status::{GuestStatus, SocketStatus};
+use crate::tenants::Tenant;
 use crate::usage::Usage;
 use crate::watch::Watch;
 
@@ -41,8 +42,14 @@ const RUN_BATCH: usize = 64;
 const READY_BATCH: usize = 256;
 /// Channel messages of one guest between two looks at the others.
 const CHANNEL_BATCH: usize = 64;
-/// Turns with work between two looks at the main epoll instance.
+/// Turns with work between two looks at the main epoll instance, and what is done between them at most, in bytes (see
+/// [`Service::begin_turn`]): guests that are not polled wait for that look.
 const EPOLL_EVERY: u32 = 16;
+const EPOLL_AFTER: u64 = 512 << 10;
+/// What a guest may do in one turn: alone; beside others, if its tenant has the highest weight among them; and at least.
+const ALONE: u32 = 512 << 10;
+const QUANTUM: u32 = 256 << 10;
+const LEAST_QUANTUM: u32 = 16 << 10;
 /// Silence after which a guest is no longer polled while others are.
 const COOL_NS: u64 = 500_000;
 const SWEEP_NS: u64 = 1_000_000_000;
@@ -58,6 +65,7 @@ pub(crate) struct NewGuest {
     pub region: Region,
     pub nsm: usize,
     pub limits: Limits,
+    pub tenant: Arc<Tenant>,
     /// May bind to ports below 1024.
     pub privileged: bool,
     /// The user who asked for it.
@@ -77,6 +85,9 @@ struct Guest {
     /// Sockets whose last descriptor was closed, not processed yet.
     hangups: Vec<u32>,
     hot: bool,
+    /// Its elements come before its sockets' unfinished work: by turns.
+    elements_first: bool,
+    tenant: Arc<Tenant>,
     last_active_ns: u64,
     has_agent: bool,
     /// Sockets that were handed over.
@@ -177,6 +188,10 @@ pub(crate) struct Worker {
     guests: Vec<Option<Box<Guest>>>,
     /// Slots of the hot guests.
     hot: Vec<u32>,
+    /// How many of them each tenant has.
+    hot_of: Vec<u32>,
+    /// What was done since the last look at the main epoll instance, in bytes.
+    done: u64,
     sources: Vec<Source>,
     ready: Vec<Ready>,
     /// Guest slots with hang-ups to process.
@@ -214,6 +229,8 @@ impl Worker {
             modules,
             guests: Vec::new(),
             hot: Vec::new(),
+            hot_of: Vec::new(),
+            done: 0,
             sources: Vec::new(),
             ready: Vec::new(),
             hung: Vec::new(),
@@ -234,8 +251,9 @@ impl Worker {
         while !self.stop {
             if self.turn() {
                 since_epoll += 1;
-                if since_epoll >= EPOLL_EVERY {
+                if since_epoll >= EPOLL_EVERY || self.done >= EPOLL_AFTER {
                     since_epoll = 0;
+                    self.done = 0;
                     self.look(0);
                     self.now_ns = now_ns();
                     self.cool_silent();
@@ -244,6 +262,7 @@ impl Worker {
                 continue;
             }
             since_epoll = 0;
+            self.done = 0;
             if !self.look(0) {
                 self.idle();
             }
@@ -261,9 +280,40 @@ impl Worker {
     /// One round over the hot guests and the stacks in use. True: something was done.
     fn turn(&mut self) -> bool {
         self.turns += 1;
-        let worked = self.resume() | self.serve_hot() | self.poll_stacks();
+        let resumed = self.resume();
+        self.begin_turns();
+        let worked = resumed | self.serve_hot() | self.poll_stacks();
         self.flush_hot();
         worked
+    }
+
+    /// Says what each hot guest may do in this turn: tenants by weight, the guests of a tenant share its part.
+    fn begin_turns(&mut self) {
+        if let [slot] = self.hot[..] {
+            if let Some(Some(guest)) = self.guests.get_mut(slot as usize) {
+                guest.service.begin_turn(ALONE);
+            }
+            return;
+        }
+        self.hot_of.clear();
+        let mut heaviest = 1;
+        for &slot in &self.hot {
+            let Some(Some(guest)) = self.guests.get(slot as usize) else { continue };
+            let index = guest.tenant.index();
+            if self.hot_of.len() <= index {
+                self.hot_of.resize(index + 1, 0);
+            }
+            self.hot_of[index] += 1;
+            heaviest = heaviest.max(guest.tenant.weight());
+        }
+        for &slot in &self.hot {
+            let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { continue };
+            let tenant = &guest.tenant;
+            let part = u64::from(QUANTUM) * u64::from(tenant.weight())
+                / u64::from(heaviest)
+                / u64::from(self.hot_of[tenant.index()].max(1));
+            guest.service.begin_turn((part as u32).max(LEAST_QUANTUM));
+        }
     }
 
     fn serve_hot(&mut self) -> bool {
@@ -310,16 +360,24 @@ impl Worker {
             return false;
         }
         guest.last_active_ns = self.now_ns;
+        let spent = guest.service.spent();
+        // Neither may use up each turn before the other one's time comes.
+        guest.elements_first = !guest.elements_first;
+        let elements_first = guest.elements_first;
         let result = (|| {
+            let mut again = false;
+            if elements && elements_first {
+                again = guest.service.drain(&mut *module.stack, GUEST_BATCH)?.again;
+            }
             if guest.service.has_work() {
                 guest.service.run(&mut *module.stack, RUN_BATCH)?;
             }
-            if elements {
-                guest.service.drain(&mut *module.stack, GUEST_BATCH).map(|d| d.again)
-            } else {
-                Ok(false)
+            if elements && !elements_first {
+                again = guest.service.drain(&mut *module.stack, GUEST_BATCH)?.again;
             }
+            Ok(again)
         })();
+        self.done += guest.service.spent() - spent;
         match result {
             Ok(again) => {
                 if guest.service.has_released() {
@@ -419,7 +477,9 @@ impl Worker {
             let (slot, id) = ((report.key >> 32) as u32, report.key as u32);
             let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { continue };
             let Some(module) = &mut self.modules[nsm] else { break };
+            let spent = guest.service.spent();
             let result = guest.service.ready(&mut *module.stack, id, report.readiness);
+            self.done += guest.service.spent() - spent;
             guest.last_active_ns = self.now_ns;
             self.resume_at = self.resume_at.min(guest.service.throttled_until());
             if !guest.hot {
@@ -488,7 +548,11 @@ impl Worker {
                 continue;
             }
             if drain_first && guest.service.has_elements() {
+                guest.service.set_urgent(true);
                 self.serve(slot);
+                if let Some(Some(guest)) = self.guests.get_mut(slot as usize) {
+                    guest.service.set_urgent(false);
+                }
             }
             let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { continue };
             let Some(module) = &mut self.modules[guest.nsm] else { continue };
@@ -744,6 +808,8 @@ impl Worker {
             processes: Vec::new(),
             hangups: Vec::new(),
             hot: false,
+            elements_first: false,
+            tenant: new.tenant,
             last_active_ns: self.now_ns,
             has_agent: false,
             handed: Handed::default(),
@@ -1180,6 +1246,9 @@ fn cool(guest: &mut Guest) -> bool {
         return false;
     }
     guest.hot = false;
+    // What it does first when it is polled again.
+    guest.service.begin_turn(0);
+    guest.service.begin_turn(QUANTUM);
     true
 }
 

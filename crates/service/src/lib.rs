@@ -19,6 +19,7 @@ mod policed;
 mod service;
 mod stack;
 mod table;
+mod turn;
 
 pub use address::SocketAddress;
 pub use events::{MAX_WAKE, URGENT_WAKE};

@@ -18,6 +18,7 @@ use crate::events::Events;
 use crate::memory::ring_segments;
 use crate::police::{Limits, now_ns};
 use crate::stack::{Close, Connect, Datagram, Errno, Handle, Readiness, SendFlags, Shutdown, Stack, key};
+use crate::turn::{CALL, DATAGRAM, ELEMENT, JOB, SOCKET, Turn};
 use crate::{SocketAddress, Table};
 
 /// The guest did what no correct guest does; it loses its sockets. The text says what, for the log.
@@ -201,6 +202,9 @@ struct Core {
     /// Sockets that wait for memory or descriptors; tried again when something is given back, and every tick.
     starved: Vec<u32>,
     limits: Limits,
+    turn: Turn,
+    /// Where draining goes on: not always with the first queue set.
+    next_queue: u32,
     /// Sockets that wait until more may be sent or received, in the order in which they go on.
     throttled: Vec<u32>,
     /// When the first of them may, and the guest's elements may be looked at again.
@@ -250,6 +254,8 @@ impl Service {
                 run: VecDeque::new(),
                 starved: Vec::new(),
                 limits: Limits::default(),
+                turn: Turn::new(),
+                next_queue: 0,
                 throttled: Vec::new(),
                 throttled_until: u64::MAX,
                 elements_until: 0,
@@ -284,6 +290,7 @@ impl Service {
         kind: u32,
         protocol: u32,
     ) -> Result<(), Violation> {
+        self.core.turn.charge(SOCKET);
         self.core.open(&mut Cx { region: &self.region, stack }, id, domain, kind, protocol)
     }
 
@@ -306,6 +313,7 @@ impl Service {
 
     /// The last descriptor for the socket was closed.
     pub fn close(&mut self, stack: &mut dyn Stack, id: u32) -> Result<(), Violation> {
+        self.core.turn.charge(SOCKET);
         self.core.close(&mut Cx { region: &self.region, stack }, id)
     }
 
@@ -349,6 +357,30 @@ impl Service {
     /// What the guest may use, from now on.
     pub fn set_limits(&mut self, limits: Limits) {
         self.core.limits = limits;
+    }
+
+    /// A new turn, in which about as much as moving `quantum` bytes may be done; `u32::MAX`: no limit. What is beyond it waits, and
+    /// [`Service::has_work`] or [`Service::has_elements`] says so.
+    #[inline]
+    pub fn begin_turn(&mut self, quantum: u32) {
+        self.core.turn.begin(quantum);
+    }
+
+    /// While `urgent`, what is done is charged to the turn, but does not wait for the next one.
+    pub fn set_urgent(&mut self, urgent: bool) {
+        self.core.turn.set_urgent(urgent);
+    }
+
+    /// True when more has to wait for the next turn.
+    #[inline]
+    pub fn is_turn_over(&self) -> bool {
+        self.core.turn.is_over()
+    }
+
+    /// What was done so far, in bytes.
+    #[inline]
+    pub fn spent(&self) -> u64 {
+        self.core.turn.spent()
     }
 
     /// When [`Service::resume`] is to be called: sockets, or the guest's elements, wait for the tenant's rate. `u64::MAX`: none do.
@@ -421,7 +453,10 @@ impl Service {
 
     /// A process of the guest is over: its queue sets are drained and taken back.
     pub fn end_process(&mut self, stack: &mut dyn Stack, tag: u32) -> Result<(), Violation> {
-        self.core.end_process(&mut Cx { region: &self.region, stack }, tag)
+        self.core.turn.set_urgent(true);
+        let result = self.core.end_process(&mut Cx { region: &self.region, stack }, tag);
+        self.core.turn.set_urgent(false);
+        result
     }
 
     /// Queue sets that were given back since the last call.
@@ -469,6 +504,7 @@ impl Service {
     /// The engine ends in order: hands what the send rings hold to the stack, as far as that takes it at once.
     pub fn flush_all(&mut self, stack: &mut dyn Stack) {
         self.core.limits = Limits::default();
+        self.core.turn = Turn::new();
         let mut cx = Cx { region: &self.region, stack };
         let mut at = Some(0);
         while let Some(id) = at {
@@ -712,6 +748,9 @@ impl Core {
     fn run(&mut self, cx: &mut Cx, budget: usize) -> Result<usize, Violation> {
         let turns = self.run.len().min(budget);
         for _ in 0..turns {
+            if self.turn.is_over() {
+                break;
+            }
             let Some(id) = self.run.pop_front() else { break };
             let Some(sock) = self.socks.get_mut(id) else { continue };
             sock.bits &= !QUEUED;
@@ -789,7 +828,7 @@ impl Core {
             {
                 return Ok(());
             }
-            if rounds >= VISIT_ROUNDS || got >= VISIT_BYTES {
+            if rounds >= VISIT_ROUNDS || got >= VISIT_BYTES || self.turn.is_over() {
                 self.enqueue(id);
                 return Ok(());
             }
@@ -840,7 +879,8 @@ impl Core {
                 sock.bits |= RX_READY;
             }
             let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
-            let mut want = size - used;
+            let mut want = self.turn.most(size - used);
+            self.turn.charge(CALL);
             let mut now = 0;
             if !self.limits.receive.is_idle() {
                 now = now_ns();
@@ -861,6 +901,7 @@ impl Core {
                     sock.used_at = self.sweeps;
                     got += n;
                     self.bytes_in += n as u64;
+                    self.turn.charge(n);
                     self.limits.receive.take(n.into(), now);
                     if n == size - used {
                         sock.bits |= RX_FILLED;
@@ -983,6 +1024,10 @@ impl Core {
             if sock.bits & TX_BLOCKED != 0 {
                 break;
             }
+            if self.turn.is_over() {
+                self.enqueue(id);
+                break;
+            }
             let mut urgent = false;
             if sock.bits & TX_URGENT != 0 {
                 let until = sock.tx_mark.wrapping_sub(sock.tx_head);
@@ -994,6 +1039,12 @@ impl Core {
                 }
             }
             let (mut now, mut limited) = (0, false);
+            let most = self.turn.most(len);
+            let cut = most < len;
+            if cut {
+                (len, urgent) = (most, false);
+            }
+            self.turn.charge(CALL);
             if !self.limits.send.is_idle() {
                 now = now_ns();
                 match self.limits.send.allow(len.into(), now) {
@@ -1014,6 +1065,7 @@ impl Core {
                     let n = (n as u32).min(len);
                     sock.tx_head = sock.tx_head.wrapping_add(n);
                     self.bytes_out += n as u64;
+                    self.turn.charge(n);
                     self.limits.send.take(n.into(), now);
                     // SYNC: tx-head - the stack has taken the bytes.
                     entry.tx_head.store(sock.tx_head, Release);
@@ -1023,6 +1075,10 @@ impl Core {
                     }
                     if limited {
                         self.throttle(id, now);
+                        break;
+                    }
+                    if cut {
+                        self.enqueue(id);
                         break;
                     }
                     if !urgent {
@@ -1108,7 +1164,7 @@ impl Core {
             if used == 0 || sock.bits & TX_BLOCKED != 0 {
                 return Ok(());
             }
-            if sent >= VISIT_DATAGRAMS {
+            if sent >= VISIT_DATAGRAMS || self.turn.is_over() {
                 self.enqueue(id);
                 return Ok(());
             }
@@ -1198,6 +1254,7 @@ impl Core {
                         if k == n { payload } else { batch[..k].iter().map(|d| d.data.len() as u64).sum() };
                     self.bytes_out += passed;
                     self.limits.send.take(passed, now);
+                    self.turn.charge((passed as u32).saturating_add(k as u32 * DATAGRAM));
                     sent += k as u32;
                 }
                 Ok(_) => sock.bits |= TX_BLOCKED,
@@ -1294,7 +1351,7 @@ impl Core {
             if sock.bits & (RX_READY | RX_STALLED | CLOSING) != RX_READY || sock.handle == Handle::NONE {
                 break;
             }
-            if rounds >= VISIT_DATAGRAMS as usize {
+            if rounds >= VISIT_DATAGRAMS as usize || self.turn.is_over() {
                 self.enqueue(id);
                 break;
             }
@@ -1376,6 +1433,7 @@ impl Core {
                         sock.used_at = self.sweeps;
                         self.bytes_in += bytes as u64;
                         self.limits.receive.charge(bytes as u64);
+                        self.turn.charge((bytes as u32).saturating_add(n as u32 * DATAGRAM));
                         // Told together with what follows at once, so that recvmmsg finds together what was sent so.
                         if got - told >= DATAGRAM_BATCH as u32 {
                             told = got;
@@ -1414,6 +1472,7 @@ impl Core {
                     sock.used_at = self.sweeps;
                     self.bytes_in += len as u64;
                     self.limits.receive.charge(len as u64);
+                    self.turn.charge(len + DATAGRAM);
                     got += 1;
                     if sock.bits & SMALL == 0 {
                         told = got;
@@ -1547,7 +1606,7 @@ impl Core {
             if sock.bits & (RX_READY | RX_STALLED) != RX_READY || sock.state & state::LISTENING == 0 {
                 break;
             }
-            if rounds >= VISIT_ACCEPTS {
+            if rounds >= VISIT_ACCEPTS || self.turn.is_over() {
                 self.enqueue(listener);
                 break;
             }
@@ -1606,6 +1665,7 @@ impl Core {
                     continue;
                 }
             };
+            self.turn.charge(SOCKET);
             self.begin_accepted(cx, id, domain, accepted);
             if counted && let Some(sock) = self.socks.get_mut(id) {
                 sock.bits |= COUNTED;
@@ -1894,18 +1954,27 @@ impl Core {
             self.element(cx, q, nqe, true)?;
         }
         let header = region.header();
-        for word in 0..ACTIVE_WORDS {
+        // Once round, from where the last turn ended: its word is looked at twice, first from there on, then up to there.
+        let (first, bit) = (self.next_queue as usize / 64, self.next_queue % 64);
+        for step in 0..=ACTIVE_WORDS {
+            let word = (first + step) % ACTIVE_WORDS;
             if header.active[word].load(Relaxed) != 0 {
                 // SYNC: active - the elements pushed before the bit was set are visible.
                 self.pending[word] |= header.active[word].swap(0, SeqCst);
             }
-            let mut bits = self.pending[word];
+            let mut bits = self.pending[word]
+                & match step {
+                    0 => !0 << bit,
+                    ACTIVE_WORDS => !(!0 << bit),
+                    _ => !0,
+                };
             while bits != 0 {
                 let q = word as u32 * 64 + bits.trailing_zeros();
                 bits &= bits - 1;
-                if drained.elements >= budget {
+                if drained.elements >= budget || self.turn.is_over() {
                     drained.more = true;
-                    break;
+                    self.next_queue = q;
+                    return Ok(drained);
                 }
                 let mut taken = 0;
                 let empty = self.drain_queue(cx, q, &mut taken)?;
@@ -1943,8 +2012,9 @@ impl Core {
             for words in batch.by_ref() {
                 *taken += 1;
                 self.operations += 1;
+                self.turn.charge(if is_job { JOB } else { ELEMENT });
                 self.element(cx, q, Nqe::from_words(words), false)?;
-                if self.held.is_some() {
+                if self.held.is_some() || self.turn.is_over() {
                     break;
                 }
             }
