@@ -4,6 +4,7 @@
 //! ratio of the medians. The raw series go to a JSON file.
 
 mod bench;
+mod isolation;
 mod machine;
 mod micro;
 mod plot;
@@ -86,6 +87,10 @@ pub struct BenchArgs {
 #[derive(Subcommand, Debug)]
 pub enum Part {
     Micro(micro::MicroArgs),
+    Isolation(IsolationArgs),
+    /// What a tenant does in `isolation`.
+    #[command(hide = true)]
+    IsolationLoad(isolation::LoadArgs),
     /// Accept connections, and send back what comes.
     #[command(hide = true)]
     IdleServer {
@@ -97,6 +102,89 @@ pub enum Part {
         port: u16,
         count: usize,
     },
+}
+
+/// Measure what tenants get beside each other: caps, shares, guarantees, a paced request beside floods, the cost of policing.
+#[derive(Args, Debug)]
+pub struct IsolationArgs {
+    /// The netkernel to measure [default: this program]
+    #[arg(long, value_name = "PATH")]
+    pub netkernel: Option<PathBuf>,
+
+    /// Only these benchmarks (see --list); caps, for example, stands for all of caps-*
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub only: Vec<String>,
+
+    /// How often each is measured [default: 5, with --quick 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: Option<u32>,
+
+    /// Seconds of one measurement [default: 3, with --quick 1]
+    #[arg(long, value_name = "S", value_parser = parse_seconds)]
+    pub seconds: Option<f64>,
+
+    /// The guests' stack; a congestion control of the kernel
+    #[arg(long, value_name = "NAME", default_value = "cubic")]
+    pub stack: String,
+
+    /// The cores: the guests and the engine on one, or what the scheduler likes
+    #[arg(long, value_enum, value_name = "WHICH", default_value = "free")]
+    pub placement: Placement,
+
+    /// Write the raw series, the results and the facts about the machine to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// Draw the figures to this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+
+    /// List the benchmarks, and measure nothing
+    #[arg(long)]
+    pub list: bool,
+
+    /// Fewer, shorter measurements: a look, not a result
+    #[arg(long)]
+    pub quick: bool,
+
+    /// Exit with 1 unless every promise is kept and nothing was left out
+    #[arg(long)]
+    pub check: bool,
+}
+
+impl From<IsolationArgs> for BenchArgs {
+    fn from(args: IsolationArgs) -> BenchArgs {
+        let IsolationArgs {
+            netkernel,
+            only,
+            rounds,
+            seconds,
+            stack,
+            placement,
+            json,
+            plot,
+            list,
+            quick,
+            check,
+        } = args;
+        BenchArgs {
+            netkernel,
+            only,
+            rounds,
+            seconds,
+            connections: None,
+            stack,
+            placement,
+            // Tenants with limits get no direct sockets.
+            attach: Attach::Queued,
+            json,
+            plot,
+            list,
+            quick,
+            check,
+            part: None,
+        }
+    }
 }
 
 fn parse_seconds(text: &str) -> Result<f64, String> {
@@ -115,10 +203,17 @@ pub fn run(args: BenchArgs) -> Result<()> {
 pub fn run_as(args: BenchArgs, prefix: &[&str]) -> Result<()> {
     match args.part {
         Some(Part::Micro(args)) => return micro::run(args),
+        Some(Part::Isolation(args)) => return compare(args.into(), prefix, isolation::catalog),
+        Some(Part::IsolationLoad(args)) => return isolation::run_load(&args),
         Some(Part::IdleServer { port }) => return bench::idle_server(port),
         Some(Part::IdleClient { port, count }) => return bench::idle_client(port, count),
         None => {}
     }
+    compare(args, prefix, bench::catalog)
+}
+
+/// Measures what `catalog` has by turns, and tells.
+fn compare(args: BenchArgs, prefix: &[&str], catalog: fn(&Settings) -> Vec<Benchmark>) -> Result<()> {
     let mut settings = settings(&args, prefix)?;
     let most = (sys::descriptor_limit().saturating_sub(1000)).max(1) as usize;
     let fewer = (settings.connections > most).then(|| {
@@ -129,7 +224,7 @@ pub fn run_as(args: BenchArgs, prefix: &[&str]) -> Result<()> {
     });
     settings.connections = settings.connections.min(most);
 
-    let chosen = choose(bench::catalog(&settings), &args.only)?;
+    let chosen = choose(catalog(&settings), &args.only)?;
     if args.list {
         for benchmark in &chosen {
             println!("{:17} {}", benchmark.id, benchmark.about);

@@ -79,7 +79,7 @@ pub fn svg(results: &Results) -> String {
         let promise = match record.row.promise {
             Promise::RatioAtLeast(limit) => format!(", at least {limit}x: {}", record.verdict().word()),
             Promise::RatioAtMost(limit) => format!(", at most {limit}x: {}", record.verdict().word()),
-            Promise::AtMost(_) | Promise::None => String::new(),
+            Promise::AtMost(_) | Promise::AlwaysAtMost(_) | Promise::None => String::new(),
         };
         text(RIGHT + 12.0, middle + 4.0, "start", "", &format!("{ratio:.2}x{promise}"));
     }
@@ -89,7 +89,7 @@ pub fn svg(results: &Results) -> String {
             (Outcome::NotRun(reason) | Outcome::Failed(reason), _) => reason.clone(),
             (Outcome::Measured, Some(summary)) => {
                 let promise = match record.row.promise {
-                    Promise::AtMost(most) => {
+                    Promise::AtMost(most) | Promise::AlwaysAtMost(most) => {
                         format!(", at most {}: {}", figure(most), record.verdict().word())
                     }
                     _ => String::new(),

@@ -106,6 +106,11 @@ impl Process {
         Ok((fs::read_to_string(&self.output).context("a program's output")?, exit))
     }
 
+    /// What it printed so far.
+    pub fn output(&self) -> Result<String> {
+        fs::read_to_string(&self.output).context("a program's output")
+    }
+
     /// Writes a line to a process started with pipes.
     pub fn tell(&mut self, line: &str) -> Result<()> {
         let (stdin, _) = self.pipes.as_mut().context("no pipes")?;

@@ -126,6 +126,7 @@ impl Record {
             Promise::RatioAtLeast(least) => self.ratio().map(|ratio| ratio >= least),
             Promise::RatioAtMost(most) => self.ratio().map(|ratio| ratio <= most),
             Promise::AtMost(most) => Summary::of(&self.netkernel).map(|summary| summary.median <= most),
+            Promise::AlwaysAtMost(most) => Summary::of(&self.netkernel).map(|summary| summary.max <= most),
         };
         match kept {
             Some(true) => Verdict::Pass,
@@ -140,6 +141,7 @@ impl Record {
             Promise::RatioAtLeast(least) => format!(">= {least}x"),
             Promise::RatioAtMost(most) => format!("<= {most}x"),
             Promise::AtMost(most) => format!("<= {}", figure(most)),
+            Promise::AlwaysAtMost(most) => format!("always <= {}", figure(most)),
         }
     }
 
@@ -154,6 +156,7 @@ impl Record {
             Promise::RatioAtLeast(limit) => ("ratio at least", Some(limit)),
             Promise::RatioAtMost(limit) => ("ratio at most", Some(limit)),
             Promise::AtMost(limit) => ("value at most", Some(limit)),
+            Promise::AlwaysAtMost(limit) => ("each value at most", Some(limit)),
         };
         let side =
             |values: &[f64]| json!({ "series": values, "summary": Summary::of(values).map(Summary::json) });
@@ -331,6 +334,7 @@ mod tests {
         assert_eq!(series.verdict(), Verdict::Pass);
         assert_eq!(record(Promise::RatioAtMost(1.3), &[10.0], &[14.0]).verdict(), Verdict::FallsShort);
         assert_eq!(record(Promise::AtMost(1.0), &[f64::NAN], &[0.5, 0.7]).verdict(), Verdict::Pass);
+        assert_eq!(record(Promise::AlwaysAtMost(1.0), &[], &[0.5, 0.7, 1.1]).verdict(), Verdict::FallsShort);
         assert_eq!(record(Promise::None, &[1.0], &[9.0]).verdict(), Verdict::Told);
     }
 

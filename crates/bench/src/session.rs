@@ -196,7 +196,17 @@ impl Session {
     }
 
     pub fn engine(&self) -> Result<Engine> {
-        Engine::start(self)
+        Engine::start(self, None)
+    }
+
+    /// One with a configuration file.
+    pub fn engine_with(&self, config: &Path) -> Result<Engine> {
+        Engine::start(self, Some(config))
+    }
+
+    /// Starts a program on the core of its role.
+    pub fn spawn(&self, name: &str, role: Role, command: Command) -> Result<Process> {
+        self.start(name, command, role)
     }
 
     /// `program` on one side; the netkernel side needs an engine.
@@ -321,10 +331,13 @@ pub struct Engine {
 }
 
 impl Engine {
-    fn start(session: &Session) -> Result<Engine> {
+    fn start(session: &Session, config: Option<&Path>) -> Result<Engine> {
         let socket = session.subdirectory("engine")?.join("engine.sock");
         let mut command = Command::new(&session.settings.netkernel);
         command.args(["up", "--socket"]).arg(&socket);
+        if let Some(config) = config {
+            command.arg("--config").arg(config);
+        }
         let mut process = session.start("engine", command, Role::Measured)?;
         let end = Instant::now() + START;
         while !answers(&socket) {

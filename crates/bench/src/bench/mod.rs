@@ -3,7 +3,7 @@
 mod idle;
 mod iperf3;
 mod nginx;
-mod redis;
+pub(crate) mod redis;
 
 use anyhow::Result;
 use serde_json::Value;
@@ -43,6 +43,8 @@ pub enum Promise {
     RatioAtMost(f64),
     /// At most this, whatever it is natively.
     AtMost(f64),
+    /// The same in each round.
+    AlwaysAtMost(f64),
     /// Nothing is promised.
     None,
 }

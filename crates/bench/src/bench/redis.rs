@@ -124,23 +124,23 @@ impl Load {
     }
 
     fn run(&self, session: &Session, side: Side) -> Result<Rates> {
-        let mut command = session.command(Side::Native, None, "redis-benchmark");
-        command.args([
-            "-h",
-            "127.0.0.1",
-            "-p",
-            &self.pair.port(side).to_string(),
-            "-t",
-            "get,set",
-            "-q",
-            "--csv",
-        ]);
-        command.args(["-c", &self.clients.to_string(), "-P", &self.depth.to_string()]);
-        command.args(["-n", &self.requests.to_string()]);
-        let limit = Duration::from_secs_f64(30.0 + 30.0 * session.settings.seconds);
-        let (text, _) = session.client("redis-benchmark", Role::Peer, command, limit)?;
-        Rates::parse(&text)
+        load(session, self.pair.port(side), self.clients, self.depth, self.requests)
     }
+}
+
+/// Requests per second of as many GETs as SETs.
+pub fn rate(session: &Session, port: u16, clients: u32, depth: u32, requests: u64) -> Result<f64> {
+    load(session, port, clients, depth, requests).map(Rates::both)
+}
+
+fn load(session: &Session, port: u16, clients: u32, depth: u32, requests: u64) -> Result<Rates> {
+    let mut command = session.command(Side::Native, None, "redis-benchmark");
+    command.args(["-h", "127.0.0.1", "-p", &port.to_string(), "-t", "get,set", "-q", "--csv"]);
+    command.args(["-c", &clients.to_string(), "-P", &depth.to_string()]);
+    command.args(["-n", &requests.to_string()]);
+    let limit = Duration::from_secs_f64(30.0 + 30.0 * session.settings.seconds);
+    let (text, _) = session.client("redis-benchmark", Role::Peer, command, limit)?;
+    Rates::parse(&text)
 }
 
 impl Live for Load {
