@@ -21,8 +21,15 @@ pub struct Options {
     pub user_timeout: u32,
 }
 
+const SECOND: u64 = 1_000_000_000;
 /// What is not acknowledged for so long ends a connection, as on Linux (tcp_retries2).
-const TIMEOUT: Duration = Duration::from_secs(924);
+const RETRIES_NS: u64 = 924 * SECOND;
+/// A SYN that nobody answers for so long ends a connect (tcp_syn_retries).
+const CONNECT_NS: u64 = 127 * SECOND;
+/// The time between probes of a silent peer, and how many of them may stay without an answer (tcp_keepalive_intvl,
+/// tcp_keepalive_probes).
+const PROBE_NS: u64 = 75 * SECOND;
+const PROBES: u64 = 9;
 
 impl Default for Options {
     fn default() -> Options {
@@ -132,11 +139,37 @@ impl Options {
         socket.set_nagle_enabled(!self.no_delay);
         let idle = Duration::from_secs(u64::from(self.keep_idle));
         socket.set_keep_alive(self.keep_alive.then_some(idle));
-        socket.set_timeout(Some(match self.user_timeout {
-            0 => TIMEOUT,
-            ms => Duration::from_millis(u64::from(ms)),
-        }));
+        // smoltcp's own would end connections that are only silent: see `patience_ns`.
+        socket.set_timeout(None);
         socket.set_hop_limit(Some(self.hop_limit));
+    }
+}
+
+/// What a connection waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// The answer to a SYN.
+    Connect,
+    /// Data or an end of ours to be acknowledged.
+    Acknowledgement,
+    /// Nothing.
+    Idle,
+}
+
+impl Options {
+    /// How long the peer may be silent, nanoseconds. `None`: for ever.
+    pub fn patience_ns(&self, wait: Wait) -> Option<u64> {
+        let user = (self.user_timeout > 0).then_some(u64::from(self.user_timeout) * 1_000_000);
+        let idle = u64::from(self.keep_idle) * SECOND;
+        match wait {
+            Wait::Connect => Some(user.unwrap_or(CONNECT_NS)),
+            Wait::Acknowledgement => Some(user.unwrap_or(RETRIES_NS)),
+            // One probe at least goes out before TCP_USER_TIMEOUT counts.
+            Wait::Idle if self.keep_alive => {
+                Some(user.map_or(idle + PROBES * PROBE_NS, |user| user.max(idle + PROBE_NS)))
+            }
+            Wait::Idle => None,
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 //! smoltcp has no use for what routers say of lost packets. All of it is the network's word: parsed with checks, believed
 //! only where it names a connection that exists.
 
+use std::net::Ipv4Addr;
+
 use smoltcp::wire::{
     ArpPacket, EthernetFrame, EthernetProtocol, Icmpv4Message, Icmpv4Packet, Icmpv6Message, Icmpv6Packet,
     IpAddress, IpEndpoint, IpProtocol, Ipv4Packet, Ipv6Packet, TcpPacket, UdpPacket,
@@ -30,26 +32,32 @@ pub enum Seen {
     /// This neighbour is there.
     Neighbour(IpAddress),
     Other,
-    /// Must not come over a wire.
+    /// Must not come over a wire: from an address of this host, or to its loopback.
     Martian,
 }
 
-pub fn look(frame: &[u8], wire: bool) -> Seen {
-    parse(frame, wire).unwrap_or(Seen::Other)
+/// `wire`: it is not one of the stack's own. `own`: whether an address is.
+pub fn look(frame: &[u8], wire: bool, own: impl Fn(IpAddress) -> bool) -> Seen {
+    parse(frame, wire, own).unwrap_or(Seen::Other)
 }
 
-fn parse(frame: &[u8], wire: bool) -> Option<Seen> {
+fn parse(frame: &[u8], wire: bool, own: impl Fn(IpAddress) -> bool) -> Option<Seen> {
     let frame = EthernetFrame::new_checked(frame).ok()?;
     match frame.ethertype() {
         EthernetProtocol::Arp => {
             let arp = ArpPacket::new_checked(frame.payload()).ok()?;
             let source: [u8; 4] = arp.source_protocol_addr().try_into().ok()?;
-            Some(Seen::Neighbour(IpAddress::Ipv4(source.into())))
+            let from = Ipv4Addr::from(source);
+            // Who claims an address of ours would get what our sockets send to each other.
+            if wire && (from.is_loopback() || own(from.into())) {
+                return Some(Seen::Martian);
+            }
+            Some(Seen::Neighbour(from.into()))
         }
         EthernetProtocol::Ipv4 => {
             let packet = Ipv4Packet::new_checked(frame.payload()).ok()?;
             let (from, to) = (packet.src_addr(), packet.dst_addr());
-            if wire && (from.is_loopback() || to.is_loopback()) {
+            if wire && (from.is_loopback() || to.is_loopback() || own(from.into())) {
                 return Some(Seen::Martian);
             }
             match packet.next_header() {
@@ -62,7 +70,7 @@ fn parse(frame: &[u8], wire: bool) -> Option<Seen> {
         EthernetProtocol::Ipv6 => {
             let packet = Ipv6Packet::new_checked(frame.payload()).ok()?;
             let (from, to) = (packet.src_addr(), packet.dst_addr());
-            if wire && (from.is_loopback() || to.is_loopback()) {
+            if wire && (from.is_loopback() || to.is_loopback() || own(from.into())) {
                 return Some(Seen::Martian);
             }
             match packet.next_header() {
@@ -175,7 +183,7 @@ mod tests {
                     frame[14] = if ethertype == [8, 0] { 0x45 } else { 0x60 };
                     frame[23] = [1, 6, 17][len % 3];
                 }
-                look(&frame, true);
+                look(&frame, true, |_| false);
             }
         }
     }

@@ -8,7 +8,7 @@ use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp::State;
 use smoltcp::wire::{IpAddress, IpEndpoint};
 
-use crate::options::Options;
+use crate::options::{Options, Wait};
 
 /// What a socket waits for: set when an operation could not go on, cleared by the report.
 pub const WANTS_READ: u8 = 1;
@@ -57,8 +57,25 @@ pub struct Stream {
     pub closed_read: bool,
     /// When the connect was begun, nanoseconds.
     pub begun_ns: u64,
+    /// When a segment of the peer came last, nanoseconds.
+    pub heard_ns: u64,
+    /// Since when something of ours is not acknowledged, nanoseconds.
+    pub waits_ns: Option<u64>,
     /// The connection is over; the reason stood in `error`.
     pub over: bool,
+}
+
+impl Stream {
+    /// When the peer's silence ends the connection, nanoseconds; `None`: never.
+    pub fn silence_ends_ns(&self, options: &Options) -> Option<u64> {
+        let (wait, since) = match self.waits_ns {
+            _ if self.over => return None,
+            _ if self.opening => (Wait::Connect, self.begun_ns),
+            Some(waits) => (Wait::Acknowledgement, waits.max(self.heard_ns)),
+            None => (Wait::Idle, self.heard_ns),
+        };
+        options.patience_ns(wait).map(|patience| since.saturating_add(patience))
+    }
 }
 
 /// What a socket is bound to.

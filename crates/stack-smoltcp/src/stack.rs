@@ -1,4 +1,5 @@
 use std::collections::{HashMap, VecDeque};
+use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 
 use netkernel_service::{
@@ -34,8 +35,8 @@ const LINGER_NS: u64 = 60 * SECOND;
 const RESET_NS: u64 = SECOND;
 /// A neighbour that does not say where it is within this time is not there.
 const NEIGHBOUR_NS: u64 = 3 * SECOND;
-/// A peer that does not answer a SYN within this time: as Linux's tcp_syn_retries.
-const CONNECT_NS: u64 = 127 * SECOND;
+/// A handshake that the peer does not end within this time is given up: as Linux's tcp_synack_retries.
+const HALF_OPEN_NS: u64 = 63 * SECOND;
 const EPHEMERAL: std::ops::Range<u16> = 32768..61000;
 
 /// The stack of one switch thread and module.
@@ -57,6 +58,8 @@ pub struct SmoltcpStack {
     dirty: bool,
     deadline_ns: Option<u64>,
     ready: VecDeque<Ready>,
+    /// Nanoseconds that this stack's clock is ahead of the engine's: only tests do not wait for timers.
+    ahead_ns: u64,
 }
 
 pub(crate) fn cidr(cidr: &Cidr) -> IpCidr {
@@ -68,6 +71,11 @@ impl SmoltcpStack {
     pub fn new(config: &SmoltcpConfig) -> Result<SmoltcpStack, String> {
         config.validate()?;
         let wire = config.tap.as_deref().map(|name| tap::open(name, config.netns.as_deref())).transpose()?;
+        Self::over(wire, config)
+    }
+
+    /// A stack over a descriptor that gives and takes one frame at a time, and never blocks.
+    fn over(wire: Option<File>, config: &SmoltcpConfig) -> Result<SmoltcpStack, String> {
         let seed = tap::random();
         let mut hardware = [0x02; 6];
         // Locally administered; the rest is by chance, so that two stacks on one bridge differ.
@@ -113,7 +121,12 @@ impl SmoltcpStack {
             dirty: false,
             deadline_ns: None,
             ready: VecDeque::new(),
+            ahead_ns: 0,
         })
+    }
+
+    fn now_ns(&self) -> u64 {
+        tap::now_ns() + self.ahead_ns
     }
 
     fn socket(&mut self, handle: Handle) -> Result<&mut Socket, Errno> {
@@ -169,7 +182,7 @@ impl SmoltcpStack {
     /// What is left of a stream is delivered (or reset) in the background.
     fn orphan(&mut self, index: u32, how: Close) {
         self.dirty = true;
-        let now = tap::now_ns();
+        let now = self.now_ns();
         let Some(socket) = self.sockets.get_mut(index as usize).and_then(Option::as_mut) else { return };
         let Body::Stream(stream) = &mut socket.body else { return self.forget(index) };
         let tcp = self.set.get_mut::<tcp::Socket>(stream.socket);
@@ -282,7 +295,7 @@ impl SmoltcpStack {
 
     /// Receives, sends, and lets the protocols' timers run.
     fn pump(&mut self) {
-        let now_ns = tap::now_ns();
+        let now_ns = self.now_ns();
         let now = instant(now_ns);
         let mut changed = std::mem::take(&mut self.dirty);
         let mut left = FRAMES;
@@ -295,11 +308,11 @@ impl SmoltcpStack {
             {
                 left -= 1;
                 changed = true;
-                let seen = packet::look(&frame.bytes, frame.wire);
+                let seen = packet::look(&frame.bytes, frame.wire, |address| self.is_own(address));
                 if self.before(seen, now_ns) {
                     self.device.give(frame.bytes);
                     self.interface.poll_ingress_single(now, &mut self.device, &mut self.set);
-                    self.after(seen);
+                    self.after(seen, now_ns);
                 }
             }
             if !changed {
@@ -344,12 +357,6 @@ impl SmoltcpStack {
                 }
                 self.half_open(from, to)
             }
-            Seen::Tcp { from, to, resets: true, .. } => {
-                if let Some(stream) = self.stream_of(to, from) {
-                    stream.reset = true;
-                }
-                true
-            }
             Seen::Udp { from, to } => self.wanted(from, to),
             Seen::Lost { tcp, from, to, errno } => {
                 self.lost(tcp, from, to, errno);
@@ -375,11 +382,6 @@ impl SmoltcpStack {
         !strangers
     }
 
-    fn stream_of(&mut self, local: IpEndpoint, remote: IpEndpoint) -> Option<&mut Stream> {
-        let index = *self.streams.get(&(local, remote))?;
-        self.sockets[index as usize].as_mut()?.stream()
-    }
-
     /// A SYN: smoltcp's sockets take one connection each, so that there must be a new one for it. False: the listener has
     /// no room, and the SYN is lost, as on Linux.
     fn half_open(&mut self, from: IpEndpoint, to: IpEndpoint) -> bool {
@@ -403,7 +405,7 @@ impl SmoltcpStack {
         // A port is not 0 here, and the socket is new: this cannot fail.
         let listens = tcp.listen(to).is_ok();
         let socket = self.set.add(tcp);
-        let stream = stream(socket, to, from);
+        let stream = stream(socket, to, from, self.now_ns());
         let child = Socket {
             key: 0,
             owner: Owner::Listener(listener),
@@ -436,13 +438,16 @@ impl SmoltcpStack {
         }
     }
 
-    /// A connection whose handshake is over goes to its listener's queue.
-    fn after(&mut self, seen: Seen) {
-        let Seen::Tcp { from, to, .. } = seen else { return };
+    /// What smoltcp made of a frame. A connection whose handshake is over goes to its listener's queue.
+    fn after(&mut self, seen: Seen, now_ns: u64) {
+        let Seen::Tcp { from, to, resets, .. } = seen else { return };
         let Some(&index) = self.streams.get(&(to, from)) else { return };
         let Some(socket) = self.sockets[index as usize].as_mut() else { return };
-        let Owner::Listener(listener) = socket.owner else { return };
         let Body::Stream(stream) = &mut socket.body else { return };
+        stream.heard_ns = now_ns;
+        // One that smoltcp did not believe has no such effect.
+        stream.reset |= resets && self.set.get::<tcp::Socket>(stream.socket).state() == State::Closed;
+        let Owner::Listener(listener) = socket.owner else { return };
         if !stream.opening {
             return;
         }
@@ -497,10 +502,16 @@ impl SmoltcpStack {
     /// When the stack's own timers are due.
     fn own_deadline(&self, now_ns: u64) -> Option<u64> {
         let deadline = |socket: &Socket| match (&socket.owner, &socket.body) {
+            // smoltcp ends it.
+            (Owner::Nobody(_), Body::Stream(stream)) if stream.last == State::TimeWait => None,
             (Owner::Nobody(until), _) => Some(*until),
-            (_, Body::Stream(stream)) if stream.opening => {
-                let first = stream.begun_ns + NEIGHBOUR_NS;
-                Some(if first > now_ns { first } else { stream.begun_ns + CONNECT_NS })
+            (Owner::Listener(_), Body::Stream(stream)) if stream.opening => {
+                Some(stream.begun_ns + HALF_OPEN_NS)
+            }
+            (_, Body::Stream(stream)) => {
+                let neighbour = stream.begun_ns + NEIGHBOUR_NS;
+                let neighbour = (stream.opening && neighbour > now_ns).then_some(neighbour);
+                neighbour.into_iter().chain(stream.silence_ends_ns(&socket.options)).min()
             }
             _ => None,
         };
@@ -516,7 +527,8 @@ impl SmoltcpStack {
                 (Owner::Listener(listener), Body::Stream(stream)) if stream.opening => {
                     // Nobody finishes this handshake any more.
                     let state = self.set.get::<tcp::Socket>(stream.socket).state();
-                    if state == State::Closed || state == State::Listen {
+                    let late = now_ns >= stream.begun_ns + HALF_OPEN_NS;
+                    if late || state == State::Closed || state == State::Listen {
                         self.forget(index as u32);
                         self.less_half_open(listener);
                     }
@@ -587,7 +599,7 @@ impl SmoltcpStack {
             match tcp.state() {
                 State::SynSent | State::SynReceived => {
                     let age = now_ns.saturating_sub(stream.begun_ns);
-                    let errno = if age >= CONNECT_NS {
+                    let errno = if stream.silence_ends_ns(&socket.options).is_some_and(|end| end <= now_ns) {
                         libc::ETIMEDOUT
                     } else if age >= NEIGHBOUR_NS {
                         let remote = stream.remote.addr;
@@ -616,6 +628,16 @@ impl SmoltcpStack {
                     told |= WANTS_WRITE;
                 }
             }
+        }
+        let state = tcp.state();
+        let waits =
+            tcp.send_queue() > 0 || matches!(state, State::FinWait1 | State::Closing | State::LastAck);
+        stream.waits_ns = if waits { stream.waits_ns.or(Some(now_ns)) } else { None };
+        if state != State::Closed && stream.silence_ends_ns(&socket.options).is_some_and(|end| end <= now_ns)
+        {
+            socket.error = libc::ETIMEDOUT;
+            tcp.abort();
+            self.dirty = true;
         }
         let state = tcp.state();
         if state == State::Closed {
@@ -941,11 +963,12 @@ impl Stack for SmoltcpStack {
         let tcp = self.set.add(tcp);
         self.streams.insert((local, to), handle.0);
         self.dirty = true;
+        let now_ns = self.now_ns();
         let socket = self.socket(handle)?;
         socket.bound = Some(bound);
         socket.error = 0;
         socket.wants = WANTS_READ | WANTS_WRITE;
-        socket.body = Body::Stream(stream(tcp, local, to));
+        socket.body = Body::Stream(stream(tcp, local, to, now_ns));
         Ok(Connect::Begun)
     }
 
@@ -990,7 +1013,7 @@ impl Stack for SmoltcpStack {
                     tcp.abort();
                     // Its RST goes out now or never.
                     self.streams.remove(&(stream.local, stream.remote));
-                    let now = instant(tap::now_ns());
+                    let now = instant(tap::now_ns() + self.ahead_ns);
                     self.interface.poll_egress(now, &mut self.device, &mut self.set);
                     self.set.remove(stream.socket);
                 }
@@ -1300,7 +1323,12 @@ fn tcp_socket() -> tcp::Socket<'static> {
     socket
 }
 
-fn stream(socket: smoltcp::iface::SocketHandle, local: IpEndpoint, remote: IpEndpoint) -> Stream {
+fn stream(
+    socket: smoltcp::iface::SocketHandle,
+    local: IpEndpoint,
+    remote: IpEndpoint,
+    now_ns: u64,
+) -> Stream {
     Stream {
         socket,
         local,
@@ -1311,7 +1339,12 @@ fn stream(socket: smoltcp::iface::SocketHandle, local: IpEndpoint, remote: IpEnd
         told_end: false,
         closed_write: false,
         closed_read: false,
-        begun_ns: tap::now_ns(),
+        begun_ns: now_ns,
+        heard_ns: now_ns,
+        waits_ns: None,
         over: false,
     }
 }
+
+#[cfg(test)]
+mod tests;
