@@ -390,11 +390,16 @@ impl Stack for ShmStack {
     }
 
     fn connect(&mut self, handle: Handle, address: &SocketAddress) -> Result<Connect, Errno> {
-        if let Some(connect) = self.join(handle, address)? {
-            return Ok(connect);
-        }
-        let shadow = self.shadow(handle)?;
-        self.fallback.connect(shadow, address)
+        let connect = match self.join(handle, address)? {
+            Some(connect) => connect,
+            None => {
+                let shadow = self.shadow(handle)?;
+                self.fallback.connect(shadow, address)?
+            }
+        };
+        // What became of an earlier connection is no longer of interest, as on Linux.
+        self.socket(handle)?.error = None;
+        Ok(connect)
     }
 
     fn disconnect(&mut self, handle: Handle) -> Result<(), Errno> {

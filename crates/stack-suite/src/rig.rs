@@ -2,6 +2,9 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use netkernel_service::{
@@ -21,6 +24,9 @@ pub struct Rig {
     keys: u64,
     key_of: HashMap<u32, u64>,
     reports: HashMap<u64, Readiness>,
+    /// What was offered last by each socket: it stays where it is until the next `send`, as in a guest's ring. Dropped
+    /// after the stack.
+    offers: HashMap<u32, Vec<u8>>,
 }
 
 impl Rig {
@@ -32,6 +38,7 @@ impl Rig {
             keys: 100,
             key_of: HashMap::new(),
             reports: HashMap::new(),
+            offers: HashMap::new(),
         }
     }
 
@@ -57,12 +64,62 @@ impl Rig {
 
     /// One turn of a switch thread: takes the reports.
     pub fn turn(&mut self) {
+        self.reports_of_a_turn();
+    }
+
+    /// How many there were.
+    fn reports_of_a_turn(&mut self) -> usize {
         let mut ready = Vec::new();
         self.stack.poll(&mut ready, 256);
-        for report in ready {
+        for report in &ready {
             let seen = self.reports.entry(report.key).or_default();
             *seen = *seen | report.readiness;
         }
+        ready.len()
+    }
+
+    /// Sleeps as the engine does: until the stack's descriptor is readable, or its deadline has come, and `most` at the
+    /// longest. False: neither would ever wake it.
+    pub fn sleep(&mut self, most: Duration) -> bool {
+        let until_due = self.stack.deadline_ns().map(|due| due.saturating_sub(now_ns()));
+        let fd = self.stack.wake_fd();
+        if fd.is_none() && until_due.is_none() {
+            return false;
+        }
+        let most_ns = u64::try_from(most.as_nanos()).unwrap_or(u64::MAX);
+        let ns = until_due.unwrap_or(u64::MAX).min(most_ns);
+        let mut entry = libc::pollfd { fd: fd.unwrap_or(-1), events: libc::POLLIN, revents: 0 };
+        let time =
+            libc::timespec { tv_sec: (ns / 1_000_000_000) as i64, tv_nsec: (ns % 1_000_000_000) as i64 };
+        // SAFETY: one entry and the time, valid during the call; no signal mask.
+        unsafe { libc::ppoll(&mut entry, 1, &time, std::ptr::null()) };
+        true
+    }
+
+    /// Turns until nothing is reported any more, and nothing is due at once.
+    #[track_caller]
+    pub fn settle(&mut self) {
+        let patience = Instant::now() + WATCHDOG;
+        let mut quiet = 0;
+        while quiet < 10 {
+            let reports = self.reports_of_a_turn();
+            let due = self.stack.deadline_ns().is_some_and(|due| due <= now_ns());
+            quiet = if reports > 0 || due { 0 } else { quiet + 1 };
+            assert!(Instant::now() < patience, "the stack always has something to do: the engine spins");
+            if !due {
+                self.sleep(Duration::from_millis(5));
+            }
+        }
+    }
+
+    /// Whether any of these was reported; forgets it.
+    pub fn was_told(&mut self, handle: Handle, what: Readiness) -> bool {
+        let key = self.key_of[&handle.0];
+        let told = self.reports.get(&key).is_some_and(|seen| seen.has(what));
+        if told {
+            self.reports.remove(&key);
+        }
+        told
     }
 
     /// Turns until `condition` gives something.
@@ -79,14 +136,25 @@ impl Rig {
         }
     }
 
-    /// Waits for a report of any of these, and forgets it.
+    /// Waits for a report of any of these, and forgets it. Sleeps meanwhile as the engine does: what does not wake it is
+    /// never seen.
     #[track_caller]
     pub fn told(&mut self, handle: Handle, what: Readiness) -> Readiness {
         let key = self.key_of[&handle.0];
-        self.until(&format!("a report of {what:?}"), |rig| {
-            let seen = rig.reports.get(&key).copied().filter(|seen| seen.has(what));
-            seen.inspect(|_| _ = rig.reports.remove(&key))
-        })
+        let patience = Instant::now() + WATCHDOG;
+        loop {
+            let reports = self.reports_of_a_turn();
+            if let Some(seen) = self.reports.get(&key).copied().filter(|seen| seen.has(what)) {
+                self.reports.remove(&key);
+                return seen;
+            }
+            // With reports there is another turn before the engine sleeps.
+            let left = patience.saturating_duration_since(Instant::now());
+            if reports == 0 {
+                assert!(self.sleep(left), "nothing would wake the engine for {what:?}");
+            }
+            assert!(!left.is_zero(), "never reported: {what:?}");
+        }
     }
 
     /// Forgets what was reported of a socket so far.
@@ -156,10 +224,12 @@ impl Rig {
 
     pub fn send(&mut self, handle: Handle, data: &[u8]) -> Result<usize, Errno> {
         let mut copy = data.to_vec();
-        self.stack.send(handle, &segments(&mut copy), SendFlags::default())
+        let result = self.stack.send(handle, &segments(&mut copy), SendFlags::default());
+        self.offers.insert(handle.0, copy);
+        result
     }
 
-    /// All of it, however many turns it takes.
+    /// All of it, however many turns it takes. What was not taken is offered again, as ServiceLib does.
     #[track_caller]
     pub fn send_all(&mut self, handle: Handle, data: &[u8]) {
         let mut sent = 0;
@@ -240,8 +310,106 @@ impl Rig {
     }
 }
 
+/// Two runs of guest memory, with bytes around each that nobody may touch.
+pub(crate) struct Guest {
+    /// A margin, the first run, a margin, the second run, a margin.
+    memory: Arc<[AtomicU8]>,
+    first: usize,
+    second: usize,
+}
+
+const MARGIN: usize = 64;
+const CANARY: u8 = 0x5c;
+
+impl Guest {
+    pub fn new(first: usize, second: usize, byte: u8) -> Guest {
+        let bytes = std::iter::repeat_with(|| AtomicU8::new(CANARY));
+        let memory = bytes.take(first + second + 3 * MARGIN).collect();
+        let guest = Guest { memory, first, second };
+        guest.fill(&vec![byte; first + second]);
+        guest
+    }
+
+    /// The bytes of both runs.
+    fn cells(&self) -> impl Iterator<Item = &AtomicU8> {
+        let second = self.first + 2 * MARGIN;
+        self.memory[MARGIN..MARGIN + self.first].iter().chain(&self.memory[second..second + self.second])
+    }
+
+    pub fn fill(&self, data: &[u8]) {
+        for (cell, &byte) in self.cells().zip(data) {
+            cell.store(byte, Relaxed);
+        }
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        self.cells().map(|cell| cell.load(Relaxed)).collect()
+    }
+
+    /// Lives as long as the value: for calls that it outlives.
+    pub fn segments(&self) -> Segments {
+        let run = |at: usize, len: usize| {
+            // SAFETY: inside the memory, whose cells may be written through a shared reference; callers keep the value for
+            // longer than they use the runs.
+            unsafe { GuestBytes::new(self.memory[at..].as_ptr().cast_mut().cast(), len) }
+        };
+        Segments { first: run(MARGIN, self.first), second: run(self.first + 2 * MARGIN, self.second) }
+    }
+
+    pub fn is_unharmed(&self) -> bool {
+        let second = self.first + 2 * MARGIN;
+        let margins = [0..MARGIN, MARGIN + self.first..second, second + self.second..self.memory.len()];
+        margins.into_iter().all(|margin| self.memory[margin].iter().all(|cell| cell.load(Relaxed) == CANARY))
+    }
+
+    /// A thread that writes into the runs of both, as a hostile guest.
+    pub fn scribble(&self, other: &Guest) -> Scribbler {
+        let stop = Arc::new(AtomicBool::new(false));
+        let own = |guest: &Guest| Guest { memory: guest.memory.clone(), ..*guest };
+        let (guests, told) = ([own(self), own(other)], stop.clone());
+        let thread = std::thread::spawn(move || {
+            let mut byte = 0u8;
+            while !told.load(Relaxed) {
+                for guest in &guests {
+                    byte = byte.wrapping_add(1);
+                    guest.fill(&vec![byte; guest.first + guest.second]);
+                }
+                std::thread::yield_now();
+            }
+        });
+        Scribbler { stop, thread: Some(thread) }
+    }
+}
+
+/// Ends with the value.
+pub(crate) struct Scribbler {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Scribbler {
+    pub fn end(self) {}
+}
+
+impl Drop for Scribbler {
+    fn drop(&mut self) {
+        self.stop.store(true, Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// CLOCK_MONOTONIC.
+fn now_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: time is valid for writes.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
 /// The bytes as guest memory, in two runs, as a ring that wraps has them.
-fn segments(bytes: &mut [u8]) -> Segments {
+pub(crate) fn segments(bytes: &mut [u8]) -> Segments {
     let (first, second) = bytes.split_at_mut(bytes.len() / 3);
     // SAFETY: a stack uses the runs during the call only, for which the caller's borrow lasts.
     let run = |bytes: &mut [u8]| unsafe { GuestBytes::new(bytes.as_mut_ptr(), bytes.len()) };
