@@ -191,7 +191,8 @@ pub trait Stack: Send {
     fn acceptable(&mut self, listener: Handle) -> bool;
 
     /// Sends stream bytes; says how many were taken. A stack that keeps bytes must copy them. What was not taken stays mapped
-    /// until the next `send`, [`disconnect`](Stack::disconnect) or [`close`](Stack::close) of this handle, and is offered again first.
+    /// until the next `send`, [`disconnect`](Stack::disconnect) or [`close`](Stack::close) of this handle, and is offered again first,
+    /// though perhaps less of it, and less than was taken meanwhile.
     fn send(&mut self, handle: Handle, data: &Segments, flags: SendFlags) -> Result<usize, Errno>;
 
     /// Receives stream bytes, at most `into.len()`, which is not 0.

@@ -127,7 +127,9 @@ impl Link {
         let mut state = lock(&self.state);
         let (me, peer) = state.ends(side);
         peer.offer = None;
-        let mut done = std::mem::take(&mut me.taken).min(data.len());
+        // More than `data` when this call may send less than the one that made the offer: the next one tells of the rest.
+        let mut done = me.taken.min(data.len());
+        me.taken -= done;
         if let Some(errno) = me.error.take() {
             return Err(errno);
         }

@@ -26,6 +26,7 @@ cases! {
     datagrams_have_a_largest_size an_ipv6_socket_serves_both_families a_closed_handle_is_nothing
     datagrams_are_cut_to_what_there_is_room_for runs_of_memory_of_any_shape memory_that_changes_under_ones_feet
     addresses_of_any_bytes calls_in_any_order nothing_to_do_lets_the_engine_sleep one_who_stops_reading_sees_the_end
+    less_may_be_offered_than_before
 }
 
 /// Runs one case against a stack.
@@ -114,6 +115,35 @@ fn bytes_arrive_in_order_through_full_buffers(rig: &mut Rig) {
         (got == end && sent == end).then_some(())
     });
     assert!(offers > 0);
+    assert!(rig.recv(server, &mut some).is_err_and(Errno::would_block), "more than was sent");
+}
+
+/// A guest's turn or its tenant's rate may allow less than what the last call offered, and than what was taken of that since.
+fn less_may_be_offered_than_before(rig: &mut Rig) {
+    let (client, server) = rig.pair();
+    let (end, mut sent, mut got) = (1_500_000, 0, 0);
+    let mut some = vec![0; 70_000];
+    let mut sizes = [400_000, 1_000, 30_000, 400_000, 5].into_iter().cycle();
+    rig.until("all bytes arrive", |rig| {
+        let size = sizes.next()?.min(end - sent);
+        if size > 0 {
+            match rig.send(client, &pattern(sent, size)) {
+                Ok(n) => {
+                    assert!(n <= size, "{n} taken of {size}");
+                    sent += n;
+                }
+                Err(errno) => assert!(errno.would_block(), "{errno:?}"),
+            }
+        }
+        match rig.recv(server, &mut some) {
+            Ok(Received { bytes, .. }) => {
+                assert!(some[..bytes] == pattern(got, bytes), "not what was sent, at {got}");
+                got += bytes;
+            }
+            Err(errno) => assert!(errno.would_block(), "{errno:?}"),
+        }
+        (got == end && sent == end).then_some(())
+    });
     assert!(rig.recv(server, &mut some).is_err_and(Errno::would_block), "more than was sent");
 }
 

@@ -43,6 +43,7 @@ macro_rules! tests {
             datagrams_are_cut_to_what_there_is_room_for runs_of_memory_of_any_shape
             memory_that_changes_under_ones_feet addresses_of_any_bytes calls_in_any_order
             nothing_to_do_lets_the_engine_sleep one_who_stops_reading_sees_the_end
+            less_may_be_offered_than_before
         );
     };
     (@ $make:expr; $($case:ident)*) => {
