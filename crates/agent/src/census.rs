@@ -10,6 +10,8 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use crate::TcpInfo;
+
 /// One INET socket of a guest that is the kernel's own.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct DirectSocket {
@@ -27,17 +29,21 @@ pub struct DirectSocket {
     pub bytes_out: u64,
     pub unread_bytes: u32,
     pub unsent_bytes: u32,
+    /// Of a listener: connections that wait to be accepted, and how many may.
+    pub waiting: u32,
+    pub backlog: u32,
+    pub tcp: Option<TcpInfo>,
 }
 
-/// The processes of a guest.
+/// The processes of this host at one time, and who descends from whom.
 #[derive(Debug, Default)]
-pub struct Census {
-    pub processes: BTreeSet<u32>,
+pub struct Processes {
+    children: HashMap<u32, Vec<u32>>,
+    alive: BTreeSet<u32>,
 }
 
-impl Census {
-    /// `known` and all that descend from them.
-    pub fn of(known: impl IntoIterator<Item = u32>) -> Census {
+impl Processes {
+    pub fn look() -> Processes {
         let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
         let mut alive = BTreeSet::new();
         for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -49,16 +55,34 @@ impl Census {
                 children.entry(parent).or_default().push(pid);
             }
         }
+        Processes { children, alive }
+    }
+
+    /// `known` and all that descend from them.
+    pub fn of(&self, known: impl IntoIterator<Item = u32>) -> Census {
         let mut processes = BTreeSet::new();
         // A thread that asked may be any thread of its process.
-        let mut open: Vec<u32> =
-            known.into_iter().filter_map(|pid| leader(pid).filter(|pid| alive.contains(pid))).collect();
+        let leader = |pid| leader(pid).filter(|pid| self.alive.contains(pid));
+        let mut open: Vec<u32> = known.into_iter().filter_map(leader).collect();
         while let Some(pid) = open.pop() {
             if processes.insert(pid) {
-                open.extend(children.get(&pid).into_iter().flatten());
+                open.extend(self.children.get(&pid).into_iter().flatten());
             }
         }
         Census { processes }
+    }
+}
+
+/// The processes of a guest.
+#[derive(Debug, Default)]
+pub struct Census {
+    pub processes: BTreeSet<u32>,
+}
+
+impl Census {
+    /// `known` and all that descend from them.
+    pub fn of(known: impl IntoIterator<Item = u32>) -> Census {
+        Processes::look().of(known)
     }
 
     /// Inodes of the sockets that the processes hold, each with its first holder's pid and descriptor.
@@ -96,6 +120,12 @@ impl Census {
         sockets.sort_by_key(|socket| (socket.pid, socket.fd));
         Ok(sockets)
     }
+}
+
+/// What a process calls itself; it may be anything.
+pub fn process_name(pid: u32) -> Option<String> {
+    let name = std::fs::read(format!("/proc/{pid}/comm")).ok()?;
+    Some(String::from_utf8_lossy(&name).trim_end().into())
 }
 
 fn parent(pid: u32) -> Option<u32> {
@@ -212,7 +242,8 @@ fn parse(message: &[u8], protocol: u8) -> (u64, DirectSocket) {
         },
         local: (local_port != 0).then(|| name(local_port, 8).to_string()),
         peer: (peer_port != 0).then(|| name(peer_port, 24).to_string()),
-        // Of a listener: the backlog.
+        waiting: if listening { u32_at(message, 56) } else { 0 },
+        backlog: if listening { u32_at(message, 60) } else { 0 },
         unread_bytes: if listening { 0 } else { u32_at(message, 56) },
         unsent_bytes: if listening { 0 } else { u32_at(message, 60) },
         ..DirectSocket::default()
@@ -225,6 +256,9 @@ fn parse(message: &[u8], protocol: u8) -> (u64, DirectSocket) {
             INET_DIAG_INFO => {
                 socket.bytes_out = u64_at(value, BYTES_ACKED);
                 socket.bytes_in = u64_at(value, BYTES_RECEIVED);
+                if protocol == libc::IPPROTO_TCP as u8 {
+                    socket.tcp = TcpInfo::parse(value);
+                }
             }
             INET_DIAG_CONG => {
                 let end = value.iter().position(|&b| b == 0).unwrap_or(value.len());

@@ -18,6 +18,8 @@ pub mod census;
 pub mod filter;
 pub mod memory;
 pub mod notify;
+mod tcp_info;
 
 pub use agent::{Agent, Counters, Policy, Settings, SocketRequest, Sockets};
-pub use census::{Census, DirectSocket};
+pub use census::{Census, DirectSocket, Processes, process_name};
+pub use tcp_info::{TCP_INFO_BYTES, TcpInfo, tcp_state};

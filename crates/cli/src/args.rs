@@ -29,6 +29,10 @@ pub enum Command {
     Ps(ShowArgs),
     /// List the sockets of guests
     Sockets(SocketsArgs),
+    /// List sockets as ss(8) does, of all stacks and attachments
+    ///
+    /// Without -l or -a: what is connected. Options are those of ss where they make sense.
+    Ss(SsArgs),
     /// Say of each socket of the guests by which stack it is served, in which way, and why
     Explain(ExplainArgs),
     /// List the stacks with what they can carry and what they cost
@@ -163,6 +167,48 @@ pub struct SocketsArgs {
     pub show: ShowArgs,
     /// Only this guest (id as in `netkernel ps`)
     pub guest: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub struct SsArgs {
+    #[command(flatten)]
+    pub show: ShowArgs,
+    /// TCP sockets
+    #[arg(short, long)]
+    pub tcp: bool,
+    /// UDP sockets
+    #[arg(short, long)]
+    pub udp: bool,
+    /// Only sockets that listen
+    #[arg(short, long)]
+    pub listening: bool,
+    /// Sockets that listen, and those that are connected
+    #[arg(short, long)]
+    pub all: bool,
+    /// Do not turn ports into names of services
+    #[arg(short, long)]
+    pub numeric: bool,
+    /// Show which processes hold the sockets
+    #[arg(short, long)]
+    pub processes: bool,
+    /// Show what TCP knows of the connection, as far as its stack tells
+    #[arg(short, long)]
+    pub info: bool,
+    /// No line of heads
+    #[arg(short = 'H', long)]
+    pub no_header: bool,
+    /// Only sockets of this tenant
+    #[arg(long, value_name = "NAME")]
+    pub tenant: Option<String>,
+    /// Only sockets of this stack, by the name that `netkernel stacks` lists
+    #[arg(long, value_name = "NAME")]
+    pub nsm: Option<String>,
+    /// Only sockets with this port, local or the peer's
+    #[arg(long, value_name = "PORT")]
+    pub port: Option<u16>,
+    /// Only sockets in this state: established, listening, close-wait, ...; may be given more than once
+    #[arg(long, value_name = "STATE")]
+    pub state: Vec<String>,
 }
 
 #[derive(Debug, Args)]

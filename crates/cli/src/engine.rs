@@ -150,8 +150,8 @@ impl EngineApi for Adapter {
         stacks
     }
 
-    fn sockets(&self, guest: u32) -> Result<Vec<SocketInfo>, ApiError> {
-        Ok(self.engine.sockets(guest).iter().filter_map(convert).collect())
+    fn sockets(&self, guests: &[u32]) -> Result<Vec<SocketInfo>, ApiError> {
+        Ok(self.engine.sockets_of(guests).iter().filter_map(convert).collect())
     }
 
     fn end_guest(&self, guest: u32) -> Result<(), ApiError> {

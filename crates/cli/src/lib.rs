@@ -18,6 +18,7 @@ mod program;
 mod run;
 mod show;
 mod smoltcp;
+mod ss;
 mod sys;
 mod tenants;
 mod units;
@@ -77,6 +78,7 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         Command::Ps(args) => show::ps(&args).map(|()| 0),
         Command::Explain(args) => explain::explain(&args).map(|()| 0),
         Command::Sockets(args) => show::sockets(&args).map(|()| 0),
+        Command::Ss(args) => ss::ss(&args).map(|()| 0),
         Command::Catalog(args) => tenants::catalog(&args).map(|()| 0),
         Command::Tenants(args) => tenants::list(&args).map(|()| 0),
         Command::Tenant(args) => tenants::change(&args).map(|()| 0),

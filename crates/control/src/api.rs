@@ -22,9 +22,7 @@ pub enum Request {
     Status,
     Stacks,
     /// Sockets of one guest, or of all that the caller may see.
-    Sockets {
-        guest: Option<u32>,
-    },
+    Sockets(SocketQuery),
     EndGuest {
         guest: u32,
     },
@@ -80,6 +78,24 @@ pub struct TenantChange {
     pub max_guests: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight: Option<u32>,
+}
+
+/// Which sockets: those for which all that is given is true.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SocketQuery {
+    pub guest: Option<u32>,
+    pub tenant: Option<String>,
+    pub nsm: Option<String>,
+    /// Local or the peer's.
+    pub port: Option<u16>,
+}
+
+impl SocketQuery {
+    /// Whether a name as it is told (`1.2.3.4:80`, `[::1]:80`) has the port.
+    pub(crate) fn has_port(&self, name: Option<&Value>) -> bool {
+        let port = name.and_then(Value::as_str).and_then(|name| name.rsplit(':').next()?.parse().ok());
+        self.port.is_none_or(|wanted| port == Some(wanted))
+    }
 }
 
 /// Which usage, and how it is summed.
@@ -169,6 +185,11 @@ impl Parts<'_> {
         self.query(name).map(parse).transpose()
     }
 
+    fn number<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>, ApiError> {
+        let parse = |text: String| text.parse().map_err(|_| bad(format!("'{text}' is no {name}")));
+        self.query(name).map(parse).transpose()
+    }
+
     fn json<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
         serde_json::from_slice(self.body).map_err(|e| bad(format!("the body of this request: {e}")))
     }
@@ -227,13 +248,24 @@ pub(crate) const ROUTES: &[Route] = &[
         method: "GET",
         path: "/v1/sockets",
         name: "sockets",
-        summary: "Sockets of all guests",
+        summary: "Sockets of all guests, by whatever stack and attachment",
         role: Role::Tenant,
         body: None,
-        query: &[],
+        query: &[
+            ("tenant", "Only sockets of this tenant"),
+            ("nsm", "Only sockets of this NSM, by its name"),
+            ("port", "Only sockets with this port, local or the peer's"),
+        ],
         reply: Some(schema::<Vec<SocketInfo>>),
         reply_type: JSON,
-        decode: |_| Ok(Request::Sockets { guest: None }),
+        decode: |parts| {
+            Ok(Request::Sockets(SocketQuery {
+                guest: None,
+                tenant: parts.query("tenant"),
+                nsm: parts.query("nsm"),
+                port: parts.number("port")?,
+            }))
+        },
     },
     Route {
         method: "GET",
@@ -245,7 +277,9 @@ pub(crate) const ROUTES: &[Route] = &[
         query: &[],
         reply: Some(schema::<Vec<SocketInfo>>),
         reply_type: JSON,
-        decode: |parts| Ok(Request::Sockets { guest: Some(parts.guest()?) }),
+        decode: |parts| {
+            Ok(Request::Sockets(SocketQuery { guest: Some(parts.guest()?), ..SocketQuery::default() }))
+        },
     },
     Route {
         method: "POST",
@@ -415,7 +449,8 @@ pub(crate) fn decode(method: &str, target: &str, body: &[u8]) -> Result<(Request
         other_methods.push(route.method);
     }
     if !other_methods.is_empty() {
-        return Err(bad(format!("{path} is for {}", other_methods.join(", "))));
+        let text = format!("{path} is for {}", other_methods.join(", "));
+        return Err(ApiError::new(ErrorCode::Method, text));
     }
     let version = path.strip_prefix("/v").and_then(|rest| rest.split('/').next());
     if let Some(version) = version.filter(|v| !v.is_empty() && v.bytes().all(|b| b.is_ascii_digit()))
@@ -428,7 +463,8 @@ pub(crate) fn decode(method: &str, target: &str, body: &[u8]) -> Result<(Request
             ),
         ));
     }
-    Err(bad(format!("there is no {path}: /v1/openapi.json describes what there is")))
+    let text = format!("there is no {path}: /v1/openapi.json describes what there is");
+    Err(ApiError::new(ErrorCode::NotFound, text))
 }
 
 /// The request as HTTP: method, target, body.
@@ -439,8 +475,17 @@ pub(crate) fn encode(request: &Request) -> (&'static str, String, Option<Value>)
         Request::Attach(token) => ("POST", "/v1/attach".into(), Some(json!(token))),
         Request::Status => ("GET", "/v1/status".into(), None),
         Request::Stacks => ("GET", "/v1/stacks".into(), None),
-        Request::Sockets { guest: None } => ("GET", "/v1/sockets".into(), None),
-        Request::Sockets { guest: Some(id) } => ("GET", format!("/v1/guests/{id}/sockets"), None),
+        Request::Sockets(SocketQuery { guest: Some(id), .. }) => {
+            ("GET", format!("/v1/guests/{id}/sockets"), None)
+        }
+        Request::Sockets(query) => {
+            let given = [
+                parameter("tenant", query.tenant.as_deref()),
+                parameter("nsm", query.nsm.as_deref()),
+                query.port.map(|port| format!("port={port}")),
+            ];
+            ("GET", with_query("/v1/sockets", given), None)
+        }
         Request::EndGuest { guest } => ("DELETE", format!("/v1/guests/{guest}"), None),
         Request::Stop => ("POST", "/v1/stop".into(), None),
         Request::Tenants => ("GET", "/v1/tenants".into(), None),
@@ -450,22 +495,30 @@ pub(crate) fn encode(request: &Request) -> (&'static str, String, Option<Value>)
         }
         Request::Reload => ("POST", "/v1/reload".into(), None),
         Request::Usage(query) => {
-            let mut target = String::from("/v1/usage");
-            let by = query.by.as_deref().map(|by| utf8_percent_encode(by, NON_ALPHANUMERIC).to_string());
             let given = [
                 query.from.map(|from| format!("from={from}")),
                 query.to.map(|to| format!("to={to}")),
-                by.map(|by| format!("by={by}")),
+                parameter("by", query.by.as_deref()),
             ];
-            for (i, parameter) in given.into_iter().flatten().enumerate() {
-                target.push(if i == 0 { '?' } else { '&' });
-                target.push_str(&parameter);
-            }
-            ("GET", target, None)
+            ("GET", with_query("/v1/usage", given), None)
         }
         Request::Metrics => ("GET", "/metrics".into(), None),
         Request::OpenApi => ("GET", "/v1/openapi.json".into(), None),
     }
+}
+
+/// A parameter of a query, if there is a value.
+fn parameter(name: &str, value: Option<&str>) -> Option<String> {
+    value.map(|value| format!("{name}={}", utf8_percent_encode(value, NON_ALPHANUMERIC)))
+}
+
+fn with_query(path: &str, parameters: impl IntoIterator<Item = Option<String>>) -> String {
+    let mut target = path.to_owned();
+    for (i, parameter) in parameters.into_iter().flatten().enumerate() {
+        target.push(if i == 0 { '?' } else { '&' });
+        target.push_str(&parameter);
+    }
+    target
 }
 
 /// For fuzzing: whether these bytes are a request, and that it can be written again.
@@ -496,8 +549,14 @@ mod tests {
             Request::Attach(Token { token: "00".into() }),
             Request::Status,
             Request::Stacks,
-            Request::Sockets { guest: None },
-            Request::Sockets { guest: Some(7) },
+            Request::Sockets(SocketQuery::default()),
+            Request::Sockets(SocketQuery { guest: Some(7), ..SocketQuery::default() }),
+            Request::Sockets(SocketQuery {
+                guest: None,
+                tenant: Some("a b&c".into()),
+                nsm: Some("bbr".into()),
+                port: Some(80),
+            }),
             Request::EndGuest { guest: u32::MAX },
             Request::Stop,
             Request::Tenants,
@@ -530,10 +589,12 @@ mod tests {
     #[test]
     fn what_is_no_request_is_refused_with_a_reason() {
         for (method, target, body, code) in [
-            ("GET", "/", "", ErrorCode::BadRequest),
-            ("GET", "/v1", "", ErrorCode::BadRequest),
+            ("GET", "/", "", ErrorCode::NotFound),
+            ("GET", "/v1", "", ErrorCode::NotFound),
+            ("GET", "/v1/statuses", "", ErrorCode::NotFound),
+            ("GET", "/v1/sockets?port=65536", "", ErrorCode::BadRequest),
             ("GET", "/v2/status", "", ErrorCode::Version),
-            ("POST", "/v1/status", "", ErrorCode::BadRequest),
+            ("POST", "/v1/status", "", ErrorCode::Method),
             ("GET", "/v1/guests/x/sockets", "", ErrorCode::BadRequest),
             ("GET", "/v1/guests/-1/sockets", "", ErrorCode::BadRequest),
             ("DELETE", "/v1/guests/4294967296", "", ErrorCode::BadRequest),

@@ -13,8 +13,8 @@ use crate::api::encode;
 use crate::http::{self, Answer};
 use crate::peer::peer_of;
 use crate::{
-    ApiError, Attached, GuestInfo, NewGuest, NsmInfo, Request, SocketInfo, Status, TenantChange, TenantInfo,
-    Token, UsageQuery, VersionInfo, token_hex,
+    ApiError, Attached, GuestInfo, NewGuest, NsmInfo, Request, SocketInfo, SocketQuery, Status, TenantChange,
+    TenantInfo, Token, UsageQuery, VersionInfo, token_hex,
 };
 
 /// Longest wait for the engine's answer.
@@ -122,7 +122,11 @@ impl Client {
     }
 
     pub fn sockets(&mut self, guest: Option<u32>) -> Result<Vec<SocketInfo>, ClientError> {
-        self.ask(&Request::Sockets { guest }).map(|(value, _)| value)
+        self.find_sockets(SocketQuery { guest, ..SocketQuery::default() })
+    }
+
+    pub fn find_sockets(&mut self, query: SocketQuery) -> Result<Vec<SocketInfo>, ClientError> {
+        self.ask(&Request::Sockets(query)).map(|(value, _)| value)
     }
 
     pub fn end_guest(&mut self, guest: u32) -> Result<(), ClientError> {

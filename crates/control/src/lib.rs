@@ -24,7 +24,7 @@ mod peer;
 mod proto;
 mod server;
 
-pub use api::{NewGuest, PROTOCOL_VERSION, Request, TenantChange, Token, UsageQuery, examine};
+pub use api::{NewGuest, PROTOCOL_VERSION, Request, SocketQuery, TenantChange, Token, UsageQuery, examine};
 pub use client::{Client, ClientError};
 pub use openapi::openapi;
 pub use paths::{

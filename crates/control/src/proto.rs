@@ -11,6 +11,10 @@ use serde_json::Value;
 #[serde(rename_all = "snake_case")]
 pub enum ErrorCode {
     BadRequest,
+    /// There is no such path.
+    NotFound,
+    /// The path is for other methods.
+    Method,
     Version,
     Permission,
     UnknownStack,
@@ -31,7 +35,8 @@ impl ErrorCode {
             ErrorCode::BadRequest => 400,
             ErrorCode::BadToken => 401,
             ErrorCode::Permission => 403,
-            ErrorCode::Version | ErrorCode::UnknownGuest => 404,
+            ErrorCode::NotFound | ErrorCode::Version | ErrorCode::UnknownGuest => 404,
+            ErrorCode::Method => 405,
             ErrorCode::UnknownStack => 422,
             ErrorCode::Limit => 429,
             ErrorCode::Engine | ErrorCode::Other => 503,

@@ -12,14 +12,14 @@ use netkernel_meter::Row;
 use netkernel_shm::fds;
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::api::{self, METRICS_TYPE, Role};
 use crate::http::{self, ReadError, Reply};
 use crate::peer::{Peer, peer_of};
 use crate::{
-    ApiError, Attached, Endpoint, ErrorCode, NewGuest, NsmInfo, Request, SocketInfo, Status, TenantChange,
-    TenantInfo, UsageQuery, VersionInfo, parse_token, token_hex,
+    ApiError, Attached, Endpoint, ErrorCode, GuestInfo, NewGuest, NsmInfo, Request, SocketInfo, Status,
+    TenantChange, TenantInfo, UsageQuery, VersionInfo, parse_token, token_hex,
 };
 
 /// Connections at a time, in all and of one user who is neither the engine's nor root.
@@ -48,7 +48,8 @@ pub trait EngineApi: Send + Sync {
     fn attach(&self, token: [u8; 16]) -> Result<Grant, ApiError>;
     fn status(&self) -> Status;
     fn stacks(&self) -> Vec<NsmInfo>;
-    fn sockets(&self, guest: u32) -> Result<Vec<SocketInfo>, ApiError>;
+    /// Sockets of guests; those that ended in between have none.
+    fn sockets(&self, guests: &[u32]) -> Result<Vec<SocketInfo>, ApiError>;
     fn end_guest(&self, guest: u32) -> Result<(), ApiError>;
     /// Asks the engine's process to end; returns at once.
     fn stop(&self);
@@ -289,24 +290,22 @@ fn answer(
             done(&status)
         }
         Request::Stacks => done(&api.stacks()),
-        Request::Sockets { guest } => {
-            let mut found = Vec::new();
-            let mut known = false;
-            for g in api.status().guests {
-                if (operator || g.uid == peer.uid) && guest.is_none_or(|id| id == g.id) {
-                    known = true;
-                    match api.sockets(g.id) {
-                        Ok(sockets) => found.extend(sockets),
-                        // It ended in between.
-                        Err(e) if e.code == ErrorCode::UnknownGuest => {}
-                        Err(e) => return Err(e),
-                    }
-                }
+        Request::Sockets(query) => {
+            let wanted = |g: &GuestInfo| {
+                let tenant = g.details.get("tenant").and_then(Value::as_str);
+                (operator || g.uid == peer.uid)
+                    && query.guest.is_none_or(|id| id == g.id)
+                    && query.nsm.as_ref().is_none_or(|nsm| *nsm == g.stack)
+                    && query.tenant.as_deref().is_none_or(|wanted| tenant == Some(wanted))
+            };
+            let guests: Vec<u32> = api.status().guests.iter().filter(|g| wanted(g)).map(|g| g.id).collect();
+            if let Some(id) = query.guest.filter(|_| guests.is_empty()) {
+                return Err(unknown_guest(id));
             }
-            match guest {
-                Some(id) if !known => Err(unknown_guest(id)),
-                _ => done(&found),
-            }
+            let mut found = api.sockets(&guests)?;
+            let has = |s: &SocketInfo, key: &str| query.has_port(s.details.get(key));
+            found.retain(|s| has(s, "local") || has(s, "peer"));
+            done(&found)
         }
         Request::EndGuest { guest } => {
             let known = api.status().guests.iter().any(|g| g.id == guest && (operator || g.uid == peer.uid));

@@ -80,8 +80,13 @@ impl EngineApi for Fake {
         Vec::new()
     }
 
-    fn sockets(&self, guest: u32) -> Result<Vec<SocketInfo>, ApiError> {
-        Ok(vec![SocketInfo { guest, id: 1, details: serde_json::Map::new() }])
+    fn sockets(&self, guests: &[u32]) -> Result<Vec<SocketInfo>, ApiError> {
+        let one = |&guest: &u32| {
+            let local = format!("[::1]:{guest}");
+            let details = [("local".to_owned(), local.into())].into_iter().collect();
+            SocketInfo { guest, id: 1, details }
+        };
+        Ok(guests.iter().map(one).collect())
     }
 
     fn end_guest(&self, _: u32) -> Result<(), ApiError> {
@@ -172,6 +177,10 @@ fn requests_are_answered_one_after_the_other_on_one_connection() {
     }
     assert_eq!(client.status().unwrap().guests.len(), 19_999, "a long reply arrives whole");
     assert_eq!(client.sockets(Some(5)).unwrap().len(), 1);
+    let port = |port| SocketQuery { port: Some(port), ..SocketQuery::default() };
+    assert_eq!(client.find_sockets(port(77)).unwrap().iter().map(|s| s.guest).collect::<Vec<_>>(), [77]);
+    let nobody = SocketQuery { tenant: Some("nobody".into()), ..port(77) };
+    assert!(client.find_sockets(nobody).unwrap().is_empty());
     match client.sockets(Some(50_000)) {
         Err(ClientError::Refused(e)) => assert_eq!(e.code, ErrorCode::UnknownGuest),
         other => panic!("{other:?}"),
@@ -181,6 +190,12 @@ fn requests_are_answered_one_after_the_other_on_one_connection() {
     assert!(matches!(client.reload(), Err(ClientError::Refused(e)) if e.message == "the file is bad"));
     client.end_guest(5).unwrap();
     client.stop().unwrap();
+    // It is done after the answer.
+    let deadline = std::time::Instant::now() + WATCHDOG;
+    while place.fake.stops.load(Ordering::Relaxed) == 0 {
+        assert!(std::time::Instant::now() < deadline, "it was not asked to stop");
+        std::thread::yield_now();
+    }
     assert_eq!(place.fake.stops.load(Ordering::Relaxed), 1);
 }
 
@@ -206,8 +221,8 @@ fn nonsense_is_refused_with_a_reason() {
         (b"{\"version\":1,\"request\":\"status\"}\n".to_vec(), 400, "bad_request"),
         (b"\xff\xfe\x00\r\n\r\n".to_vec(), 400, "bad_request"),
         (request("GET", "/v2/status", ""), 404, "version"),
-        (request("GET", "/v1/reboot", ""), 400, "bad_request"),
-        (request("DELETE", "/v1/status", ""), 400, "bad_request"),
+        (request("GET", "/v1/reboot", ""), 404, "not_found"),
+        (request("DELETE", "/v1/status", ""), 405, "method"),
         (request("POST", "/v1/attach", ""), 400, "bad_request"),
         (request("POST", "/v1/attach", "{\"token\":"), 400, "bad_request"),
         (request("POST", "/v1/attach", r#"{"token":"xyz"}"#), 401, "bad_token"),

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use netkernel_agent::notify::Listener;
-use netkernel_agent::{Agent, Census, Counters, DirectSocket, Settings};
+use netkernel_agent::{Agent, Census, Counters, DirectSocket, Processes, Settings};
 use netkernel_shm::fds;
 
 use crate::NsmConfig;
@@ -52,8 +52,8 @@ pub(crate) fn start(
 }
 
 /// The guest's processes, found from the one that made it and those that asked for a socket.
-pub(crate) fn census(direct: &Direct, first: i32) -> Census {
-    Census::of(direct.counters.processes().into_iter().chain(u32::try_from(first)))
+pub(crate) fn census(direct: &Direct, first: i32, processes: &Processes) -> Census {
+    processes.of(direct.counters.processes().into_iter().chain(u32::try_from(first)))
 }
 
 /// Kernel sockets of a guest.
@@ -62,13 +62,12 @@ pub(crate) fn sockets(
     guest: u32,
     nsm: &NsmConfig,
     direct: &Direct,
-    first: i32,
+    census: &Census,
 ) -> Vec<SocketStatus> {
     if direct.relay.is_some() {
         return relay::sockets(guest, direct);
     }
     let Some(Ok(maker)) = shared.config.kinds.direct(nsm) else { return Vec::new() };
-    let census = census(direct, first);
     let mut found = Vec::new();
     maker.within(&mut || match census.sockets() {
         Ok(sockets) => found = sockets,
@@ -83,6 +82,7 @@ pub(crate) fn sockets(
 }
 
 fn status(guest: u32, socket: DirectSocket, reason: &'static str) -> SocketStatus {
+    let listens = socket.kind == "listener";
     SocketStatus {
         guest,
         id: socket.inode as u32,
@@ -101,5 +101,10 @@ fn status(guest: u32, socket: DirectSocket, reason: &'static str) -> SocketStatu
         bytes_out: socket.bytes_out,
         pid: socket.pid,
         fd: socket.fd,
+        inode: socket.inode,
+        receive_queue: if listens { socket.waiting } else { socket.unread_bytes },
+        send_queue: if listens { socket.backlog } else { socket.unsent_bytes },
+        tcp: socket.tcp,
+        ..SocketStatus::default()
     }
 }

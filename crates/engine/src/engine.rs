@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use netkernel_agent::Processes;
 use netkernel_service::Limits;
 use netkernel_shm::{Region, fds};
 
@@ -14,6 +15,7 @@ use crate::direct::{self, Direct};
 use crate::process::Form;
 use crate::process::remote::Remote;
 use crate::process::wire;
+use crate::sockets;
 use crate::status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
 use crate::tenants::{Asker, Tenant, Tenants};
 use crate::usage::{GuestUsage, MAX_OVER, Usage};
@@ -98,7 +100,8 @@ pub(crate) enum Command {
     End(u32),
     Status(Sender<Vec<GuestStatus>>),
     Usage(Sender<Vec<(u32, Usage)>>),
-    Sockets(u32, Sender<Vec<SocketStatus>>),
+    /// Sockets of a guest from this one on; the answer says where to go on.
+    Sockets(u32, u32, Sender<(Vec<SocketStatus>, Option<u32>)>),
     Stop,
 }
 
@@ -374,20 +377,7 @@ impl Engine {
     /// Everything about the engine. Costs the switch threads a turn.
     pub fn status(&self) -> Status {
         let shared = &self.shared;
-        let answers: Vec<Receiver<Vec<GuestStatus>>> = shared
-            .seats()
-            .map(|worker| {
-                let (answer, receiver) = channel();
-                shared.tell(worker, Command::Status(answer));
-                receiver
-            })
-            .collect();
-        let deadline = Instant::now() + ANSWER;
-        let mut guests: Vec<GuestStatus> = Vec::new();
-        for receiver in answers {
-            let left = deadline.saturating_duration_since(Instant::now());
-            guests.extend(receiver.recv_timeout(left).unwrap_or_default());
-        }
+        let mut guests = self.guest_statuses();
         let mut agents = Vec::new();
         let registry = lock(&shared.registry);
         for status in &mut guests {
@@ -410,7 +400,7 @@ impl Engine {
                     Some(Direct { relay: None, .. }) => "direct",
                     Some(_) => "relay",
                 };
-                status.pids = u32::try_from(guest.pid).into_iter().collect();
+                status.pids.extend(u32::try_from(guest.pid).ok().filter(|pid| !status.pids.contains(pid)));
                 if let Some(direct) = &guest.direct {
                     agents.push((status.id, guest.nsm, guest.pid, direct.clone()));
                 }
@@ -418,22 +408,24 @@ impl Engine {
         }
         drop(registry);
         // Looking through /proc takes a while: not under the lock.
+        let processes = if agents.is_empty() { Processes::default() } else { Processes::look() };
         for (id, nsm, pid, direct) in agents {
             let Some(status) = guests.iter_mut().find(|status| status.id == id) else { continue };
             status.direct_served = direct.counters.served.load(Ordering::Relaxed);
             status.direct_refused = direct.counters.refused.load(Ordering::Relaxed);
             status.direct_let_through = direct.counters.let_through.load(Ordering::Relaxed);
-            status.pids = direct::census(&direct, pid).processes.into_iter().collect();
+            let census = direct::census(&direct, pid, &processes);
             if !direct.behind_preload {
                 // The agent's thread stands for the guest on the switch thread.
-                status.processes = status.pids.len();
+                status.processes = census.processes.len();
             } else {
                 status.processes = status.processes.saturating_sub(1);
             }
             if status.direct_served > 0 {
-                let sockets = direct::sockets(shared, id, &shared.config.nsms[nsm], &direct, pid);
+                let sockets = direct::sockets(shared, id, &shared.config.nsms[nsm], &direct, &census);
                 status.sockets += sockets.len();
             }
+            status.pids = census.processes.into_iter().collect();
         }
         guests.sort_by_key(|guest| guest.id);
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -453,6 +445,26 @@ impl Engine {
                 wakes: count(&counters.wakes),
             },
         }
+    }
+
+    /// What the switch threads say of their guests.
+    fn guest_statuses(&self) -> Vec<GuestStatus> {
+        let shared = &self.shared;
+        let answers: Vec<Receiver<Vec<GuestStatus>>> = shared
+            .seats()
+            .map(|worker| {
+                let (answer, receiver) = channel();
+                shared.tell(worker, Command::Status(answer));
+                receiver
+            })
+            .collect();
+        let deadline = Instant::now() + ANSWER;
+        let mut guests: Vec<GuestStatus> = Vec::new();
+        for receiver in answers {
+            let left = deadline.saturating_duration_since(Instant::now());
+            guests.extend(receiver.recv_timeout(left).unwrap_or_default());
+        }
+        guests
     }
 
     /// What guests used so far; those that ended since the last call too, once. For one caller.
@@ -490,14 +502,61 @@ impl Engine {
 
     /// The sockets of a guest; empty when there is no such guest.
     pub fn sockets(&self, guest: u32) -> Vec<SocketStatus> {
+        self.sockets_of(&[guest])
+    }
+
+    /// The sockets of some guests, each with the process that holds it.
+    pub fn sockets_of(&self, guests: &[u32]) -> Vec<SocketStatus> {
+        let processes = Processes::look();
+        // Who holds what, the switch threads know.
+        let announced: HashMap<u32, Vec<u32>> =
+            self.guest_statuses().into_iter().map(|guest| (guest.id, guest.pids)).collect();
+        let mut all = Vec::new();
+        for guest in guests {
+            let mut sockets = self.sockets_without_holders(*guest, &processes);
+            let known = lock(&self.shared.registry).guests.get(guest).map(|guest| {
+                let agents = guest.direct.as_ref().map(|direct| direct.counters.processes());
+                let mut known: Vec<u32> = agents.into_iter().flatten().collect();
+                known.extend(u32::try_from(guest.pid));
+                (known, guest.tenant.config().name, self.shared.config.nsms[guest.nsm].name.clone())
+            });
+            let Some((mut known, tenant, stack)) = known else { continue };
+            known.extend(announced.get(guest).into_iter().flatten());
+            sockets::find_holders(&mut sockets, &processes, &known);
+            for socket in &mut sockets {
+                socket.tenant.clone_from(&tenant);
+                socket.stack.clone_from(&stack);
+            }
+            all.append(&mut sockets);
+        }
+        all
+    }
+
+    /// The sockets of a guest, as far as its switch thread, relay or agent knows them.
+    pub(crate) fn sockets_without_holders(&self, guest: u32, processes: &Processes) -> Vec<SocketStatus> {
         let known = lock(&self.shared.registry)
             .guests
             .get(&guest)
             .map(|guest| (guest.worker, guest.nsm, guest.pid, guest.direct.clone()));
         let Some((worker, nsm, pid, direct)) = known else { return Vec::new() };
-        let mut sockets = self.ask(worker, |answer| Command::Sockets(guest, answer)).unwrap_or_default();
+        let mut sockets = Vec::new();
+        let mut next = Some(0);
+        while let Some(first) = next.take() {
+            if let Ok((mut some, more)) = self.ask(worker, |answer| Command::Sockets(guest, first, answer)) {
+                sockets.append(&mut some);
+                // A guest that makes sockets as fast as they are listed does not keep us.
+                next = more.filter(|&more| more > first);
+            }
+        }
         if let Some(direct) = &direct {
-            sockets.extend(direct::sockets(&self.shared, guest, &self.shared.config.nsms[nsm], direct, pid));
+            let census = direct::census(direct, pid, processes);
+            sockets.extend(direct::sockets(
+                &self.shared,
+                guest,
+                &self.shared.config.nsms[nsm],
+                direct,
+                &census,
+            ));
         }
         sockets
     }

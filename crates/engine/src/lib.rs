@@ -16,6 +16,7 @@ mod kinds;
 mod poller;
 pub mod process;
 mod relay;
+mod sockets;
 mod status;
 mod tenants;
 mod usage;
@@ -26,7 +27,7 @@ pub use config::{Attach, EngineConfig, EngineError, GuestFds, GuestSpec, NsmConf
 pub use engine::Engine;
 pub use kinds::StackKinds;
 pub use netkernel_abi::Limits;
-pub use netkernel_agent::Policy;
+pub use netkernel_agent::{Policy, TcpInfo};
 pub use netkernel_shm::HugePages;
 pub use netkernel_stack_smoltcp::{Cidr, SmoltcpConfig};
 pub use process::Form;

@@ -88,5 +88,10 @@ fn status(guest: u32, socket: RelaySocket, reason: &'static str) -> SocketStatus
         bytes_out: socket.bytes_out,
         pid: socket.pid,
         fd: socket.fd,
+        inode: socket.inode,
+        receive_queue: socket.receive_queue,
+        send_queue: socket.send_queue,
+        tcp: socket.tcp,
+        ..SocketStatus::default()
     }
 }

@@ -98,17 +98,37 @@ pub struct SocketStatus {
     /// Bytes that the program has not read, and that the stack has not taken.
     pub unread_bytes: u32,
     pub unsent_bytes: u32,
-    /// Of a direct socket: what the kernel says of it, and its first holder.
+    /// Of a stream.
     pub congestion_control: Option<String>,
     pub bytes_in: u64,
     pub bytes_out: u64,
+    /// The first process of the guest that holds it, as which descriptor; 0: none was found.
     pub pid: u32,
     pub fd: u32,
+    /// What that process calls itself.
+    #[serde(default)]
+    pub process: String,
+    /// Of the descriptor that the program holds.
+    #[serde(default)]
+    pub inode: u64,
+    #[serde(default)]
+    pub tenant: String,
+    /// Name of the NSM.
+    #[serde(default)]
+    pub stack: String,
+    /// Bytes that the program has not read, and that the peer has not acknowledged, wherever they are. Of a listener:
+    /// connections that wait to be accepted, and how many may.
+    #[serde(default)]
+    pub receive_queue: u32,
+    #[serde(default)]
+    pub send_queue: u32,
+    #[serde(default)]
+    pub tcp: Option<netkernel_agent::TcpInfo>,
 }
 
 /// One of the few words and phrases that statuses are made of, from the process of an NSM.
 fn word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<&'static str, D::Error> {
-    const WORDS: [&str; 28] = [
+    const WORDS: [&str; 29] = [
         "queued",
         "direct",
         "queued, direct",
@@ -136,6 +156,7 @@ fn word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<&'static str, D::E
         "ending",
         "over",
         "closed",
+        "handed over",
         "",
     ];
     let text = String::deserialize(deserializer)?;

@@ -29,6 +29,7 @@ use crate::handed::{self, Handed};
 use crate::keeper::{Keeper, send_wakes};
 use crate::poller::{Poller, Source};
 use crate::relay;
+use crate::sockets::{self, LIST_BATCH};
 use crate::status::{GuestStatus, SocketStatus};
 use crate::tenants::Tenant;
 use crate::usage::Usage;
@@ -99,7 +100,7 @@ struct Guest {
 struct Process {
     tag: u32,
     /// Its end of life is the hang-up of this pair.
-    _pair: OwnedFd,
+    pair: OwnedFd,
 }
 
 /// The engine's end of a placeholder.
@@ -743,8 +744,8 @@ impl Worker {
                 let _ =
                     answer.send(self.guests.iter().flatten().map(|guest| (guest.id, usage(guest))).collect());
             }
-            Command::Sockets(id, answer) => {
-                let _ = answer.send(self.sockets(id));
+            Command::Sockets(id, first, answer) => {
+                let _ = answer.send(self.sockets(id, first));
             }
             Command::Stop => self.stop = true,
         }
@@ -853,36 +854,21 @@ impl Worker {
                 events: stats.events,
                 region_bytes: guest.service.region().bytes(),
                 ring_bytes: stats.ring_bytes,
+                pids: pids(&guest.processes),
                 ..GuestStatus::default()
             }
         };
         self.guests.iter().flatten().map(|guest| status(guest)).collect()
     }
 
-    fn sockets(&mut self, id: u32) -> Vec<SocketStatus> {
-        let Some(slot) = self.slot(id) else { return Vec::new() };
-        let Some(guest) = &self.guests[slot as usize] else { return Vec::new() };
-        let Some(module) = &mut self.modules[guest.nsm] else { return Vec::new() };
-        let text = |name: Option<netkernel_service::SocketAddress>| name.map(|name| name.to_string());
-        let sockets = guest.service.list(&mut *module.stack);
-        sockets
-            .into_iter()
-            .map(|s| SocketStatus {
-                guest: id,
-                id: s.id,
-                attachment: "queued",
-                reason: s.way.map_or("the preloaded library serves it".into(), Into::into),
-                kind: s.kind,
-                state: s.state,
-                local: text(s.local),
-                peer: text(s.peer),
-                receive_ring_bytes: s.receive_ring_bytes,
-                send_ring_bytes: s.send_ring_bytes,
-                unread_bytes: s.unread_bytes,
-                unsent_bytes: s.unsent_bytes,
-                ..SocketStatus::default()
-            })
-            .collect()
+    /// Some sockets of a guest, from `first` on; and where to go on.
+    fn sockets(&mut self, id: u32, first: u32) -> (Vec<SocketStatus>, Option<u32>) {
+        let none = (Vec::new(), None);
+        let Some(slot) = self.slot(id) else { return none };
+        let Some(guest) = &self.guests[slot as usize] else { return none };
+        let Some(module) = &mut self.modules[guest.nsm] else { return none };
+        let (list, next) = guest.service.list(&mut *module.stack, first, LIST_BATCH);
+        (list.into_iter().map(|socket| sockets::queued(id, socket, &mut *module.stack)).collect(), next)
     }
 
     // ---- channels
@@ -991,7 +977,7 @@ impl Worker {
                 }
                 let number = vacancy(&mut guest.processes);
                 if self.poller.add_hangup(fd.as_raw_fd(), Source::Process(slot, number as u32)).is_ok() {
-                    guest.processes[number] = Some(Process { tag: message.a, _pair: fd });
+                    guest.processes[number] = Some(Process { tag: message.a, pair: fd });
                 }
             }
             kind::SOCKET => {
@@ -1039,7 +1025,7 @@ impl Worker {
         };
         let number = vacancy(&mut guest.processes);
         if self.poller.add_hangup(end.as_raw_fd(), Source::Process(slot, number as u32)).is_ok() {
-            guest.processes[number] = Some(Process { tag: 0, _pair: end });
+            guest.processes[number] = Some(Process { tag: 0, pair: end });
             guest.has_agent = true;
             if message.c != 1 && self.shared.config.kinds.has_direct(nsm) {
                 guest.service.prepare_hand_over();
@@ -1212,6 +1198,12 @@ impl Worker {
         drop(guest);
         self.shared.guest_over(id, usage);
     }
+}
+
+/// Tag 0 is the agent's, which is the engine's own.
+fn pids(processes: &[Option<Process>]) -> Vec<u32> {
+    let programs = processes.iter().flatten().filter(|process| process.tag != 0);
+    programs.filter_map(|process| sockets::process_of(&process.pair)).collect()
 }
 
 fn usage(guest: &Guest) -> Usage {

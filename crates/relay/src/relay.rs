@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use netkernel_agent::notify::{Listener, Notification};
-use netkernel_agent::{Counters, Settings};
+use netkernel_agent::{Counters, Settings, TCP_INFO_BYTES, TcpInfo};
 use netkernel_ring::spin::{Polling, Spin};
 use netkernel_service::{Close, Errno, Handle, Readiness, Ready, Stack, key};
 use netkernel_shm::fds;
@@ -677,6 +677,24 @@ fn describe(stack: &mut dyn Stack, socket: &mut Socket) -> RelaySocket {
         .then(|| stack.option(socket.handle, libc::IPPROTO_TCP, libc::TCP_CONGESTION, &mut name).ok())
         .flatten()
         .map(|n| String::from_utf8_lossy(name[..n].split(|&b| b == 0).next().unwrap_or_default()).into());
+    let mut bytes = [0; TCP_INFO_BYTES];
+    let tcp = socket
+        .is_stream()
+        .then(|| stack.option(socket.handle, libc::IPPROTO_TCP, libc::TCP_INFO, &mut bytes).ok())
+        .flatten()
+        .and_then(|n| TcpInfo::parse(&bytes[..n]));
+    let mut waits =
+        |request| stack.ioctl(socket.handle, request).map_or(0, |n| n.min(u64::from(u32::MAX)) as u32);
+    let (receive_queue, send_queue) = if kind == "listener" {
+        tcp.as_ref().map_or((0, 0), |tcp| (tcp.unacknowledged, tcp.selectively_acknowledged))
+    } else {
+        // What stands in the program's end for it to read, the kernel does not tell in bytes.
+        let written = socket.end.as_ref().map_or(0, sys::unread) as u32;
+        (
+            waits(libc::FIONREAD) + socket.down.len() as u32,
+            waits(libc::TIOCOUTQ) + socket.up.len() as u32 + written,
+        )
+    };
     RelaySocket {
         inode: socket.inode,
         pid: socket.holder.0,
@@ -690,6 +708,9 @@ fn describe(stack: &mut dyn Stack, socket: &mut Socket) -> RelaySocket {
         bytes_out: socket.bytes_out,
         unread_bytes: socket.down.len() as u32,
         unsent_bytes: socket.up.len() as u32,
+        receive_queue,
+        send_queue,
+        tcp,
     }
 }
 

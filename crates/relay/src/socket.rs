@@ -204,4 +204,9 @@ pub struct RelaySocket {
     pub bytes_out: u64,
     pub unread_bytes: u32,
     pub unsent_bytes: u32,
+    /// Bytes that the program has not read, and that the peer has not acknowledged, wherever they are. Of a listener:
+    /// connections that wait, and how many may.
+    pub receive_queue: u32,
+    pub send_queue: u32,
+    pub tcp: Option<netkernel_agent::TcpInfo>,
 }

@@ -72,6 +72,10 @@ pub struct SocketInfo {
     pub unsent_bytes: u32,
     /// What the stack says of its way ([`Stack::way`]).
     pub way: Option<String>,
+    /// The stack's own name for it; [`Handle::NONE`]: the stack has none.
+    pub handle: Handle,
+    /// Inode of its placeholder, as the guest says.
+    pub inode: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -566,10 +570,18 @@ impl Service {
         }
     }
 
-    pub fn list(&self, stack: &mut dyn Stack) -> Vec<SocketInfo> {
+    /// The sockets from `first` on, at most `most`; and where to go on, if there are more.
+    pub fn list(&self, stack: &mut dyn Stack, first: u32, most: usize) -> (Vec<SocketInfo>, Option<u32>) {
         let mut out = Vec::new();
-        for (id, sock) in self.core.socks.iter() {
-            let Some(entry) = self.region.socket(id) else { continue };
+        let mut at = self.core.socks.get(first).map(|_| first).or_else(|| self.core.socks.next_id(first));
+        while let Some(id) = at {
+            if out.len() >= most {
+                return (out, at);
+            }
+            at = self.core.socks.next_id(id);
+            let (Some(entry), Some(sock)) = (self.region.socket(id), self.core.socks.get(id)) else {
+                continue;
+            };
             if sock.kind == Kind::Free {
                 continue;
             }
@@ -603,9 +615,11 @@ impl Service {
                 unread_bytes: sock.rx_tail.wrapping_sub(entry.rx_head.load(Relaxed)).min(sock.rx.size()),
                 way: stack.way(sock.handle),
                 unsent_bytes: entry.tx_tail.load(Relaxed).wrapping_sub(sock.tx_head).min(sock.tx.size()),
+                handle: sock.handle,
+                inode: entry.inode.load(Relaxed),
             });
         }
-        out
+        (out, None)
     }
 }
 

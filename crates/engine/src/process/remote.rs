@@ -40,7 +40,7 @@ enum Pending {
     Done(Sender<Result<(), EngineError>>),
     Status(Sender<Vec<GuestStatus>>),
     Usage(Sender<Vec<(u32, Usage)>>),
-    Sockets(Sender<Vec<SocketStatus>>),
+    Sockets(Sender<(Vec<SocketStatus>, Option<u32>)>),
 }
 
 impl Remote {
@@ -79,7 +79,8 @@ impl Remote {
             Command::End(id) => (Request::End(id), Vec::new(), None),
             Command::Status(answer) => (Request::Status, Vec::new(), Some(Pending::Status(answer))),
             Command::Usage(answer) => (Request::Usage, Vec::new(), Some(Pending::Usage(answer))),
-            Command::Sockets(id, answer) => {
+            // All at once: it has a switch thread of its own, which is asked in parts.
+            Command::Sockets(id, _, answer) => {
                 (Request::Sockets(id), Vec::new(), Some(Pending::Sockets(answer)))
             }
             Command::Stop => {
@@ -93,7 +94,7 @@ impl Remote {
                 match pending {
                     Some(Pending::Status(answer)) => _ = answer.send(Vec::new()),
                     Some(Pending::Usage(answer)) => _ = answer.send(Vec::new()),
-                    Some(Pending::Sockets(answer)) => _ = answer.send(Vec::new()),
+                    Some(Pending::Sockets(answer)) => _ = answer.send((Vec::new(), None)),
                     Some(Pending::Done(_)) | None => {}
                 }
                 return;
@@ -164,7 +165,7 @@ impl Remote {
             }
             (Some(Pending::Status(to)), Answer::Status(list)) => _ = to.send(list),
             (Some(Pending::Usage(to)), Answer::Usage(list)) => _ = to.send(list),
-            (Some(Pending::Sockets(to)), Answer::Sockets(list)) => _ = to.send(list),
+            (Some(Pending::Sockets(to)), Answer::Sockets(list)) => _ = to.send((list, None)),
             _ => {}
         }
     }

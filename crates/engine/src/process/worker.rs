@@ -9,6 +9,7 @@ use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
 use crate::engine::Engine;
 use crate::{EngineConfig, NsmConfig};
 use netkernel_abi::Limits;
+use netkernel_agent::Processes;
 use netkernel_shm::Region;
 
 /// Exit code: the stack cannot be had.
@@ -89,7 +90,7 @@ fn serve(engine: &Engine, call: &Call, fds: Vec<OwnedFd>) -> Option<Answer> {
         Request::Usage => Answer::Usage(
             engine.usage().into_iter().filter(|one| !one.over).map(|one| (one.guest, one.usage)).collect(),
         ),
-        Request::Sockets(id) => Answer::Sockets(engine.sockets(*id)),
+        Request::Sockets(id) => Answer::Sockets(engine.sockets_without_holders(*id, &Processes::look())),
         Request::Stop => return None,
     })
 }

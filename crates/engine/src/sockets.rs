@@ -1,0 +1,107 @@
+//! One list of the sockets of guests, whatever their attachment and stack.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+
+use netkernel_agent::{Census, Processes, TCP_INFO_BYTES, TcpInfo, process_name};
+use netkernel_service::{Handle, SocketAddress, SocketInfo, Stack};
+
+use crate::status::SocketStatus;
+
+/// Sockets that a switch thread tells of in one go: each costs it about six system calls.
+pub(crate) const LIST_BATCH: usize = 128;
+
+/// A queued socket: what ServiceLib knows of it, and what its stack does.
+pub(crate) fn queued(guest: u32, socket: SocketInfo, stack: &mut dyn Stack) -> SocketStatus {
+    let text = |name: Option<SocketAddress>| name.map(|name| name.to_string());
+    let mut status = SocketStatus {
+        guest,
+        id: socket.id,
+        attachment: "queued",
+        reason: socket.way.map_or("the preloaded library serves it".into(), Into::into),
+        kind: socket.kind,
+        state: socket.state,
+        local: text(socket.local),
+        peer: text(socket.peer),
+        receive_ring_bytes: socket.receive_ring_bytes,
+        send_ring_bytes: socket.send_ring_bytes,
+        unread_bytes: socket.unread_bytes,
+        unsent_bytes: socket.unsent_bytes,
+        inode: socket.inode,
+        ..SocketStatus::default()
+    };
+    ask(&mut status, stack, socket.handle);
+    if status.kind == "listener" {
+        // Those in the ring were accepted ahead.
+        status.receive_queue += socket.unread_bytes / netkernel_abi::socket::ACCEPT_RECORD;
+        status.unread_bytes = 0;
+    } else {
+        status.receive_queue += socket.unread_bytes;
+        status.send_queue += socket.unsent_bytes;
+    }
+    status
+}
+
+/// Asks the stack for TCP_INFO and for what waits in it. Stacks that do not know leave it open.
+fn ask(status: &mut SocketStatus, stack: &mut dyn Stack, handle: Handle) {
+    if handle == Handle::NONE {
+        return;
+    }
+    if status.kind != "datagram" {
+        let mut bytes = [0; TCP_INFO_BYTES];
+        let told = stack.option(handle, libc::IPPROTO_TCP, libc::TCP_INFO, &mut bytes);
+        status.tcp = told.ok().and_then(|n| TcpInfo::parse(&bytes[..n]));
+        let mut name = [0; 16];
+        if let Ok(n) = stack.option(handle, libc::IPPROTO_TCP, libc::TCP_CONGESTION, &mut name) {
+            let name = name[..n].split(|&byte| byte == 0).next().unwrap_or_default();
+            status.congestion_control = Some(String::from_utf8_lossy(name).into_owned());
+        }
+    }
+    if status.kind == "listener" {
+        if let Some(tcp) = &status.tcp {
+            (status.receive_queue, status.send_queue) = (tcp.unacknowledged, tcp.selectively_acknowledged);
+        }
+        return;
+    }
+    let mut bytes =
+        |request| stack.ioctl(handle, request).map_or(0, |n| u32::try_from(n).unwrap_or(u32::MAX));
+    status.receive_queue = bytes(libc::FIONREAD);
+    status.send_queue = bytes(libc::TIOCOUTQ);
+}
+
+/// Who made the process's pair, and so the process, as the kernel says.
+pub(crate) fn process_of(pair: &OwnedFd) -> Option<u32> {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: peer and len are valid for writes; len is peer's size.
+    let r = unsafe {
+        libc::getsockopt(
+            pair.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &mut len,
+        )
+    };
+    u32::try_from(peer.pid).ok().filter(|&pid| r == 0 && pid != 0)
+}
+
+/// Says which process holds each socket: the first of its guest's that has a descriptor with its inode. What a guest claims
+/// of inodes leads to no process but its own.
+pub(crate) fn find_holders(sockets: &mut [SocketStatus], processes: &Processes, known: &[u32]) {
+    if sockets.is_empty() {
+        return;
+    }
+    let inodes = Census::inodes(&processes.of(known.iter().copied()));
+    let mut names: BTreeMap<u32, String> = BTreeMap::new();
+    for socket in sockets {
+        if let Some(&(pid, fd)) = inodes.get(&socket.inode) {
+            (socket.pid, socket.fd) = (pid, fd);
+        }
+        if socket.pid != 0 {
+            let name =
+                names.entry(socket.pid).or_insert_with_key(|&pid| process_name(pid).unwrap_or_default());
+            socket.process.clone_from(name);
+        }
+    }
+}
