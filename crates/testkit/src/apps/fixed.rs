@@ -2,13 +2,20 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use netkernel_testkit::{Ctx, Scenario};
 
-use super::{TERM, says, script};
+use super::{TERM, compiled, nginx, says, script};
 
-pub const SCENARIOS: &[Scenario] =
-    &[Scenario::new("go/http", &["go"], go_http), Scenario::new("busybox/httpd-wget", &["busybox"], busybox)];
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario::new("go/http", &["go"], go_http),
+    Scenario::new("go/hey", &["hey", "nginx"], hey),
+    Scenario::new("busybox/httpd-wget", &["busybox"], busybox),
+    Scenario::new("c/static", &["cc"], |ctx| echo(ctx, "cc", &["-static"])),
+    Scenario::new("c/musl-static", &["musl-gcc"], |ctx| echo(ctx, "musl-gcc", &["-static"])),
+    Scenario::new("c/musl-dynamic", &["musl-gcc"], |ctx| echo(ctx, "musl-gcc", &[])),
+    Scenario::new("rust/static", &["rustc"], rust),
+];
 
 /// Builds a Go program of ours. The compiler's cache stands beside this program, so that only the first build takes long.
 fn go_build(ctx: &Ctx, source: &std::path::Path) -> Result<PathBuf> {
@@ -49,4 +56,57 @@ fn busybox(ctx: &mut Ctx) -> Result<()> {
     says(&ctx.client("sh")?.args(["-c", &line]).run()?, &sum)?;
     says(&ctx.client("busybox")?.args(["sh", "-c", &line]).run()?, &sum)?;
     server.stop(TERM, &[0, 143])
+}
+
+fn echo(ctx: &mut Ctx, compiler: &str, flags: &[&str]) -> Result<()> {
+    let port = ctx.port()?.to_string();
+    let source = script!(ctx, "echo.c");
+    let name = format!("{compiler}{}", flags.concat());
+    let program = compiled(ctx, &name, include_str!("scripts/echo.c"), |to| {
+        let cc = ctx.native(compiler)?.args(["-O1", "-pthread", "-w"]).args(flags);
+        cc.arg("-o").args([to, &source]).run().map(drop)
+    })?;
+    converse(ctx, &program, &port)
+}
+
+/// Static with musl, or, where that is not installed for the compiler, with glibc.
+fn rust(ctx: &mut Ctx) -> Result<()> {
+    let port = ctx.port()?.to_string();
+    let source = script!(ctx, "echo.rs");
+    let program = compiled(ctx, "rust", include_str!("scripts/echo.rs"), |to| {
+        let build = |flags: &[&str]| -> Result<i32> {
+            let home = std::env::var_os("HOME").unwrap_or_default();
+            // rustup's own settings stand in the true home.
+            let rustc = ctx.native("rustc")?.env("HOME", home).args(["--edition", "2021", "-O"]).args(flags);
+            Ok(rustc.arg("-o").args([to, &source]).output()?.code)
+        };
+        let musl = format!("{}-unknown-linux-musl", std::env::consts::ARCH);
+        if build(&["--target", &musl])? == 0 {
+            return Ok(());
+        }
+        ensure!(build(&["-C", "target-feature=+crt-static"])? == 0, "rustc builds no static program");
+        Ok(())
+    })?;
+    converse(ctx, &program, &port)
+}
+
+fn converse(ctx: &mut Ctx, program: &std::path::Path, port: &str) -> Result<()> {
+    let program = program.to_str().context("an odd path")?;
+    let mut server = ctx.server(program)?.args(["server", port]).spawn()?;
+    ctx.listening(&mut server, port.parse()?)?;
+    for _ in 0..2 {
+        says(&ctx.client(program)?.args(["client", port]).run()?, "ok")?;
+    }
+    server.stop(TERM, &[0, 143])
+}
+
+/// A Go load generator of others, with kept connections and with one for each request.
+fn hey(ctx: &mut Ctx) -> Result<()> {
+    let nginx = nginx::Nginx::start(ctx, "nginx", "", "")?;
+    for how in [&["-n", "3000", "-c", "20"][..], &["-n", "1000", "-c", "10", "-disable-keepalive"]] {
+        let said = ctx.client("hey")?.args(how).arg(nginx.url("/index.html")).run()?;
+        says(&said, &format!("[200]\t{} responses", how[1]))?;
+        ensure!(!said.text().contains("Error distribution"), "{}", said.text());
+    }
+    nginx.quit(ctx)
 }

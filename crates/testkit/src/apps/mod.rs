@@ -1,9 +1,11 @@
 //! Real programs, one module for each; the scripts that they run stand in `scripts/`.
 
+mod browser;
 mod databases;
 mod fixed;
 mod haproxy;
 mod http;
+mod languages;
 mod nginx;
 mod node;
 mod pipes;
@@ -12,8 +14,12 @@ mod redis;
 mod soak;
 mod ssh;
 mod throughput;
+mod wrapped;
 
-use anyhow::{Result, ensure};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
 use netkernel_testkit::{Cmd, Ctx, Output, Proc, Scenario};
 
 pub fn all() -> Vec<Scenario> {
@@ -29,6 +35,9 @@ pub fn all() -> Vec<Scenario> {
         throughput::SCENARIOS,
         pipes::SCENARIOS,
         ssh::SCENARIOS,
+        languages::SCENARIOS,
+        wrapped::SCENARIOS,
+        browser::SCENARIOS,
         soak::SCENARIOS,
     ]
     .concat()
@@ -64,6 +73,31 @@ fn http_server(ctx: &mut Ctx, dir: &std::path::Path) -> Result<(Proc, u16)> {
 fn together(commands: Vec<Cmd>) -> Result<Vec<Output>> {
     let running = commands.into_iter().map(Cmd::spawn).collect::<Result<Vec<_>>>()?;
     running.into_iter().map(Proc::finish).collect()
+}
+
+/// What `build` makes of a source, kept beside this program: only the first build takes long.
+fn compiled(ctx: &Ctx, name: &str, source: &str, build: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    let mut hash = DefaultHasher::new();
+    source.hash(&mut hash);
+    let own = std::env::current_exe()?;
+    let cache = own.parent().context("no directory")?.join("programs");
+    let kept = cache.join(format!("{name}-{:016x}", hash.finish()));
+    if !kept.exists() {
+        std::fs::create_dir_all(&cache)?;
+        // Whole or not at all, whoever else builds it.
+        let made = tempfile::Builder::new().prefix(name).tempdir_in(&cache)?;
+        let result = made.path().join("made");
+        build(&result)?;
+        if let Err(error) = std::fs::rename(&result, &kept)
+            && !kept.exists()
+        {
+            return Err(error).context("cannot keep what was built");
+        }
+    }
+    // A copy, which users without a way to ours can reach.
+    let copy = ctx.path(name);
+    ctx.native("cp")?.arg("-r").args([&kept, &copy]).run()?;
+    Ok(copy)
 }
 
 fn sha256(ctx: &Ctx, path: &std::path::Path) -> Result<String> {
