@@ -710,11 +710,17 @@ impl Epoll {
     ) -> Result<usize, i32> {
         let Some(guest) = guest::guest() else { return Err(libc::EBADF) };
         let begin = sys::now_ns();
+        // Who gave whole milliseconds may live in a sandbox that does not know epoll_pwait2.
+        let unit = if timeout_ns % 1_000_000 == 0 { 1_000_000 } else { 1 };
+        let left = || match timeout_ns {
+            ..0 => -1,
+            _ => (timeout_ns - (sys::now_ns() - begin) as i64).max(0).unsigned_abs().next_multiple_of(unit)
+                as i64,
+        };
         let mut polled = false;
         loop {
             if self.inner.lock().queue_set == NONE {
-                let spent = (sys::now_ns() - begin) as i64;
-                let left = if timeout_ns < 0 { -1 } else { (timeout_ns - spent).max(0) };
+                let left = left();
                 let n = self.kernel_events(guest, epfd, out, left, mask)?;
                 if n == 0 && self.inner.lock().queue_set != NONE && left != 0 {
                     continue;
@@ -754,8 +760,7 @@ impl Epoll {
                 }
                 return Ok(count);
             }
-            let spent = (sys::now_ns() - begin) as i64;
-            let left = if timeout_ns < 0 { -1 } else { (timeout_ns - spent).max(0) };
+            let left = left();
             let (ring, set) = match (guest.region.receive(q), guest.region.queue_set(q)) {
                 (Some(ring), Some(set)) => (ring, set),
                 _ => return Err(libc::EBADF),

@@ -10,7 +10,7 @@ use crate::socket::{self, Sock};
 use crate::sys::{self, raw};
 use crate::table::{self, Slot};
 use crate::wait::{self, Share};
-use crate::{epoll, queue};
+use crate::{epoll, handover, queue};
 
 /// Does any descriptor of the set need us?
 pub fn concerns(set: &[pollfd]) -> bool {
@@ -29,14 +29,17 @@ fn look(set: &mut [pollfd]) -> i32 {
             Slot::Internal => POLLNVAL,
             Slot::Socket(_) => match socket::find(p.fd) {
                 Some(sock) => {
-                    let m = (sock.readiness() as i16) & (p.events | POLLERR | POLLHUP);
+                    let mut m = (sock.readiness() as i16) & (p.events | POLLERR | POLLHUP);
                     if p.events & libc::POLLOUT != 0 && m & libc::POLLOUT == 0 {
                         sock.want_space();
                         fence(Ordering::SeqCst);
-                        (sock.readiness() as i16) & (p.events | POLLERR | POLLHUP)
-                    } else {
-                        m
+                        m = (sock.readiness() as i16) & (p.events | POLLERR | POLLHUP);
                     }
+                    // It left the queues after it was found: it is not ready because of that.
+                    if handover::is_over(sock.state()) && socket::find(p.fd).is_none() {
+                        continue;
+                    }
+                    m
                 }
                 // It has left the queues: the kernel's pass says.
                 None if matches!(table::slot(p.fd), Slot::None) => continue,
@@ -181,10 +184,12 @@ fn sleep(
         }
     }
     fence(Ordering::SeqCst);
-    let result = if ready || look(set) > 0 { Ok(Real(0)) } else { real_poll(real, left, mask) };
+    let left_queues = || socks.iter().any(|sock| table::socket(sock.fd) != Some(sock.id));
+    let result =
+        if ready || look(set) > 0 || left_queues() { Ok(Real(0)) } else { real_poll(real, left, mask) };
     let mut theirs = 0;
-    let woken = if result.is_ok() { &real[..] } else { &[] };
-    for r in woken.iter().filter(|r| r.fd >= 0 && r.revents != 0) {
+    let woken = if result.is_ok() { &mut real[..] } else { &mut [] };
+    for r in woken.iter_mut().filter(|r| r.fd >= 0 && r.revents != 0) {
         match table::slot(r.fd) {
             Slot::Socket(id) => {
                 let mut byte = 0u8;
@@ -202,6 +207,8 @@ fn sleep(
                 {
                     share.took(guest, sock.entry, id);
                 }
+                // What was seen of the placeholder says nothing of the socket, should it leave the queues now.
+                r.revents = 0;
             }
             Slot::None => theirs += 1,
             _ => {}
