@@ -22,6 +22,9 @@ pub mod kind {
     /// guest has no agent that gives kernel sockets; EOPNOTSUPP: the stack has none; EBUSY: something was received and not
     /// read; EAGAIN: something is still to be sent.
     pub const HAND_OVER: u32 = 6;
+    /// Asks for a memory that this guest has connections in ([`crate::pair`]). `a`: its number. Descriptor and answer as of
+    /// HAND_OVER. ENOENT: there is no such memory, or it is not this guest's.
+    pub const PAIR: u32 = 7;
 }
 
 #[repr(C)]

@@ -10,6 +10,7 @@ pub mod ancillary;
 pub mod control;
 pub mod layout;
 pub mod nqe;
+pub mod pair;
 pub mod socket;
 
 pub use layout::{Header, Layout, LayoutError, Limits, QueueSet};
@@ -17,7 +18,7 @@ pub use nqe::{Nqe, Op};
 pub use socket::SocketEntry;
 
 /// Version of everything in this crate; both sides must have the same one.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// First eight bytes of a region: "NETKRNL1", little endian.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"NETKRNL1");
@@ -35,8 +36,8 @@ pub mod feature {
 }
 
 const _: () = {
-    // The layout of ABI version 2. A change here needs a new ABI_VERSION and a new line in docs/ABI.md.
-    assert!(ABI_VERSION == 2);
+    // The layout of ABI version 3. A change here needs a new ABI_VERSION and a new line in docs/ABI.md.
+    assert!(ABI_VERSION == 3);
     assert!(size_of::<Nqe>() == 32);
     assert!(size_of::<SocketEntry>() == 256);
     assert!(size_of::<QueueSet>() == 1024);

@@ -30,6 +30,8 @@ pub mod flag {
     pub const SYNC: u8 = 1 << 0;
     /// More data will follow (MSG_MORE).
     pub const MORE: u8 = 1 << 1;
+    /// What was written ends with an urgent byte.
+    pub const URGENT: u8 = 1 << 2;
 }
 
 macro_rules! ops {
@@ -90,6 +92,8 @@ ops! {
     Send = 32,
     /// Send. The guest read from a receive ring that had been full: the stack may go on receiving.
     Credit = 33,
+    /// Send. A connection of a pair: the other end said that it sleeps, and something changed; or it is closed, and was written to.
+    Peer = 34,
     /// Completion of a sync job: `status`, `size`, `op_data`.
     Complete = 64,
     /// Receive. The readiness of `socket` may have changed; `op_data`: event hint bits (EPOLLIN ...). Hints only.

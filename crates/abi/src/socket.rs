@@ -37,6 +37,11 @@ pub mod state {
     /// The stack's own socket was handed over to a process: nothing is served any more, and who still has the placeholder asks
     /// for the socket too ([`crate::control::kind::HAND_OVER`]).
     pub const HANDED: u32 = 1 << 15;
+    /// A connection of a pair: its rings stand in memory number `rx_offset`, in slot `tx_offset / 2`, and this is end
+    /// `tx_offset % 2` ([`crate::pair`]).
+    pub const PAIRED: u32 = 1 << 16;
+    /// Nobody will read what this end of a pair writes: [`crate::Op::Peer`] after each write.
+    pub const PEER_CLOSED: u32 = 1 << 17;
 }
 
 /// Bits of [`SocketEntry::flags`], written by the guest.

@@ -59,6 +59,7 @@ pub fn of(config: &Config) -> Result<EngineConfig> {
                     },
                     memory: nsm.memory.unwrap_or_default(),
                     memory_allow: (!allow.everybody).then_some(allow.list),
+                    pair: nsm.pair.unwrap_or(true),
                 })
             })
             .collect::<Result<_>>()?;

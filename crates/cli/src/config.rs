@@ -65,6 +65,8 @@ pub struct NsmSection {
     pub memory: Option<bool>,
     #[serde(default)]
     pub memory_allow: Vec<Spanned<User>>,
+    /// Guests of one tenant map the memory that their connections stand in.
+    pub pair: Option<bool>,
     /// What it can carry in each direction.
     pub capacity: Option<Rate>,
     pub capacity_operations: Option<u64>,

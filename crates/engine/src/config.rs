@@ -33,6 +33,8 @@ pub struct NsmConfig {
     pub memory: bool,
     /// Users whose guests may connect in memory to guests of other users that have this stack. `None`: everybody.
     pub memory_allow: Option<Vec<u32>>,
+    /// Those of them between guests of one tenant stand in memory that both map, without the engine.
+    pub pair: bool,
     /// What it can carry.
     pub capacity: Capacity,
 }
@@ -66,6 +68,7 @@ impl NsmConfig {
             smoltcp: None,
             memory: false,
             memory_allow: Some(Vec::new()),
+            pair: true,
             capacity: Capacity::default(),
         }
     }

@@ -109,6 +109,7 @@ impl Default for StackKinds {
                     network: network(nsm.netns.as_deref())?,
                     allow: nsm.memory_allow.clone().unwrap_or_default(),
                     allow_all: nsm.memory_allow.is_none(),
+                    pair: nsm.pair,
                 };
                 Ok(Box::new(ShmStack::new(stack, Arc::clone(&hub), settings)?) as Box<dyn Stack>)
             };

@@ -165,6 +165,11 @@ impl Tenant {
         }
     }
 
+    /// Which one of the configuration's it is; `None`: the one of those that it does not name.
+    pub fn number(&self) -> Option<u32> {
+        (self.config().name != OTHERS).then_some(self.index as u32)
+    }
+
     pub fn index(&self) -> usize {
         self.index
     }

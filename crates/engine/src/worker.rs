@@ -18,7 +18,7 @@ use netkernel_abi::control::{Message, kind};
 use netkernel_agent::Settings;
 use netkernel_agent::notify::Listener;
 use netkernel_ring::spin::{Polling, Spin};
-use netkernel_service::{Host, Limits, Ready, Service, Stack, Table, Violation};
+use netkernel_service::{Host, Limits, Member, Ready, Service, Stack, Table, Violation};
 use netkernel_shm::{Region, fds};
 
 use crate::EngineError;
@@ -738,9 +738,11 @@ impl Worker {
                 }
             }
             Command::Status(answer) => {
+                self.count();
                 let _ = answer.send(self.status());
             }
             Command::Usage(answer) => {
+                self.count();
                 let _ =
                     answer.send(self.guests.iter().flatten().map(|guest| (guest.id, usage(guest))).collect());
             }
@@ -748,6 +750,15 @@ impl Worker {
                 let _ = answer.send(self.sockets(id, first));
             }
             Command::Stop => self.stop = true,
+        }
+    }
+
+    /// Brings all guests' statistics up to date.
+    fn count(&mut self) {
+        for guest in self.guests.iter_mut().flatten() {
+            if let Some(module) = &mut self.modules[guest.nsm] {
+                guest.service.count(&mut *module.stack);
+            }
         }
     }
 
@@ -778,6 +789,8 @@ impl Worker {
         };
         if let Some(module) = &mut self.modules[new.nsm] {
             module.stack.guest(slot as u32, new.owner);
+            let member = Member { tenant: new.tenant.number(), limits: new.limits.clone() };
+            module.stack.member(slot as u32, member);
         }
         let limits = new.region.layout().limits;
         self.poller
@@ -967,6 +980,10 @@ impl Worker {
                     Err(libc::EPERM)
                 };
                 handed::answer(&fd, fd_of);
+            }
+            kind::PAIR => {
+                let memory = module.stack.pair_memory(slot, message.a);
+                handed::answer(&fd, memory.ok_or(libc::ENOENT));
             }
             kind::PROCESS => {
                 if guest.processes.iter().flatten().count() >= MAX_PROCESSES {
@@ -1174,6 +1191,7 @@ impl Worker {
         self.hot.retain(|&hot| hot != slot);
         if let Some(module) = &mut self.modules[guest.nsm] {
             guest.service.end(&mut *module.stack);
+            module.stack.guest_over(slot);
             module.guests -= 1;
         }
         guest.service.say_gone(&mut guest.ends);

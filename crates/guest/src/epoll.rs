@@ -15,6 +15,7 @@ use netkernel_shm::fds;
 
 use crate::guest::{self, Guest, Lock};
 use crate::next::next;
+use crate::pair::Pair;
 use crate::socket;
 use crate::sys::{self, raw};
 use crate::table::{self, Slot};
@@ -38,12 +39,36 @@ struct Interest {
     data: u64,
     queued: bool,
     live: bool,
+    /// Has a [`Watch`].
+    paired: bool,
     /// Next interest of the same socket.
     next: u32,
 }
 
+/// What an instance has seen of a connection of a pair, whose changes come without an event of the engine.
+#[derive(Clone, Copy)]
+struct Watch {
+    slot: u32,
+    entry: &'static SocketEntry,
+    pair: Pair,
+    state: u32,
+    tail: u32,
+    /// Of [`PairEnd::full`](netkernel_abi::pair::PairEnd::full), when it was writable last.
+    full: u32,
+}
+
+impl Watch {
+    #[inline]
+    fn has_moved(&self) -> bool {
+        self.pair.theirs.tail.load(Ordering::Acquire) != self.tail
+            || self.entry.state.load(Ordering::Acquire) != self.state
+            || self.pair.mine.full.load(Ordering::Relaxed) != self.full && self.pair.writable()
+    }
+}
+
 struct Inner {
     interests: Vec<Interest>,
+    pairs: Vec<Watch>,
     free: Vec<u32>,
     /// By descriptor, by socket: first interest + 1.
     by_fd: Vec<u32>,
@@ -172,6 +197,7 @@ pub fn instance_for(epfd: i32) -> &'static Epoll {
     }
     let inner = Inner {
         interests: Vec::new(),
+        pairs: Vec::new(),
         free: Vec::new(),
         by_fd: Vec::new(),
         by_socket: Vec::new(),
@@ -258,6 +284,7 @@ impl Inner {
         self.queue_set = NONE;
         self.tag = 0;
         self.interests.clear();
+        self.pairs.clear();
         self.free.clear();
         self.by_fd.clear();
         self.by_socket.clear();
@@ -273,6 +300,7 @@ impl Inner {
     }
 
     fn queue_up(&mut self, slot: u32) {
+        self.watch_pair(slot);
         let i = &mut self.interests[slot as usize];
         if i.live && !i.queued {
             i.queued = true;
@@ -280,10 +308,78 @@ impl Inner {
         }
     }
 
+    /// Begins to look at the memory of a connection of a pair.
+    fn watch_pair(&mut self, slot: u32) {
+        let i = self.interests[slot as usize];
+        if i.paired || !i.live || i.socket == NONE {
+            return;
+        }
+        let Some(sock) = socket::by_id(i.socket, i.fd) else { return };
+        let state = sock.state();
+        let Some(pair) = sock.pair() else { return };
+        self.interests[slot as usize].paired = true;
+        let (tail, full) = (pair.theirs.tail.load(Ordering::Acquire), pair.mine.full.load(Ordering::Relaxed));
+        let full = full.wrapping_sub(1);
+        self.pairs.push(Watch { slot, entry: sock.entry, pair, state, tail, full });
+    }
+
+    /// Looks for changes that the other ends of pairs made. True: there was one.
+    fn look_at_pairs(&mut self) -> bool {
+        let mut moved = false;
+        let mut n = 0;
+        while let Some(w) = self.pairs.get_mut(n) {
+            n += 1;
+            if !w.has_moved() {
+                continue;
+            }
+            w.state = w.entry.state.load(Ordering::Acquire);
+            w.tail = w.pair.theirs.tail.load(Ordering::Acquire);
+            let full = w.pair.mine.full.load(Ordering::Relaxed);
+            if w.pair.writable() {
+                w.full = full;
+            }
+            moved = true;
+            let slot = w.slot;
+            if !self.is_current(n - 1) {
+                n -= 1;
+                self.pairs.swap_remove(n);
+                self.interests[slot as usize].paired = false;
+            }
+            self.queue_up(slot);
+        }
+        moved
+    }
+
+    /// Whether the socket still is that connection (it may have been disconnected).
+    fn is_current(&self, n: usize) -> bool {
+        let w = &self.pairs[n];
+        let i = &self.interests[w.slot as usize];
+        let now = socket::by_id(i.socket, i.fd).and_then(|sock| sock.pair());
+        now.is_some_and(|now| core::ptr::eq(now.mine, w.pair.mine))
+    }
+
+    /// Before somebody sleeps: the other ends of pairs are to tell of what they change.
+    fn arm_pairs(&mut self) {
+        for w in &self.pairs {
+            let events = self.interests[w.slot as usize].events;
+            if events & !MODE_BITS & !(EPOLLOUT as u32) != 0 {
+                w.pair.want_data(false);
+            }
+            if events & EPOLLOUT as u32 != 0 && !w.pair.writable() {
+                w.pair.want_space();
+            }
+        }
+        // SYNC: pair-sleep - who changed something before it could see these flags is seen by the look that follows.
+        fence(Ordering::SeqCst);
+    }
+
     fn queue_socket(&mut self, id: u32) {
         let mut slot = self.by_socket.get(id as usize).copied().unwrap_or(0);
         while slot > 0 {
-            self.queue_up(slot - 1);
+            // What an event says of a pair is seen there, once.
+            if !self.interests[slot as usize - 1].paired {
+                self.queue_up(slot - 1);
+            }
             slot = self.interests[slot as usize - 1].next;
         }
     }
@@ -316,6 +412,7 @@ impl Inner {
                 self.queue_socket(id);
             }
         }
+        self.look_at_pairs();
         if guest::engine_gone() {
             for slot in 0..self.interests.len() as u32 {
                 self.queue_up(slot);
@@ -336,7 +433,10 @@ impl Inner {
         let Some(sock) = socket::by_id(i.socket, i.fd) else { return 0 };
         let mut mask = sock.readiness() & wanted;
         if wanted & EPOLLOUT as u32 != 0 && mask & EPOLLOUT as u32 == 0 {
-            sock.want_space();
+            match sock.pair() {
+                Some(pair) => _ = pair.mine.full.fetch_add(1, Ordering::Relaxed),
+                None => sock.want_space(),
+            }
             fence(Ordering::SeqCst);
             mask = sock.readiness() & wanted;
         }
@@ -406,6 +506,7 @@ impl Inner {
             data: event.u64,
             queued: false,
             live: true,
+            paired: false,
             next: 0,
         };
         let slot = match self.free.pop() {
@@ -457,6 +558,9 @@ impl Inner {
             self.nested.retain(|&n| n != slot);
         }
         self.interests[slot as usize].live = false;
+        if i.paired {
+            self.pairs.retain(|w| w.slot != slot);
+        }
         // A slot that stands in the ready line keeps its mark; add() keeps it, too.
         self.free.push(slot);
     }
@@ -639,8 +743,11 @@ fn ctl_guest(
     }
     // Threads that went to sleep before there were guest sockets are in the kernel, uncounted.
     let wake = first
-        || (e.sleepers.load(Ordering::SeqCst) > 0 || e.watched.load(Ordering::Relaxed) > 0)
-            && inner.any_ready();
+        || (e.sleepers.load(Ordering::SeqCst) > 0 || e.watched.load(Ordering::Relaxed) > 0) && {
+            inner.arm_pairs();
+            inner.look_at_pairs();
+            inner.any_ready()
+        };
     let doorbell = inner.doorbell;
     drop(inner);
     if wake {
@@ -662,8 +769,9 @@ fn empty_doorbell(doorbell: i32) {
 impl Epoll {
     /// Asks the engine to ring when something comes.
     fn arm(&self, guest: &Guest) {
-        let q = self.inner.lock().queue_set;
-        if let Some(set) = guest.region.queue_set(q) {
+        let mut inner = self.inner.lock();
+        inner.arm_pairs();
+        if let Some(set) = guest.region.queue_set(inner.queue_set) {
             set.armed.store(1, Ordering::SeqCst);
             fence(Ordering::SeqCst);
         }
@@ -681,7 +789,7 @@ impl Epoll {
                 && let Some(set) = guest.region.queue_set(inner.queue_set)
             {
                 set.armed.store(1, Ordering::SeqCst);
-                fence(Ordering::SeqCst);
+                inner.arm_pairs();
             }
             inner.drain(guest);
             if inner.any_ready() {
@@ -772,7 +880,10 @@ impl Epoll {
                 if n > 0 {
                     return Ok(n);
                 }
-                if mask.is_null() && wait::spin(guest, || !ring.is_empty()) {
+                // Without the lock: a signal handler must not find it held by who it interrupted.
+                let seen: Vec<Watch> = self.inner.lock().pairs.clone();
+                let moved = || !ring.is_empty() || seen.iter().any(Watch::has_moved);
+                if mask.is_null() && wait::spin(guest, moved) {
                     continue;
                 }
             }
@@ -781,6 +892,8 @@ impl Epoll {
             fence(Ordering::SeqCst);
             let missed = !ring.is_empty() || set.overflow.load(Ordering::SeqCst) != 0 || {
                 let mut inner = self.inner.lock();
+                inner.arm_pairs();
+                inner.look_at_pairs();
                 inner.any_ready()
             };
             let result = self.kernel_events(guest, epfd, out, if missed { 0 } else { left }, mask);

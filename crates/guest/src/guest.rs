@@ -166,6 +166,7 @@ pub fn before_confinement(seccomp: bool) {
     let Some(guest) = guest() else { return };
     let _ = guest.process();
     crate::queue::prepare(guest);
+    crate::pair::before_confinement(guest);
     if seccomp {
         sys::CONFINED.store(true, Ordering::Relaxed);
     }

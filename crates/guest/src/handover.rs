@@ -13,7 +13,7 @@ use netkernel_abi::socket::{gflag, state};
 use netkernel_shm::fds;
 
 use crate::epoll;
-use crate::guest::{self, Lock};
+use crate::guest::{self, Guest, Lock};
 use crate::socket::{self, Sock};
 use crate::sys::{self, raw};
 use crate::table::{self, Slot};
@@ -70,7 +70,8 @@ pub fn settle(sock: &Sock) -> Result<(), i32> {
     Sock::fence(sock.guest, sock.id);
     let begin = sys::now_ns();
     let fd = loop {
-        match ask(sock) {
+        let generation = sock.entry.generation.load(Ordering::Relaxed);
+        match ask(sock.guest, kind::HAND_OVER, sock.id, generation) {
             Err(libc::EAGAIN) if sys::now_ns() - begin < FLUSH_NS => {
                 let pause = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
                 raw!(libc::SYS_nanosleep, &pause as *const libc::timespec, 0);
@@ -95,13 +96,11 @@ pub fn settle(sock: &Sock) -> Result<(), i32> {
     Ok(())
 }
 
-/// Asks the engine for the socket.
-fn ask(sock: &Sock) -> Result<OwnedFd, i32> {
+/// Asks the engine for a descriptor.
+pub fn ask(guest: &Guest, kind: u32, a: u32, b: u32) -> Result<OwnedFd, i32> {
     let errno = |e: std::io::Error| e.raw_os_error().unwrap_or(libc::EIO);
     let (ours, theirs) = fds::pair(libc::SOCK_STREAM | libc::SOCK_CLOEXEC).map_err(errno)?;
-    let generation = sock.entry.generation.load(Ordering::Relaxed);
-    let message = Message { kind: kind::HAND_OVER, a: sock.id, b: generation, ..Message::default() };
-    sock.guest.channel_send(message, &theirs)?;
+    guest.channel_send(Message { kind, a, b, ..Message::default() }, &theirs)?;
     drop(theirs);
     let mut poll = libc::pollfd { fd: ours.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     for _ in 0..50 {
@@ -119,7 +118,7 @@ fn ask(sock: &Sock) -> Result<OwnedFd, i32> {
                 _ => Err(libc::ECONNRESET),
             };
         }
-        if !sock.guest.check_engine() {
+        if !guest.check_engine() {
             return Err(libc::ENETDOWN);
         }
     }

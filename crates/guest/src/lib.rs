@@ -11,6 +11,7 @@ mod handover;
 mod hooks;
 mod next;
 mod options;
+mod pair;
 mod poll;
 mod queue;
 mod socket;

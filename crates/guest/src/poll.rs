@@ -161,6 +161,7 @@ fn sleep(
         match table::slot(p.fd) {
             Slot::Socket(_) if p.fd >= 0 => {
                 if let Some(sock) = socket::find(p.fd) {
+                    sock.arm(p.events as u32);
                     if socks.iter().any(|s| s.id == sock.id) {
                         // A socket that stands in the set twice has one sleeper all the same.
                         r.fd = -1;

@@ -13,7 +13,7 @@ use netkernel_shm::Bytes;
 use crate::guest::{self, Guest};
 use crate::sys::{self, raw};
 use crate::table::{self, Slot};
-use crate::{handover, queue, wait};
+use crate::{handover, pair, queue, wait};
 
 /// A guest socket under one descriptor of this process.
 #[derive(Clone, Copy)]
@@ -133,12 +133,39 @@ fn make_pair(cloexec: bool) -> Result<(OwnedFd, OwnedFd)> {
     Ok(unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) })
 }
 
-/// A pair of which only the program's end needs a number below the soft limit: that is raised for a moment, if the hard
-/// limit allows it.
+/// A pair of which only the program's end needs a number below the soft limit.
 #[cold]
 fn pair_at_the_limit(kind: i32) -> Result<[i32; 2]> {
+    let soft = limit_of_descriptors(None).rlim_cur;
+    let mut pair = [-1i32; 2];
+    let r = above_the_limit(|| match raw!(libc::SYS_socketpair, libc::AF_UNIX, kind, 0, pair.as_mut_ptr()) {
+        r if r < 0 => Err(-r as i32),
+        _ => Ok(()),
+    });
+    r?;
+    if pair[0] as u64 >= soft {
+        pair.into_iter().for_each(sys::close);
+        return Err(libc::EMFILE);
+    }
+    Ok(pair)
+}
+
+fn limit_of_descriptors(new: Option<libc::rlimit>) -> libc::rlimit {
+    let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let new = new.as_ref().map_or(core::ptr::null(), |new| new as *const libc::rlimit);
+    raw!(libc::SYS_prlimit64, 0, libc::RLIMIT_NOFILE, new, &mut old as *mut libc::rlimit);
+    old
+}
+
+/// Makes descriptors, and once more with the soft limit raised for a moment, if it fails with EMFILE and the hard limit
+/// allows it.
+pub fn above_the_limit<T>(mut make: impl FnMut() -> Result<T>) -> Result<T> {
     /// Process tag of who changes the limit.
     static CHANGING: AtomicU32 = AtomicU32::new(0);
+    match make() {
+        Err(libc::EMFILE) => {}
+        other => return other,
+    }
     // A sandbox may kill who asks for this.
     if sys::confined() {
         return Err(libc::EMFILE);
@@ -153,30 +180,16 @@ fn pair_at_the_limit(kind: i32) -> Result<[i32; 2]> {
             Err(_) => sys::yield_now(),
         }
     }
-    let limit = |new: Option<libc::rlimit>| {
-        let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        let new = new.as_ref().map_or(core::ptr::null(), |new| new as *const libc::rlimit);
-        raw!(libc::SYS_prlimit64, 0, libc::RLIMIT_NOFILE, new, &mut old as *mut libc::rlimit);
-        old
-    };
-    let before = limit(None);
+    let before = limit_of_descriptors(None);
     let raised = libc::rlimit { rlim_cur: before.rlim_max.min(before.rlim_cur + 1024), ..before };
-    let mut pair = [-1i32; 2];
-    let mut r = -(libc::EMFILE as isize);
+    let mut result = Err(libc::EMFILE);
     if raised.rlim_cur > before.rlim_cur {
-        limit(Some(raised));
-        r = raw!(libc::SYS_socketpair, libc::AF_UNIX, kind, 0, pair.as_mut_ptr());
-        limit(Some(before));
+        limit_of_descriptors(Some(raised));
+        result = make();
+        limit_of_descriptors(Some(before));
     }
     CHANGING.store(0, Ordering::Release);
-    if r < 0 {
-        return Err(-r as i32);
-    }
-    if pair[0] as u64 >= before.rlim_cur {
-        pair.into_iter().for_each(sys::close);
-        return Err(libc::EMFILE);
-    }
-    Ok(pair)
+    result
 }
 
 /// Tells the engine of a socket's placeholder and enters its descriptor in the table.
@@ -329,6 +342,9 @@ impl Sock {
     pub fn set_flag(&self, bit: u32, on: bool) {
         if on {
             self.entry.flags.fetch_or(bit, Ordering::SeqCst);
+            if bit & gflag::ASYNC != 0 {
+                self.arm(libc::EPOLLIN as u32);
+            }
         } else {
             self.entry.flags.fetch_and(!bit, Ordering::SeqCst);
         }
@@ -361,6 +377,9 @@ impl Sock {
     /// Unread bytes (a listener: bytes of accept records; datagrams: bytes of records).
     #[inline]
     pub fn rx_used(&self) -> u32 {
+        if let Some(pair) = self.pair() {
+            return self.pair_unread(&pair);
+        }
         let tail = self.entry.rx_tail.load(Ordering::Acquire);
         tail.wrapping_sub(self.entry.rx_head.load(Ordering::Acquire))
     }
@@ -368,15 +387,24 @@ impl Sock {
     /// Bytes written that the stack has not taken.
     #[inline]
     pub fn tx_used(&self) -> u32 {
+        if let Some(pair) = self.pair() {
+            return pair.unsent();
+        }
         let head = self.entry.tx_head.load(Ordering::Acquire);
         self.entry.tx_tail.load(Ordering::Relaxed).wrapping_sub(head)
     }
 
     fn tx_free(&self) -> u32 {
+        if let Some(pair) = self.pair() {
+            return pair.room();
+        }
         self.entry.tx_size.load(Ordering::Acquire).saturating_sub(self.tx_used())
     }
 
-    fn writable(&self) -> bool {
+    pub fn writable(&self) -> bool {
+        if let Some(pair) = self.pair() {
+            return pair.writable();
+        }
         let size = self.entry.tx_size.load(Ordering::Acquire);
         match size {
             0 => self.state() & state::NO_MEMORY == 0,
@@ -447,12 +475,17 @@ impl Sock {
             mask |= output;
         }
         let inline = f & gflag::OOB_INLINE != 0;
-        let to_mark = self
-            .entry
-            .oob_position
-            .load(Ordering::Relaxed)
-            .wrapping_sub(self.entry.rx_head.load(Ordering::Relaxed));
-        let mark_ahead = s & state::OOB_MARK != 0 && (to_mark as i32) >= 0;
+        let to_mark = match self.pair() {
+            Some(pair) => self
+                .note_mark(&pair)
+                .map(|mark| mark.position.wrapping_sub(pair.mine.head.load(Ordering::Relaxed))),
+            None if s & state::OOB_MARK != 0 => {
+                let head = self.entry.rx_head.load(Ordering::Relaxed);
+                Some(self.entry.oob_position.load(Ordering::Relaxed).wrapping_sub(head))
+            }
+            None => None,
+        };
+        let mark_ahead = to_mark.is_some_and(|ahead| ahead as i32 >= 0);
         if self.entry.oob.load(Ordering::Acquire) & 0x100 != 0 && !inline || inline && mark_ahead {
             mask |= EPOLLPRI;
         }
@@ -461,13 +494,24 @@ impl Sock {
 
     /// Tells the engine that the poller wants to hear of send-ring space, if there is none now.
     pub fn want_space(&self) {
-        if !self.writable() {
+        if self.state() & state::PAIRED == 0 && !self.writable() {
             self.entry.tx_wanted.store(1, Ordering::SeqCst);
         }
     }
 
     pub fn wait_for(&self, timeout_us: u64, ready: impl FnMut() -> bool) -> Result<()> {
-        wait::wait(self.guest, self.entry, self.id, self.fd, timeout_us, ready)
+        wait::wait(self, timeout_us, || {}, ready)
+    }
+
+    /// Tells the other end of a pair, if this is one, that somebody sleeps until one of these poll events.
+    pub fn arm(&self, events: u32) {
+        let Some(pair) = self.pair() else { return };
+        if events & !(libc::EPOLLOUT | libc::EPOLLWRNORM) as u32 != 0 {
+            pair.want_data(self.flags() & gflag::ASYNC != 0);
+        }
+        if events & (libc::EPOLLOUT | libc::EPOLLWRNORM) as u32 != 0 && !pair.writable() {
+            pair.want_space();
+        }
     }
 
     fn job(
@@ -556,6 +600,9 @@ impl Sock {
             let error = self.take_error();
             return Err(if error != 0 { error } else { libc::ECONNABORTED });
         }
+        if self.pair().is_some() && self.flags() & gflag::ASYNC != 0 {
+            self.arm(libc::EPOLLIN as u32);
+        }
         Ok(())
     }
 
@@ -602,7 +649,10 @@ impl Sock {
                     .store(self.entry.snd_timeout_us.load(Ordering::Relaxed), Ordering::Relaxed);
                 let message = Message { kind: kind::ACCEPTED, a: id, b: generation, ..Message::default() };
                 let fd = place(self.guest, entry, id, pair, message)?;
-                return Ok(Sock { guest: self.guest, entry, id, fd });
+                let new = Sock { guest: self.guest, entry, id, fd };
+                // Its memory is mapped now, rather than by the first byte.
+                new.pair();
+                return Ok(new);
             }
             if self.nonblock(0) {
                 return Err(libc::EAGAIN);
@@ -732,13 +782,17 @@ impl Sock {
             }
             if nonblock {
                 self.entry.tx_wanted.store(1, Ordering::SeqCst);
+                if let Some(pair) = self.pair() {
+                    pair.mine.full.fetch_add(1, Ordering::Relaxed);
+                }
                 fence(Ordering::SeqCst);
                 if self.tx_free() > 0 && self.writable() && self.state() & state::CONNECTED != 0 {
                     continue;
                 }
                 break Err(libc::EAGAIN);
             }
-            let waited = self.wait_for(timeout, || {
+            let arm = || self.arm(libc::EPOLLOUT as u32);
+            let waited = wait::wait(self, timeout, arm, || {
                 if self.state() & state::CONNECTING != 0 {
                     return false;
                 }
@@ -786,8 +840,19 @@ impl Sock {
         mut fill: impl FnMut(*mut u8, usize, usize) -> Result<usize>,
     ) -> Result<(usize, bool)> {
         let e = self.entry;
-        if self.state() & state::CONNECTED == 0 {
+        let s = self.state();
+        if s & state::CONNECTED == 0 {
             return Ok((0, false));
+        }
+        if s & state::PAIRED != 0 {
+            let pair = pair::of(self.guest, e)?;
+            let lock = RegionLock::take(&e.tx_lock)?;
+            let put = self.pair_put(&pair, len, flags & libc::MSG_OOB != 0, fill)?;
+            drop(lock);
+            if put.0 > 0 && pair.unsent() >= netkernel_abi::pair::RING_BYTES / 2 {
+                sys::yield_now();
+            }
+            return Ok(put);
         }
         if e.tx_size.load(Ordering::Acquire) == 0 {
             match self.job(Op::SendRing, 0, &[], 0, &mut []) {
@@ -858,6 +923,11 @@ impl Sock {
         mut drain: impl FnMut(*mut u8, usize, usize) -> Result<usize>,
     ) -> Result<usize> {
         let e = self.entry;
+        if self.state() & state::PAIRED != 0 {
+            let pair = pair::of(self.guest, e)?;
+            let _lock = RegionLock::take(&e.rx_lock)?;
+            return self.pair_take(&pair, len, peek_from.is_some(), drain);
+        }
         let _lock = RegionLock::take(&e.rx_lock)?;
         let head = e.rx_head.load(Ordering::Relaxed);
         let tail = e.rx_tail.load(Ordering::Acquire);
@@ -968,7 +1038,8 @@ impl Sock {
                 if self.nonblock(flags) {
                     return Err(libc::EAGAIN);
                 }
-                let waited = self.wait_for(timeout, || {
+                let arm = || self.arm(libc::EPOLLIN as u32);
+                let waited = wait::wait(self, timeout, arm, || {
                     self.rx_used() > 0
                         || self.state() & (state::RX_END | state::DEAD | state::CONNECT_FAILED) != 0
                         || self.flags() & gflag::SHUT_RD != 0
@@ -983,6 +1054,10 @@ impl Sock {
 
     /// `recv(MSG_OOB)`.
     fn receive_oob(&self, buffers: Buffers, flags: i32) -> Result<usize> {
+        let pair = self.pair();
+        if let Some(pair) = &pair {
+            self.note_mark(pair);
+        }
         let oob = self.entry.oob.load(Ordering::Acquire);
         if self.flags() & gflag::OOB_INLINE != 0 || oob & 0x100 == 0 {
             return Err(libc::EINVAL);
@@ -993,7 +1068,8 @@ impl Sock {
             unsafe { *p = byte };
         });
         if flags & libc::MSG_PEEK == 0 {
-            self.entry.oob.store(0, Ordering::Release);
+            // What is known of a pair's last mark stays.
+            self.entry.oob.store(if pair.is_some() { oob & !0x1ff } else { 0 }, Ordering::Release);
         }
         Ok(1)
     }
@@ -1353,6 +1429,9 @@ impl Sock {
 
     /// `ioctl(SIOCATMARK)`.
     pub fn at_mark(&self) -> bool {
+        if let Some(pair) = self.pair() {
+            return self.pair_at_mark(&pair);
+        }
         if self.state() & (state::OOB | state::OOB_MARK) == state::OOB {
             // The engine has the byte and goes on to its mark: what was begun before the answer is done then.
             let _ = self.ioctl_job(SIOCATMARK);

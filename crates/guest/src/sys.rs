@@ -55,6 +55,17 @@ pub fn yield_now() {
     }
 }
 
+/// Blocks all signals of the calling thread; the mask of before is for [`restore_signals`].
+pub fn block_signals() -> u64 {
+    let (all, mut before) = (u64::MAX, 0u64);
+    raw!(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &all as *const u64, &mut before as *mut u64, 8);
+    before
+}
+
+pub fn restore_signals(mask: u64) {
+    raw!(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &mask as *const u64, 0, 8);
+}
+
 pub fn now_ns() -> u64 {
     let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: t is valid for writes; the vDSO call cannot fail for this clock.

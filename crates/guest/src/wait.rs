@@ -9,6 +9,7 @@ use netkernel_ring::spin::Polling;
 use crate::guest::{self, Guest};
 use crate::next::next;
 use crate::queue;
+use crate::socket::Sock;
 use crate::sys::{self, raw};
 
 /// Polls `ready` for the thread's adaptive budget. True: it came true.
@@ -36,16 +37,15 @@ pub fn spin(guest: &Guest, mut ready: impl FnMut() -> bool) -> bool {
     }
 }
 
-/// Waits until `ready` or the timeout. Errors: EINTR, EAGAIN (timeout). With no timeout the wait is a blocking `recv` of
+/// Waits until `ready` or the timeout. `arm` is called before each sleep: whoever makes it ready is to wake us. Errors: EINTR, EAGAIN (timeout). With no timeout the wait is a blocking `recv` of
 /// the placeholder, so that SA_RESTART means what it means on Linux; with one it is interruptible always, also as on Linux.
 pub fn wait(
-    guest: &Guest,
-    entry: &SocketEntry,
-    id: u32,
-    fd: i32,
+    sock: &Sock,
     timeout_us: u64,
+    arm: impl Fn(),
     mut ready: impl FnMut() -> bool,
 ) -> Result<(), i32> {
+    let &Sock { guest, entry, id, fd } = sock;
     let left = || entry.state.load(Ordering::Acquire) & state::HANDED != 0;
     if ready() || guest::engine_gone() {
         return Ok(());
@@ -60,6 +60,7 @@ pub fn wait(
             if took {
                 share.took(guest, entry, id);
             }
+            arm();
             fence(Ordering::SeqCst);
             if ready() || guest::engine_gone() {
                 break;

@@ -193,6 +193,13 @@ pub struct Limits {
     pub connections: Option<Arc<Quota>>,
 }
 
+impl Limits {
+    /// True when no rate is limited now.
+    pub fn are_idle(&self) -> bool {
+        [&self.send, &self.receive, &self.operations].into_iter().all(Police::is_idle)
+    }
+}
+
 /// CLOCK_MONOTONIC.
 pub fn now_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };

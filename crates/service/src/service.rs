@@ -21,6 +21,8 @@ use crate::stack::{Close, Connect, Datagram, Errno, Handle, Readiness, SendFlags
 use crate::turn::{CALL, DATAGRAM, ELEMENT, JOB, SOCKET, Turn};
 use crate::{SocketAddress, Table};
 
+mod paired;
+
 /// The guest did what no correct guest does; it loses its sockets. The text says what, for the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Violation(pub &'static str);
@@ -125,6 +127,8 @@ mod bit {
     pub const THROTTLED: u32 = 1 << 17;
     /// One of the tenant's connections.
     pub const COUNTED: u32 = 1 << 18;
+    /// The guests move its payload themselves.
+    pub const PAIRED: u32 = 1 << 19;
 }
 use bit::*;
 
@@ -231,6 +235,7 @@ struct Core {
     bytes_out: u64,
     operations: u64,
     connections: u64,
+    counted: paired::Counted,
 }
 
 struct Cx<'a> {
@@ -277,6 +282,7 @@ impl Service {
                 bytes_out: 0,
                 operations: 0,
                 connections: 0,
+                counted: paired::Counted::default(),
             },
         }
     }
@@ -533,6 +539,7 @@ impl Service {
     pub fn end(&mut self, stack: &mut dyn Stack) {
         let mut at = Some(0);
         while let Some(id) = at {
+            self.core.end_pair(stack, id);
             if let Some(sock) = self.core.socks.get_mut(id)
                 && sock.handle != Handle::NONE
             {
@@ -556,6 +563,11 @@ impl Service {
     /// Queue sets that the guest used so far and did not give back.
     pub fn queue_sets(&self) -> usize {
         self.core.events.queues.iter().filter(|q| q.used()).count()
+    }
+
+    /// Brings [`Service::stats`] up to date.
+    pub fn count(&mut self, stack: &mut dyn Stack) {
+        self.core.count_pairs(&mut Cx { region: &self.region, stack });
     }
 
     pub fn stats(&self) -> Stats {
@@ -587,6 +599,7 @@ impl Service {
             }
             let name = |name: Result<SocketAddress, Errno>| name.ok();
             let has = |bits| sock.state & bits != 0;
+            let pair = stack.paired(sock.handle).unwrap_or_default();
             out.push(SocketInfo {
                 id,
                 kind: match sock.kind {
@@ -612,9 +625,11 @@ impl Service {
                 peer: name(stack.peer_name(sock.handle)),
                 receive_ring_bytes: sock.rx.size(),
                 send_ring_bytes: sock.tx.size(),
-                unread_bytes: sock.rx_tail.wrapping_sub(entry.rx_head.load(Relaxed)).min(sock.rx.size()),
+                unread_bytes: pair.unread
+                    + sock.rx_tail.wrapping_sub(entry.rx_head.load(Relaxed)).min(sock.rx.size()),
                 way: stack.way(sock.handle),
-                unsent_bytes: entry.tx_tail.load(Relaxed).wrapping_sub(sock.tx_head).min(sock.tx.size()),
+                unsent_bytes: pair.unsent
+                    + entry.tx_tail.load(Relaxed).wrapping_sub(sock.tx_head).min(sock.tx.size()),
                 handle: sock.handle,
                 inode: entry.inode.load(Relaxed),
             });
@@ -715,6 +730,9 @@ impl Core {
                 let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
                 if sock.state & state::CONNECTED == 0 {
                     return Ok(());
+                }
+                if sock.bits & PAIRED != 0 {
+                    return self.pair_ready(cx, id, readiness);
                 }
                 if readiness.has(Readiness::URGENT) {
                     sock.bits |= URGENT | MARK;
@@ -836,6 +854,9 @@ impl Core {
         let (mut rounds, mut got) = (0, 0);
         loop {
             let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
+            if sock.bits & PAIRED != 0 {
+                return self.pair_turn(cx, id);
+            }
             if sock.bits & (RX_READY | RX_STALLED | CLOSING) != RX_READY
                 || sock.state & (state::CONNECTED | state::DEAD) != state::CONNECTED
                 || sock.state & state::RX_END != 0 && sock.bits & SHUT_RD == 0
@@ -1738,10 +1759,11 @@ impl Core {
             word.store(value, Relaxed);
         }
         entry.peer_len.store(accepted.peer.as_bytes().len() as u32, Relaxed);
+        let paired = paired::begin(cx.stack, entry, sock);
         entry.state.store(sock.state, Release);
         self.sockets += 1;
         self.connections += 1;
-        if self.blocks.plenty() {
+        if self.blocks.plenty() && !paired {
             self.ensure_tx(cx, id, STREAM_CLASS);
         }
     }
@@ -1757,9 +1779,15 @@ impl Core {
                 sock.bits &= !TX_BLOCKED;
                 sock.bits |= RX_READY;
                 self.connections += 1;
-                self.ensure_tx(cx, id, STREAM_CLASS);
+                let paired = paired::begin(cx.stack, entry, sock);
+                if !paired {
+                    self.ensure_tx(cx, id, STREAM_CLASS);
+                }
                 self.publish_state(cx, id);
                 self.events.raise(cx.region, entry, id, generation, OUT, u32::MAX)?;
+                if paired {
+                    self.pair_turn(cx, id)?;
+                }
             }
             // Not over yet: a report that came too early.
             Ok(()) => {}
@@ -1901,6 +1929,7 @@ impl Core {
     }
 
     fn finish_close(&mut self, cx: &mut Cx, id: u32, how: Close) {
+        self.end_pair(cx.stack, id);
         let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return };
         if sock.kind == Kind::Free {
             return;
@@ -2084,6 +2113,10 @@ impl Core {
                         Done::Answer(-libc::EBADF, 0, 0)
                     }
                     Op::Send => return self.element_send(cx, id, nqe),
+                    Op::Peer => {
+                        self.pair_element(cx, id, nqe.flags);
+                        return Ok(());
+                    }
                     Op::Credit => {
                         let Some(entry) = cx.region.socket(id) else { return Ok(()) };
                         if sock.bits & RX_STALLED != 0 {
@@ -2229,6 +2262,8 @@ impl Core {
                 if sock.kind == Kind::Listener {
                     return Ok(Done::Answer(-libc::EOPNOTSUPP, 0, 0));
                 }
+                self.end_pair(cx.stack, id);
+                let Some(sock) = self.socks.get_mut(id) else { return Ok(Done::Answer(-libc::EBADF, 0, 0)) };
                 let result = cx.stack.disconnect(handle);
                 if result.is_ok() && sock.kind == Kind::Stream {
                     self.disconnected(cx, id)?;
@@ -2326,7 +2361,7 @@ impl Core {
                 self.events.wake(id, u32::MAX);
                 Done::Answer(0, 0, 0)
             }
-            Op::Release | Op::Fence | Op::Send | Op::Credit | Op::Complete | Op::Event => {
+            Op::Release | Op::Fence | Op::Send | Op::Credit | Op::Peer | Op::Complete | Op::Event => {
                 Done::Answer(-libc::EINVAL, 0, 0)
             }
         })

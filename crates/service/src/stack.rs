@@ -145,6 +145,35 @@ pub enum Close {
     Abort,
 }
 
+/// A connection whose payload the two guests move themselves, through memory that both map (`netkernel_abi::pair`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Paired {
+    /// Number of the memory, and where in it the connection stands.
+    pub memory: u32,
+    pub slot: u32,
+    /// Which end this is.
+    pub end: u32,
+    /// Nothing follows what stands in the memory.
+    pub ended: bool,
+    /// Nobody will read what is written.
+    pub peer_closed: bool,
+    /// Payload so far, as the guests say.
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    /// Bytes that this end's guest has not read.
+    pub unread: u32,
+    /// Bytes of this end that its peer has not read.
+    pub unsent: u32,
+}
+
+/// Whose a guest is, and what it may.
+#[derive(Clone, Debug, Default)]
+pub struct Member {
+    /// Which of the engine's tenants; `None`: of none that the configuration names.
+    pub tenant: Option<u32>,
+    pub limits: crate::Limits,
+}
+
 /// A network stack, as a module sees it: sockets that never block.
 ///
 /// One value belongs to one switch thread and is only called by it. It serves the sockets of many guests.
@@ -263,6 +292,26 @@ pub trait Stack: Send {
 
     /// A guest comes, before its first socket: the upper half of its sockets' keys, and whose it is.
     fn guest(&mut self, _guest: u32, _owner: u32) {}
+
+    /// More of a guest that came ([`guest`](Stack::guest)). Only guests with this may have pairs.
+    fn member(&mut self, _guest: u32, _member: Member) {}
+
+    /// A guest is over, all its sockets are closed.
+    fn guest_over(&mut self, _guest: u32) {}
+
+    /// For a connection that is established: whether the guests move its payload themselves, and how it is. `recv` and `send`
+    /// are not called then; reports say that the answer here may have changed, or that the other end calls (READ, WRITE, URGENT).
+    fn paired(&mut self, _handle: Handle) -> Option<Paired> {
+        None
+    }
+
+    /// Reports to the other end of a pair, whose guest may sleep. If that is closed: what was written to it is a reset.
+    fn wake_peer(&mut self, _handle: Handle, _urgent: bool) {}
+
+    /// A descriptor of a memory in which a guest has pairs.
+    fn pair_memory(&mut self, _guest: u32, _number: u32) -> Option<OwnedFd> {
+        None
+    }
 
     /// Which way a socket's payload goes, and why; for people. `None`: this stack has one way only.
     fn way(&mut self, _handle: Handle) -> Option<String> {

@@ -28,6 +28,13 @@ impl Region {
 }
 
 impl Bytes<'_> {
+    /// # Safety
+    /// `start` must be valid for reads and writes of `size` bytes, a power of two, as long as the lifetime says.
+    #[inline]
+    pub(crate) unsafe fn new(start: *mut u8, size: u32, base: u32) -> Self {
+        Bytes { start, size, base, _region: std::marker::PhantomData }
+    }
+
     #[inline]
     pub fn size(&self) -> u32 {
         self.size

@@ -6,7 +6,9 @@
 
 mod bytes;
 pub mod fds;
+mod pair;
 mod region;
 
 pub use bytes::Bytes;
+pub use pair::{PairMemory, PairView};
 pub use region::{HugePages, Region, RegionError};

@@ -2,10 +2,11 @@ use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex};
 
-use netkernel_service::{Close, Readiness, SocketAddress};
+use netkernel_service::{Close, Limits, Readiness, SocketAddress};
 
 use crate::inbox::{Inbox, lock};
 use crate::link::{Link, Side};
+use crate::pairs::{Pairs, Serial, Slot};
 
 /// A network namespace: addresses mean something inside one only. Device and inode of its file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -18,6 +19,38 @@ pub(crate) const NOBODY: u32 = u32::MAX;
 #[derive(Default)]
 pub struct Hub {
     listeners: Mutex<Listeners>,
+    pub(crate) pairs: Pairs,
+}
+
+/// A guest, as the policy sees it.
+#[derive(Clone)]
+pub(crate) struct Person {
+    /// The user whose it is.
+    pub owner: u32,
+    /// `None`: of none that the configuration names.
+    pub tenant: Option<u32>,
+    /// What its tenant may use; `None`: it is not served by queues, so that it cannot have pairs.
+    pub limits: Option<Limits>,
+    pub serial: Serial,
+}
+
+impl Person {
+    /// Nobody told of this one.
+    pub fn unknown() -> Person {
+        Person { owner: NOBODY, tenant: None, limits: None, serial: Serial(0) }
+    }
+
+    fn is_one_with(&self, other: &Person) -> bool {
+        self.owner != NOBODY
+            && other.owner != NOBODY
+            && self.tenant == other.tenant
+            && (self.tenant.is_some() || self.owner == other.owner)
+    }
+
+    /// Nothing would hold it back.
+    fn is_free(&self) -> bool {
+        self.limits.as_ref().is_some_and(Limits::are_idle)
+    }
 }
 
 #[derive(Default)]
@@ -33,10 +66,12 @@ pub(crate) struct Listener {
     pub port: u16,
     /// `::` of a socket that takes IPv4 too.
     pub both_families: bool,
-    pub owner: u32,
+    pub person: Person,
     /// Owners of other guests that may be joined with this one.
     pub allow: Vec<u32>,
     pub allow_all: bool,
+    /// Connections may be pairs.
+    pub pair: bool,
     /// Whose guests' sockets these are: for the reason that people are told.
     pub guest: u32,
     pub inbox: Arc<Inbox>,
@@ -103,15 +138,27 @@ impl Listener {
         self.establish();
     }
 
-    /// The policy: may a guest of this owner be joined with the listener's? An error is the reason, for people.
-    pub fn admits(&self, owner: u32) -> Result<(), String> {
-        if owner == NOBODY {
+    /// The policy: may this guest be joined with the listener's? An error is the reason, for people.
+    pub fn admits(&self, person: &Person) -> Result<(), String> {
+        if person.owner == NOBODY {
             return Err("whose guest this is, is not known".into());
         }
-        if owner == self.owner || self.allow_all || self.allow.contains(&owner) {
+        if person.is_one_with(&self.person) || self.allow_all || self.allow.contains(&person.owner) {
             return Ok(());
         }
-        Err("the listener's guest belongs to another user, whom its stack does not allow".into())
+        let who = if person.tenant.is_none() && self.person.tenant.is_none() { "user" } else { "tenant" };
+        Err(format!("the listener's guest belongs to another {who}, whom its stack does not allow"))
+    }
+
+    /// The policy: may the two guests map the same memory? An error is the reason, for people.
+    pub fn pairs_with(&self, person: &Person, pairs: &Pairs) -> Result<Slot, &'static str> {
+        if !person.is_one_with(&self.person) {
+            return Err("they belong to different tenants");
+        }
+        if !person.is_free() || !self.person.is_free() {
+            return Err("their tenant's rates are limited");
+        }
+        pairs.take(person.serial, self.person.serial)
     }
 
     /// A new connection. `false`: the listener is closed.

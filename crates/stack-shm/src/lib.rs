@@ -4,12 +4,14 @@
 //! holds its options and its port. `listen` opens the shadow's port to the world and tells the [`Hub`]; a `connect` that
 //! leads to a listener of the hub, and that the policy allows, becomes a link in memory, and any other one the fallback's.
 //!
-//! Payload moves once: from the sender's ring into the receiver's. Small pieces go by way of a bounded queue, so that a sender
+//! Two guests of one tenant get memory that both map, and move their payload themselves ([`Settings::pair`]). For others the
+//! engine does it. Payload moves once: from the sender's ring into the receiver's. Small pieces go by way of a bounded queue, so that a sender
 //! need not be asked again when its peer has received them.
 
 mod hub;
 mod inbox;
 mod link;
+mod pairs;
 mod stack;
 
 pub use hub::{Hub, Network};

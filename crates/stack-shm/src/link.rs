@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
-use netkernel_service::{Close, Errno, Readiness, Received, Segments, Shutdown};
+use netkernel_service::{Close, Errno, Paired, Readiness, Received, Segments, Shutdown};
 
 use crate::inbox::{Inbox, lock};
+use crate::pairs::Slot;
 
 /// Pieces up to this size are queued while the queue has room; larger ones wait in the sender's ring for the receiver.
 const SMALL: usize = 4096;
@@ -21,8 +22,23 @@ pub(crate) enum Side {
     Server,
 }
 
+impl Side {
+    pub fn number(self) -> usize {
+        self as usize
+    }
+
+    pub fn other(self) -> Side {
+        match self {
+            Side::Client => Side::Server,
+            Side::Server => Side::Client,
+        }
+    }
+}
+
 pub(crate) struct Link {
     state: Mutex<State>,
+    /// Where the two guests move the payload themselves; no queue, no offer and no urgent byte is here then.
+    pair: Option<Slot>,
 }
 
 struct State {
@@ -76,9 +92,48 @@ unsafe impl Send for Offer {}
 
 impl Link {
     /// `inbox`, `key`: of the client. Reports begin with what follows.
-    pub fn new(inbox: Arc<Inbox>, key: u64, established: bool, inline: bool) -> Link {
+    pub fn new(inbox: Arc<Inbox>, key: u64, inline: bool, pair: Option<Slot>) -> Link {
         let client = End { inbox: Some((inbox, key)), wants_read: true, inline, ..End::default() };
-        Link { state: Mutex::new(State { established, client, server: End::default() }) }
+        Link { state: Mutex::new(State { established: false, client, server: End::default() }), pair }
+    }
+
+    pub fn is_pair(&self) -> bool {
+        self.pair.is_some()
+    }
+
+    /// How this end of a pair is.
+    pub fn paired(&self, side: Side) -> Option<Paired> {
+        let pair = self.pair.as_ref()?;
+        let mut state = lock(&self.state);
+        let (me, peer) = state.ends(side);
+        let unsent = pair.unread(side.other());
+        if peer.closed && !me.over && unsent > 0 {
+            // The peer's system would answer with RST.
+            me.reset();
+        }
+        Some(Paired {
+            memory: pair.memory(),
+            slot: pair.index(),
+            end: side.number() as u32,
+            ended: me.fin || me.over || me.shut_read,
+            peer_closed: peer.closed,
+            bytes_in: pair.sent(side.other()).saturating_sub(pair.unread(side).into()),
+            bytes_out: pair.sent(side),
+            unread: pair.unread(side),
+            unsent,
+        })
+    }
+
+    /// The other end of a pair may sleep.
+    pub fn wake_peer(&self, side: Side, urgent: bool) {
+        let mut state = lock(&self.state);
+        let (me, peer) = state.ends(side);
+        if !peer.closed {
+            let urgent = if urgent { Readiness::URGENT } else { Readiness::READ };
+            peer.report(Readiness::READ | Readiness::WRITE | urgent);
+        } else if !me.over {
+            me.reset();
+        }
     }
 
     /// The backlog has room. `false`: the client is gone.
@@ -257,7 +312,7 @@ impl Link {
     pub fn close(&self, side: Side, how: Close) {
         let mut state = lock(&self.state);
         let (me, peer) = state.ends(side);
-        let unread = me.waiting() > 0;
+        let unread = me.waiting() > 0 || self.pair.as_ref().is_some_and(|pair| pair.unread(side) > 0);
         let over = me.over;
         *me = End { closed: true, over: true, ..End::default() };
         if peer.closed || over {
@@ -297,12 +352,18 @@ impl Link {
 
     /// Bytes that this end sent and its peer has not received, but for those in the send ring.
     pub fn unsent(&self, side: Side) -> usize {
-        lock(&self.state).ends(side).1.queue.len()
+        match &self.pair {
+            Some(pair) => pair.unread(side.other()) as usize,
+            None => lock(&self.state).ends(side).1.queue.len(),
+        }
     }
 
     /// Bytes that wait for this end.
     pub fn waiting(&self, side: Side) -> usize {
-        lock(&self.state).ends(side).0.waiting()
+        match &self.pair {
+            Some(pair) => pair.unread(side) as usize,
+            None => lock(&self.state).ends(side).0.waiting(),
+        }
     }
 }
 

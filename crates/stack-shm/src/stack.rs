@@ -4,11 +4,11 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use netkernel_service::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Ready, Received, ReceivedDatagram, Segments,
-    SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
+    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Ready, Received, ReceivedDatagram,
+    Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
 };
 
-use crate::hub::{Hub, Listener, NOBODY, Network, Waiting, canonical, destination, of_domain};
+use crate::hub::{Hub, Listener, NOBODY, Network, Person, Waiting, canonical, destination, of_domain};
 use crate::inbox::Inbox;
 use crate::link::{Link, Side};
 
@@ -29,6 +29,8 @@ pub struct Settings {
     /// Owners of other guests who may connect to listeners of this stack's guests in memory.
     pub allow: Vec<u32>,
     pub allow_all: bool,
+    /// Guests of one tenant get memory that both map.
+    pub pair: bool,
 }
 
 /// Joins guests in memory; everything else is the fallback's.
@@ -42,7 +44,7 @@ pub struct ShmStack {
     sockets: Vec<Option<Socket>>,
     free: Vec<u32>,
     /// By the upper half of the keys.
-    owners: Vec<u32>,
+    people: Vec<Person>,
     turns: u32,
     /// Accept from the fallback first, the next time.
     fallback_first: bool,
@@ -92,7 +94,7 @@ impl ShmStack {
             wake,
             sockets: Vec::new(),
             free: Vec::new(),
-            owners: Vec::new(),
+            people: Vec::new(),
             turns: 0,
             fallback_first: false,
         })
@@ -135,8 +137,8 @@ impl ShmStack {
         Ok(shadow)
     }
 
-    fn owner(&self, key: u64) -> u32 {
-        self.owners.get((key >> 32) as usize).copied().unwrap_or(NOBODY)
+    fn person(&self, key: u64) -> Person {
+        self.people.get((key >> 32) as usize).cloned().unwrap_or_else(Person::unknown)
     }
 
     /// Connects in memory. `Ok(None)`: the fallback's affair, and why stands in `way`.
@@ -162,7 +164,8 @@ impl ShmStack {
             self.because(handle, "by the fallback stack: no guest of this engine listens there");
             return Ok(None);
         };
-        if let Err(reason) = listener.admits(self.owner(key)) {
+        let person = self.person(key);
+        if let Err(reason) = listener.admits(&person) {
             self.because(handle, &format!("by the fallback stack: {reason}"));
             return Ok(None);
         }
@@ -185,14 +188,28 @@ impl ShmStack {
         if local.0.is_unspecified() {
             local.0 = source;
         }
-        let link = Arc::new(Link::new(Arc::clone(&self.inbox), key, false, inline));
+        let pair = if self.settings.pair && listener.pair {
+            listener.pairs_with(&person, &self.hub.pairs)
+        } else {
+            Err("pair is off for the stack of one of them")
+        };
+        let way = match &pair {
+            Ok(_) => format!("in memory that both map, with guest slot {} on this engine", listener.guest),
+            Err(reason) => {
+                format!(
+                    "in memory, with guest slot {} on this engine, which copies: {reason}",
+                    listener.guest
+                )
+            }
+        };
+        let link = Arc::new(Link::new(Arc::clone(&self.inbox), key, inline, pair.ok()));
         let waiting = Waiting { link: Arc::clone(&link), client: local, server: (ip, port) };
         if !listener.enter(waiting) {
             self.because(handle, "by the fallback stack: the listener was being closed");
             return Ok(None);
         }
         let (local, peer) = (of_domain(domain, local), of_domain(domain, (ip, port)));
-        self.because(handle, &format!("in memory, with guest slot {} on this engine", listener.guest));
+        self.because(handle, &way);
         self.socket(handle)?.joined =
             Some(Joined { link, side: Side::Client, local, peer, bound_here, connecting: true });
         // As TCP has it: a connect that does not wait is under way first.
@@ -257,6 +274,11 @@ impl ShmStack {
         let (domain, protocol, options) = (socket.domain, socket.protocol, socket.options.clone());
         let inline = inline(&options);
         let peer = of_domain(domain, waiting.client);
+        let way = if waiting.link.is_pair() {
+            "in memory that both map, accepted from a guest of this engine"
+        } else {
+            "in memory, accepted from a guest of this engine, which copies"
+        };
         waiting.link.accepted(Arc::clone(&self.inbox), key, inline);
         let joined = Joined {
             link: waiting.link,
@@ -276,7 +298,7 @@ impl ShmStack {
             joined: Some(joined),
             listener: None,
             error: None,
-            way: Some("in memory, accepted from a guest of this engine".into()),
+            way: Some(way.into()),
         });
         Ok(Accepted { handle, peer })
     }
@@ -359,7 +381,8 @@ impl Stack for ShmStack {
             return Ok(());
         }
         let (key, domain) = (socket.key, socket.domain);
-        if self.owner(key) == NOBODY {
+        let person = self.person(key);
+        if person.owner == NOBODY {
             return Ok(());
         }
         let Some((address, port)) = canonical(&self.fallback.local_name(shadow)?) else { return Ok(()) };
@@ -372,9 +395,10 @@ impl Stack for ShmStack {
             address,
             port,
             both_families: domain == libc::AF_INET6 && address.is_unspecified() && !v6only,
-            owner: self.owner(key),
+            person,
             allow: self.settings.allow.clone(),
             allow_all: self.settings.allow_all,
+            pair: self.settings.pair,
             guest: (key >> 32) as u32,
             inbox: Arc::clone(&self.inbox),
             key,
@@ -650,11 +674,43 @@ impl Stack for ShmStack {
 
     fn guest(&mut self, guest: u32, owner: u32) {
         let index = guest as usize;
-        if self.owners.len() <= index {
-            self.owners.resize(index + 1, NOBODY);
+        if self.people.len() <= index {
+            self.people.resize_with(index + 1, Person::unknown);
         }
-        self.owners[index] = owner;
+        self.people[index] = Person { owner, serial: self.hub.pairs.serial(), ..Person::unknown() };
         self.fallback.guest(guest, owner);
+    }
+
+    fn member(&mut self, guest: u32, member: Member) {
+        if let Some(person) = self.people.get_mut(guest as usize) {
+            person.tenant = member.tenant;
+            person.limits = Some(member.limits.clone());
+        }
+        self.fallback.member(guest, member);
+    }
+
+    fn guest_over(&mut self, guest: u32) {
+        if let Some(person) = self.people.get_mut(guest as usize) {
+            let person = std::mem::replace(person, Person::unknown());
+            self.hub.pairs.over(person.serial);
+        }
+        self.fallback.guest_over(guest);
+    }
+
+    fn paired(&mut self, handle: Handle) -> Option<Paired> {
+        let joined = self.joined(handle)?;
+        joined.link.paired(joined.side)
+    }
+
+    fn wake_peer(&mut self, handle: Handle, urgent: bool) {
+        if let Some(joined) = self.joined(handle) {
+            joined.link.wake_peer(joined.side, urgent);
+        }
+    }
+
+    fn pair_memory(&mut self, guest: u32, number: u32) -> Option<OwnedFd> {
+        let person = self.people.get(guest as usize)?;
+        self.hub.pairs.descriptor(person.serial, number).ok()?
     }
 
     fn way(&mut self, handle: Handle) -> Option<String> {
