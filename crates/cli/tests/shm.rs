@@ -89,7 +89,7 @@ fn killed_peers_end_as_tcp_would_and_leave_nothing() {
         server.told("ready");
         client.told("ready");
         if round == 0 {
-            assert!(explained(&place).contains("in memory, with guest"), "{}", explained(&place));
+            assert!(explained(&place).contains("in memory that both map"), "{}", explained(&place));
         }
         random ^= random << 13;
         random ^= random >> 7;

@@ -18,22 +18,30 @@ pub fn spin(guest: &Guest, mut ready: impl FnMut() -> bool) -> bool {
     if budget == 0 {
         return ready();
     }
-    let mut polling = Polling::new(budget);
-    let mut before = sys::now_ns();
+    let mut polling = queue::with_spin(guest, |s| s.begin(budget));
+    let met = poll(&mut polling, &mut ready);
+    queue::with_spin(guest, |s| s.end(&polling));
+    met || ready()
+}
+
+fn poll(polling: &mut Polling, ready: &mut impl FnMut() -> bool) -> bool {
+    let mut before = None;
     loop {
-        for _ in 0..16 {
+        for _ in 0..polling.looks() {
             if ready() {
                 return true;
             }
             core::hint::spin_loop();
         }
+        let yields = sys::now_ns();
         // The thread that we wait for may need this core.
         sys::yield_now();
         let now = sys::now_ns();
-        if !polling.looked(now - before) {
-            return ready();
+        polling.yielded(now - yields);
+        if !polling.looked(now - before.unwrap_or(yields)) {
+            return false;
         }
-        before = now;
+        before = Some(now);
     }
 }
 
