@@ -75,12 +75,27 @@ fn resident_kib(pid: i32) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
+/// `shm` with or without memory that both guests map.
+fn pair(place: &Place, on: bool) -> String {
+    let text = format!("[[nsm]]\nname = \"shm\"\nstack = \"shm\"\npair = {on}\n");
+    place.file("engine.toml", &text).to_str().unwrap().to_owned()
+}
+
 #[test]
 fn killed_peers_end_as_tcp_would_and_leave_nothing() {
+    killed_peers("shm-killed-pair", true, "in memory that both map");
+}
+
+#[test]
+fn killed_peers_of_the_engine_end_as_tcp_would_and_leave_nothing() {
+    killed_peers("shm-killed", false, "which copies: pair is off");
+}
+
+fn killed_peers(name: &str, on: bool, way: &str) {
     let rounds: usize = std::env::var("NETKERNEL_SHM_ROUNDS").map_or(6, |n| n.parse().unwrap());
     let mut random = std::process::id() as u64 | 1;
-    let place = Place::new("shm-killed");
-    let engine = place.up(&[]);
+    let place = Place::new(name);
+    let engine = place.up(&["--config", &pair(&place, on)]);
     let (mut base, mut outcomes) = ((0, 0), std::collections::BTreeMap::new());
     for round in 0..rounds {
         let mut server = Peer::start(&place, &["server"]);
@@ -89,7 +104,7 @@ fn killed_peers_end_as_tcp_would_and_leave_nothing() {
         server.told("ready");
         client.told("ready");
         if round == 0 {
-            assert!(explained(&place).contains("in memory that both map"), "{}", explained(&place));
+            assert!(explained(&place).contains(way), "{}", explained(&place));
         }
         random ^= random << 13;
         random ^= random >> 7;
@@ -119,8 +134,14 @@ fn killed_peers_end_as_tcp_would_and_leave_nothing() {
 
 #[test]
 fn what_was_written_before_a_kill_is_read() {
-    let place = Place::new("shm-written");
-    let engine = place.up(&[]);
+    for on in [true, false] {
+        written_before_a_kill(on);
+    }
+}
+
+fn written_before_a_kill(on: bool) {
+    let place = Place::new(&format!("shm-written-{on}"));
+    let engine = place.up(&["--config", &pair(&place, on)]);
     let mut reader = Peer::start(&place, &["reader"]);
     let port = reader.told("port");
     let mut writer = Peer::start(&place, &["writer", &port]);
@@ -148,5 +169,53 @@ fn guests_are_joined_only_where_the_configuration_says_so() {
     let explained = explained(&place);
     assert!(explained.contains("127.0.0.1") && !explained.contains("in memory"), "{explained}");
     drop((server, client));
+    engine.end();
+}
+
+/// A tenant with a rate is policed, which only the engine can do.
+#[test]
+fn guests_of_a_limited_tenant_share_no_memory() {
+    let place = Place::new("shm-limited");
+    // SAFETY: cannot fail.
+    let uid = unsafe { libc::getuid() };
+    let config = place.file(
+        "engine.toml",
+        &format!(
+            "[[nsm]]\nname = \"shm\"\nstack = \"shm\"\n[[tenant]]\nname = \"slow\"\nusers = [{uid}]\nmax_send = \"1 Gbit/s\"\n"
+        ),
+    );
+    let engine = place.up(&["--config", config.to_str().unwrap()]);
+    let server = Peer::start(&place, &["server"]);
+    let client = Peer::start(&place, &["client", &server.told("port")]);
+    server.told("ready");
+    client.told("ready");
+    let explained = explained(&place);
+    assert!(explained.contains("which copies: their tenant's rates are limited"), "{explained}");
+    drop((server, client));
+    engine.end();
+}
+
+/// What a guest writes into the memory that it shares with another harms its own connections only.
+#[test]
+fn a_guest_that_writes_anything_into_shared_memory_harms_nobody_else() {
+    let place = Place::new("shm-hostile");
+    let engine = place.up(&["--config", &pair(&place, true)]);
+    let server = Peer::start(&place, &["echo"]);
+    let port = server.told("port");
+    let mut asker = Peer::start(&place, &["asker", &port]);
+    let mut ask = |word: &str| {
+        writeln!(asker.stdin, "{word}").unwrap();
+        assert_eq!(asker.told("got"), word);
+    };
+    ask("before");
+    for round in 0..3 {
+        let hostile = Peer::start(&place, &["hostile", &port]);
+        ask(&format!("during{round}"));
+        hostile.told("done");
+        ask(&format!("after{round}"));
+    }
+    assert!(explained(&place).contains("in memory that both map"), "{}", explained(&place));
+    drop((asker, server));
+    until("all guests are over", || !explained(&place).contains("guest "));
     engine.end();
 }

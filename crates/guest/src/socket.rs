@@ -461,6 +461,10 @@ impl Sock {
         if s & state::CONNECTED == 0 {
             return (mask | output | EPOLLHUP) as u32;
         }
+        if s & state::PAIRED != 0 && pair::of(self.guest, self.entry).is_err() {
+            // Its memory is not to be had, which the next call says.
+            return (mask | input | output | EPOLLERR) as u32;
+        }
         let low_water = self.entry.rcv_low_water.load(Ordering::Relaxed).max(1);
         if self.rx_used() >= low_water || rx_end {
             mask |= input;
