@@ -12,7 +12,8 @@ pub struct Nqe {
     pub guest: u16,
     /// Queue set that sent, or will receive, this element.
     pub queue_set: u16,
-    pub reserved: u16,
+    /// When it was pushed: CLOCK_MONOTONIC in units of 2^[`STAMP_SHIFT`] ns, modulo 2^16; 0: not said. For statistics only.
+    pub stamp: u16,
     /// Index in the region's socket table.
     pub socket: u32,
     /// Bytes of the argument in the queue set's argument area, or of payload.
@@ -24,6 +25,11 @@ pub struct Nqe {
     /// Completion: 0 or a negative errno. Otherwise: generation of the socket that is meant.
     pub status: i32,
 }
+
+/// A stamp's unit is 1024 ns, so that it tells up to 67 ms.
+pub const STAMP_SHIFT: u32 = 10;
+/// Guests stamp one of so many elements of a thread.
+pub const STAMP_EVERY: u32 = 64;
 
 pub mod flag {
     /// The sender waits: answer with a completion that carries the same `op_data`... `position` pair.
@@ -106,7 +112,7 @@ impl Nqe {
         flags: 0,
         guest: 0,
         queue_set: 0,
-        reserved: 0,
+        stamp: 0,
         socket: 0,
         size: 0,
         op_data: 0,
@@ -125,7 +131,7 @@ impl Nqe {
                 | (self.flags as u64) << 8
                 | (self.guest as u64) << 16
                 | (self.queue_set as u64) << 32
-                | (self.reserved as u64) << 48,
+                | (self.stamp as u64) << 48,
             self.socket as u64 | (self.size as u64) << 32,
             self.op_data,
             self.position as u64 | (self.status as u32 as u64) << 32,
@@ -138,7 +144,7 @@ impl Nqe {
             flags: (w[0] >> 8) as u8,
             guest: (w[0] >> 16) as u16,
             queue_set: (w[0] >> 32) as u16,
-            reserved: (w[0] >> 48) as u16,
+            stamp: (w[0] >> 48) as u16,
             socket: w[1] as u32,
             size: (w[1] >> 32) as u32,
             op_data: w[2],

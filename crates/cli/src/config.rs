@@ -38,6 +38,8 @@ pub struct EngineSection {
     pub max_guests: Option<Spanned<usize>>,
     /// Where usage is kept; without it, it is not.
     pub usage: Option<PathBuf>,
+    /// Tenants, and stacks, that /metrics tells apart.
+    pub metrics_labels: Option<usize>,
     /// Who belongs to no [[tenant]] gets no guest.
     #[serde(default)]
     pub strict_tenants: bool,

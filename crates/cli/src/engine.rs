@@ -28,6 +28,8 @@ pub struct Adapter {
     private: bool,
     started: Instant,
     meter: Option<Arc<Meter>>,
+    /// Tenants, and stacks, with lines of their own in /metrics.
+    labels: usize,
     /// What was read last, and where from.
     config_file: Option<PathBuf>,
     /// What the catalogue says of each stack and the engine need not know.
@@ -53,6 +55,7 @@ impl Adapter {
         let adapter = Adapter {
             engine,
             meter,
+            labels: config.engine.metrics_labels.unwrap_or(crate::metrics::LABELS),
             config_file: config.file.clone(),
             offers: Mutex::new(offers(config)),
             socket: socket.into(),
@@ -224,7 +227,9 @@ impl EngineApi for Adapter {
     }
 
     fn metrics(&self) -> String {
-        crate::metrics::render(&self.engine.status())
+        let (status, totals) = self.engine.overview();
+        let tenants: Vec<String> = self.engine.tenants().into_iter().map(|tenant| tenant.name).collect();
+        crate::metrics::render(&status, &totals, &tenants, self.labels)
     }
 }
 

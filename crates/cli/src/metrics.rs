@@ -1,19 +1,34 @@
 //! Counters of the engine for Prometheus.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use netkernel_engine::Status;
+use netkernel_engine::{OTHERS, StageTimes, Status, Total};
 use prometheus_client::encoding::text::encode_registry;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Registry, Unit};
 
-/// The state of an engine in the text format of OpenMetrics. Labels name stacks, which the configuration bounds; guests come
-/// and go and have none.
-pub fn render(status: &Status) -> String {
+/// Tenants, and stacks, with lines of their own, unless the configuration says something else.
+pub const LABELS: usize = 100;
+/// The label of all that have none.
+const REST: &str = "other";
+
+/// The state of an engine in the text format of OpenMetrics.
+///
+/// Labels name tenants and stacks, as the configuration does: at most `labels` of each, the first ones, and the rest is
+/// summed under `other`. Guests come and go, name themselves, and have no labels.
+pub fn render(status: &Status, totals: &[Total], tenants: &[String], labels: usize) -> String {
     let mut registry = Registry::with_prefix("netkernel");
-    registry.register_collector(Box::new(Engine(status.clone())));
+    let engine = Engine {
+        status: status.clone(),
+        totals: totals.to_vec(),
+        // Who belongs to no tenant is no other one.
+        tenants: tenants.iter().take(labels).cloned().chain([OTHERS.to_owned()]).collect(),
+        nsms: status.stacks.iter().take(labels).map(|nsm| nsm.name.clone()).collect(),
+    };
+    registry.register_collector(Box::new(engine));
     let mut text = String::new();
     // Writing to a string does not fail.
     let _ = encode_registry(&mut text, &registry);
@@ -22,22 +37,66 @@ pub fn render(status: &Status) -> String {
 }
 
 #[derive(Debug)]
-struct Engine(Status);
+struct Engine {
+    status: Status,
+    totals: Vec<Total>,
+    /// With labels of their own.
+    tenants: BTreeSet<String>,
+    nsms: BTreeSet<String>,
+}
 
-/// What is summed for each stack.
-#[derive(Default)]
-struct OfStack {
-    guests: i64,
-    processes: i64,
-    sockets: i64,
-    region_bytes: i64,
-    ring_bytes: i64,
+impl Engine {
+    fn label<'a>(own: &'a BTreeSet<String>, name: &str) -> &'a str {
+        own.get(name).map_or(REST, String::as_str)
+    }
+
+    /// Sums by the labels of tenant and stack. Every stack has a line.
+    fn sums(&self) -> BTreeMap<(&str, &str), Total> {
+        let mut sums: BTreeMap<(&str, &str), Total> = BTreeMap::new();
+        for nsm in &self.status.stacks {
+            sums.insert((OTHERS, Self::label(&self.nsms, &nsm.name)), Total::default());
+        }
+        for total in &self.totals {
+            let key = (Self::label(&self.tenants, &total.tenant), Self::label(&self.nsms, &total.nsm));
+            sums.entry(key).or_default().add(total);
+        }
+        sums
+    }
+}
+
+/// Upper bounds of the stages' buckets: 256 ns to 67 ms, each four times the one before.
+const BOUNDS: [u32; 10] = [8, 10, 12, 14, 16, 18, 20, 22, 24, 26];
+
+/// One histogram that is ready.
+#[derive(Debug)]
+struct Times<'a>(&'a StageTimes);
+
+impl TypedMetric for Times<'_> {
+    const TYPE: MetricType = MetricType::Histogram;
+}
+
+impl EncodeMetric for Times<'_> {
+    fn encode(&self, mut encoder: MetricEncoder) -> Result<(), std::fmt::Error> {
+        let (mut buckets, mut below, mut count) = (Vec::new(), 0, 0);
+        for bound in BOUNDS {
+            let bound = 1u64 << bound;
+            let up_to: u64 = self.0.buckets.iter().filter(|(end, _)| *end <= bound).map(|(_, n)| n).sum();
+            buckets.push((bound as f64 / 1e9, up_to - below));
+            below = up_to;
+        }
+        count += self.0.buckets.iter().map(|(_, n)| n).sum::<u64>();
+        buckets.push((f64::INFINITY, count - below));
+        encoder.encode_histogram::<NoLabelSet>(self.0.sum_ns as f64 / 1e9, count, &buckets, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        Self::TYPE
+    }
 }
 
 impl prometheus_client::collector::Collector for Engine {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), std::fmt::Error> {
-        let Engine(status) = self;
-        let c = &status.counters;
+        let c = &self.status.counters;
         for (name, help, value) in [
             ("guests_created", "Guests made since the engine began", c.guests_created),
             ("guests_over", "Guests that ended", c.guests_over),
@@ -50,7 +109,7 @@ impl prometheus_client::collector::Collector for Engine {
             let counter = ConstCounter::new(value);
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
         }
-        let uptime = ConstGauge::new(status.uptime_seconds as i64);
+        let uptime = ConstGauge::new(self.status.uptime_seconds as i64);
         let help = "Time since the engine began";
         uptime.encode(encoder.encode_descriptor(
             "uptime",
@@ -59,29 +118,47 @@ impl prometheus_client::collector::Collector for Engine {
             uptime.metric_type(),
         )?)?;
 
-        let mut stacks: BTreeMap<&str, OfStack> =
-            status.stacks.iter().map(|stack| (stack.name.as_str(), OfStack::default())).collect();
-        for guest in &status.guests {
-            let stack = stacks.entry(&guest.stack).or_default();
-            stack.guests += 1;
-            stack.processes += guest.processes as i64;
-            stack.sockets += guest.sockets as i64;
-            stack.region_bytes += guest.region_bytes as i64;
-            stack.ring_bytes += guest.ring_bytes as i64;
-        }
-        type Get = fn(&OfStack) -> i64;
-        let families: [(&str, &str, Option<Unit>, Get); 5] = [
-            ("guests", "Guests now", None, |s| s.guests),
-            ("processes", "Processes of guests now", None, |s| s.processes),
-            ("sockets", "Sockets of guests now", None, |s| s.sockets),
+        let sums = self.sums();
+        type Get = fn(&Total) -> u64;
+        let gauges: [(&str, &str, Option<Unit>, Get); 5] = [
+            ("guests", "Guests now", None, |s| s.guests as u64),
+            ("processes", "Processes of guests now", None, |s| s.processes as u64),
+            ("sockets", "Sockets of guests now", None, |s| s.sockets as u64),
             ("regions", "Shared memory regions of guests", Some(Unit::Bytes), |s| s.region_bytes),
             ("rings", "Payload memory in the rings of sockets", Some(Unit::Bytes), |s| s.ring_bytes),
         ];
-        for (name, help, unit, get) in families {
+        for (name, help, unit, get) in gauges {
             let kind = ConstGauge::new(0i64).metric_type();
             let mut family = encoder.encode_descriptor(name, help, unit.as_ref(), kind)?;
-            for (stack, sums) in &stacks {
-                ConstGauge::new(get(sums)).encode(family.encode_family(&[("stack", *stack)])?)?;
+            for ((tenant, nsm), sum) in &sums {
+                let labels = [("tenant", *tenant), ("nsm", *nsm)];
+                ConstGauge::new(get(sum) as i64).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        let counters: [(&str, &str, Option<Unit>, Get); 4] = [
+            ("received", "Payload that queued sockets received", Some(Unit::Bytes), |s| s.usage.bytes_in),
+            ("sent", "Payload that queued sockets sent", Some(Unit::Bytes), |s| s.usage.bytes_out),
+            ("operations", "Queue elements taken from guests", None, |s| s.usage.operations),
+            ("connections", "Connections that were accepted or made", None, |s| s.usage.connections),
+        ];
+        for (name, help, unit, get) in counters {
+            let kind = ConstCounter::new(0u64).metric_type();
+            let mut family = encoder.encode_descriptor(name, help, unit.as_ref(), kind)?;
+            for ((tenant, nsm), sum) in &sums {
+                let labels = [("tenant", *tenant), ("nsm", *nsm)];
+                ConstCounter::new(get(sum)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+
+        let help = "Samples of how long the stages of the engine take: queue (from a guest's push until it is taken), \
+                    service (in the engine, without the stack), stack (one call)";
+        let mut family =
+            encoder.encode_descriptor("stage", help, Some(&Unit::Seconds), MetricType::Histogram)?;
+        for (nsm, stages) in self.status.stages.iter().filter(|(nsm, _)| self.nsms.contains(*nsm)) {
+            for (stage, times) in
+                [("queue", &stages.queue), ("service", &stages.service), ("stack", &stages.stack)]
+            {
+                Times(times).encode(family.encode_family(&[("nsm", nsm.as_str()), ("stage", stage)])?)?;
             }
         }
         Ok(())
@@ -90,33 +167,77 @@ impl prometheus_client::collector::Collector for Engine {
 
 #[cfg(test)]
 mod tests {
-    use netkernel_engine::{GuestStatus, StackStatus};
+    use netkernel_engine::{StackStatus, StagesStatus, Usage};
 
     use super::*;
 
-    #[test]
-    fn stacks_are_the_only_labels_and_sums_are_right() {
-        let guest =
-            |stack: &str, sockets| GuestStatus { stack: stack.into(), sockets, ..GuestStatus::default() };
-        let status = Status {
-            stacks: ["bbr", "cubic"]
-                .map(|name| StackStatus { name: name.into(), ..StackStatus::default() })
-                .into(),
-            guests: vec![guest("bbr", 2), guest("bbr", 3)],
+    fn total(tenant: &str, nsm: &str, sockets: usize, bytes_in: u64) -> Total {
+        let usage = Usage { bytes_in, ..Usage::default() };
+        Total { tenant: tenant.into(), nsm: nsm.into(), sockets, usage, ..Total::default() }
+    }
+
+    fn status(nsms: &[&str]) -> Status {
+        let stack = |name: &&str| StackStatus { name: (*name).into(), ..StackStatus::default() };
+        Status {
+            stacks: nsms.iter().map(stack).collect(),
             counters: netkernel_engine::Counters { violations: 7, ..Default::default() },
             ..Status::default()
-        };
-        let text = render(&status);
+        }
+    }
+
+    #[track_caller]
+    fn has(text: &str, line: &str) {
+        assert!(text.lines().any(|l| l == line), "no line {line:?} in:\n{text}");
+    }
+
+    #[test]
+    fn sums_are_told_by_tenant_and_stack() {
+        let totals =
+            [total("blue", "bbr", 2, 10), total("blue", "bbr", 3, 5), total("others", "cubic", 1, 0)];
+        let mut status = status(&["bbr", "cubic", "reno"]);
+        let times = StageTimes { sum_ns: 3_000, buckets: vec![(1024, 2), (1536, 1), (1 << 40, 4)] };
+        status.stages.insert("bbr".into(), StagesStatus { stack: times, ..StagesStatus::default() });
+        let text = render(&status, &totals, &["blue".into()], 10);
         for line in [
             "netkernel_violations_total 7",
             "# TYPE netkernel_uptime_seconds gauge",
-            "netkernel_guests{stack=\"bbr\"} 2",
-            "netkernel_sockets{stack=\"bbr\"} 5",
-            "netkernel_sockets{stack=\"cubic\"} 0",
+            "netkernel_sockets{tenant=\"blue\",nsm=\"bbr\"} 5",
+            "netkernel_received_bytes_total{tenant=\"blue\",nsm=\"bbr\"} 15",
+            "netkernel_sockets{tenant=\"others\",nsm=\"cubic\"} 1",
+            "netkernel_sockets{tenant=\"others\",nsm=\"reno\"} 0",
             "# UNIT netkernel_regions_bytes bytes",
+            "# TYPE netkernel_stage_seconds histogram",
+            "netkernel_stage_seconds_sum{nsm=\"bbr\",stage=\"stack\"} 0.000003",
+            "netkernel_stage_seconds_count{nsm=\"bbr\",stage=\"stack\"} 7",
+            "netkernel_stage_seconds_bucket{le=\"0.000001024\",nsm=\"bbr\",stage=\"stack\"} 2",
+            "netkernel_stage_seconds_bucket{le=\"0.000004096\",nsm=\"bbr\",stage=\"stack\"} 3",
+            "netkernel_stage_seconds_bucket{le=\"+Inf\",nsm=\"bbr\",stage=\"stack\"} 7",
         ] {
-            assert!(text.lines().any(|l| l == line), "no line {line:?} in:\n{text}");
+            has(&text, line);
         }
         assert!(text.ends_with("# EOF\n") && text.matches("# EOF").count() == 1, "{text}");
+    }
+
+    #[test]
+    fn labels_are_bounded_and_what_has_none_is_summed() {
+        let names: Vec<String> = (0..1000).map(|i| format!("tenant-{i}")).collect();
+        let nsms: Vec<String> = (0..50).map(|i| format!("nsm-{i}")).collect();
+        let totals: Vec<Total> = names.iter().flat_map(|t| nsms.iter().map(|n| total(t, n, 1, 1))).collect();
+        let nsms: Vec<&str> = nsms.iter().map(String::as_str).collect();
+        let text = render(&status(&nsms), &totals, &names, 3);
+        let lines = text.lines().filter(|l| l.starts_with("netkernel_sockets{")).count();
+        // Three and the rest of each, and a line for each stack of those without a tenant.
+        assert_eq!(lines, 4 * 4 + 4, "{text}");
+        has(&text, "netkernel_sockets{tenant=\"other\",nsm=\"other\"} 46859");
+        has(&text, "netkernel_received_bytes_total{tenant=\"tenant-0\",nsm=\"other\"} 47");
+        has(&text, "netkernel_sockets{tenant=\"other\",nsm=\"nsm-2\"} 997");
+    }
+
+    #[test]
+    fn names_cannot_make_lines() {
+        let evil = "a\"} 1\nforged{x=\"\\";
+        let text = render(&status(&[evil]), &[total(evil, evil, 1, 1)], &[evil.into()], 3);
+        assert!(!text.lines().any(|line| line.starts_with("forged")), "{text}");
+        has(&text, r#"netkernel_sockets{tenant="a\"} 1\nforged{x=\"\\",nsm="a\"} 1\nforged{x=\"\\"} 1"#);
     }
 }

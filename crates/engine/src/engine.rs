@@ -18,6 +18,7 @@ use crate::process::wire;
 use crate::sockets;
 use crate::status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
 use crate::tenants::{Asker, Tenant, Tenants};
+use crate::totals::{self, Finished};
 use crate::usage::{GuestUsage, MAX_OVER, Usage};
 use crate::watch::{self, Watch};
 use crate::worker::{NewGuest, Worker};
@@ -48,6 +49,7 @@ pub(crate) struct Shared {
     /// What guests that ended used, see [`Engine::usage`].
     over: Mutex<VecDeque<GuestUsage>>,
     tenants: Arc<Tenants>,
+    finished: Finished,
     watches: Vec<Arc<Watch>>,
 }
 
@@ -175,6 +177,7 @@ impl Engine {
             stopping: AtomicBool::new(false),
             counters: SharedCounters::default(),
             over: Mutex::default(),
+            finished: Finished::default(),
         });
         let mut threads = Vec::new();
         for index in 0..shared.workers.len() {
@@ -428,6 +431,8 @@ impl Engine {
             status.pids = census.processes.into_iter().collect();
         }
         guests.sort_by_key(|guest| guest.id);
+        // What the process of an NSM tells, its sums are for.
+        let stages = totals::stages(&mut guests, &shared.finished);
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &shared.counters;
         Status {
@@ -444,7 +449,12 @@ impl Engine {
                 doorbells: count(&counters.doorbells),
                 wakes: count(&counters.wakes),
             },
+            stages,
         }
+    }
+
+    pub(crate) fn finished(&self) -> &Finished {
+        &self.shared.finished
     }
 
     /// What the switch threads say of their guests.
@@ -715,6 +725,13 @@ impl Shared {
         }
     }
 
+    /// Samples of a guest that ends.
+    pub fn keep_stages(&self, nsm: usize, stages: &netkernel_service::Stages) {
+        if !stages.is_empty() {
+            self.finished.stages_of(&self.config.nsms[nsm].name, stages);
+        }
+    }
+
     /// A guest has an agent now.
     pub fn has_agent(&self, id: u32, direct: Direct) {
         if let Some(guest) = lock(&self.registry).guests.get_mut(&id) {
@@ -727,6 +744,13 @@ impl Shared {
         self.counters.over.fetch_add(1, Ordering::Relaxed);
         if let Some(hook) = &self.over_hook {
             hook(id, usage, self.counters.violations.swap(0, Ordering::Relaxed) != 0);
+        }
+        {
+            let registry = lock(&self.registry);
+            if let Some(guest) = registry.guests.get(&id) {
+                let nsm = self.config.nsms[guest.nsm].name.clone();
+                self.finished.guest_over(guest.tenant.config().name, nsm, &usage);
+            }
         }
         if let Some(last) = self.usage_of(id, usage, true) {
             let mut over = lock(&self.over);

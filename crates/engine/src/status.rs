@@ -11,6 +11,8 @@ pub struct Status {
     pub guests: Vec<GuestStatus>,
     pub stacks: Vec<StackStatus>,
     pub counters: Counters,
+    /// How long the stages of the engine take, by NSM.
+    pub stages: std::collections::BTreeMap<String, crate::StagesStatus>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -47,6 +49,9 @@ pub struct GuestStatus {
     pub direct_let_through: u64,
     /// Its processes, as far as the engine knows them; without an agent only the first one.
     pub pids: Vec<u32>,
+    /// On its way to the sums in [`Status`].
+    #[serde(default, skip_serializing_if = "crate::StagesStatus::is_empty")]
+    pub stages: crate::StagesStatus,
 }
 
 #[derive(Clone, Debug, Default, Serialize)]

@@ -14,6 +14,23 @@ pub struct Usage {
 }
 
 impl Usage {
+    pub(crate) fn add(&mut self, other: &Usage) {
+        self.bytes_in += other.bytes_in;
+        self.bytes_out += other.bytes_out;
+        self.operations += other.operations;
+        self.connections += other.connections;
+        self.lived_ms += other.lived_ms;
+    }
+
+    /// No count falls below what it was.
+    pub(crate) fn raise(&mut self, new: &Usage) {
+        self.bytes_in = self.bytes_in.max(new.bytes_in);
+        self.bytes_out = self.bytes_out.max(new.bytes_out);
+        self.operations = self.operations.max(new.operations);
+        self.connections = self.connections.max(new.connections);
+        self.lived_ms = self.lived_ms.max(new.lived_ms);
+    }
+
     /// What came on top of `before`, which is an earlier value of the same counts.
     pub fn since(&self, before: &Usage) -> Usage {
         Usage {

@@ -18,7 +18,7 @@ use netkernel_abi::control::{Message, kind};
 use netkernel_agent::Settings;
 use netkernel_agent::notify::Listener;
 use netkernel_ring::spin::{Polling, Spin};
-use netkernel_service::{Host, Limits, Member, Ready, Service, Stack, Table, Violation};
+use netkernel_service::{Host, Limits, Member, Observed, Ready, Service, Stack, Stages, Table, Violation};
 use netkernel_shm::{Region, fds};
 
 use crate::EngineError;
@@ -29,9 +29,11 @@ use crate::handed::{self, Handed};
 use crate::keeper::{Keeper, send_wakes};
 use crate::poller::{Poller, Source};
 use crate::relay;
+use crate::sample::Sample;
 use crate::sockets::{self, LIST_BATCH};
 use crate::status::{GuestStatus, SocketStatus};
 use crate::tenants::Tenant;
+use crate::totals::StagesStatus;
 use crate::usage::Usage;
 use crate::watch::Watch;
 
@@ -51,6 +53,8 @@ const EPOLL_AFTER: u64 = 512 << 10;
 const ALONE: u32 = 512 << 10;
 const QUANTUM: u32 = 256 << 10;
 const LEAST_QUANTUM: u32 = 16 << 10;
+/// Turns of guests with elements between two whose times are taken.
+const SAMPLE_EVERY: u32 = 64;
 /// Silence after which a guest is no longer polled while others are.
 const COOL_NS: u64 = 500_000;
 const SWEEP_NS: u64 = 1_000_000_000;
@@ -90,6 +94,7 @@ struct Guest {
     elements_first: bool,
     tenant: Arc<Tenant>,
     last_active_ns: u64,
+    stages: Stages,
     has_agent: bool,
     /// Sockets that were handed over.
     handed: Handed,
@@ -204,6 +209,7 @@ pub(crate) struct Worker {
     /// When the first of those that wait for a tenant's rate may go on.
     resume_at: u64,
     turns: u64,
+    sample: u32,
     sleeps: u64,
     stop: bool,
 }
@@ -241,6 +247,7 @@ impl Worker {
             next_retry_ns: 0,
             resume_at: u64::MAX,
             turns: 0,
+            sample: 0,
             sleeps: 0,
             stop: false,
         })
@@ -365,19 +372,35 @@ impl Worker {
         // Neither may use up each turn before the other one's time comes.
         guest.elements_first = !guest.elements_first;
         let elements_first = guest.elements_first;
+        let guest = &mut **guest;
+        self.sample = self.sample.wrapping_add(1);
+        let sampled = elements && self.sample.is_multiple_of(SAMPLE_EVERY);
+        let mut sample = Sample::begin(sampled, &mut guest.stages);
+        let mut taken = 0;
         let result = (|| {
+            let mut timed;
+            let stack: &mut dyn Stack = match sample.timer() {
+                Some(observer) => {
+                    timed = Observed { stack: &mut *module.stack, observer };
+                    &mut timed
+                }
+                None => &mut *module.stack,
+            };
             let mut again = false;
             if elements && elements_first {
-                again = guest.service.drain(&mut *module.stack, GUEST_BATCH)?.again;
+                let drained = guest.service.drain(stack, GUEST_BATCH)?;
+                (again, taken) = (drained.again, drained.elements);
             }
             if guest.service.has_work() {
-                guest.service.run(&mut *module.stack, RUN_BATCH)?;
+                guest.service.run(stack, RUN_BATCH)?;
             }
             if elements && !elements_first {
-                again = guest.service.drain(&mut *module.stack, GUEST_BATCH)?.again;
+                let drained = guest.service.drain(stack, GUEST_BATCH)?;
+                (again, taken) = (drained.again, drained.elements);
             }
             Ok(again)
         })();
+        sample.end(taken);
         self.done += guest.service.spent() - spent;
         match result {
             Ok(again) => {
@@ -825,6 +848,7 @@ impl Worker {
             elements_first: false,
             tenant: new.tenant,
             last_active_ns: self.now_ns,
+            stages: Stages::default(),
             has_agent: false,
             handed: Handed::default(),
             over_since: None,
@@ -868,6 +892,7 @@ impl Worker {
                 region_bytes: guest.service.region().bytes(),
                 ring_bytes: stats.ring_bytes,
                 pids: pids(&guest.processes),
+                stages: StagesStatus::of(&stages(guest)),
                 ..GuestStatus::default()
             }
         };
@@ -1210,12 +1235,20 @@ impl Worker {
         self.shared.counters.doorbells.fetch_add(guest.ends.rings, Relaxed);
         self.shared.counters.wakes.fetch_add(guest.ends.wakes, Relaxed);
         let (id, usage) = (guest.id, usage(&guest));
+        self.shared.keep_stages(guest.nsm, &stages(&guest));
         // Messages that were not read may carry anything.
         bury(std::mem::take(&mut guest.channels));
         // Unmaps the region and closes every end.
         drop(guest);
         self.shared.guest_over(id, usage);
     }
+}
+
+/// How long the stages took for this guest.
+fn stages(guest: &Guest) -> Stages {
+    let mut stages = guest.stages.clone();
+    stages.queue.add(guest.service.waited());
+    stages
 }
 
 /// Tag 0 is the agent's, which is the engine's own.

@@ -3,7 +3,7 @@
 use core::cell::Cell;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 
-use netkernel_abi::nqe::flag;
+use netkernel_abi::nqe::{STAMP_EVERY, STAMP_SHIFT, flag};
 use netkernel_abi::{Nqe, Op};
 use netkernel_ring::spin::Spin;
 
@@ -19,6 +19,7 @@ thread_local! {
     static TID: Cell<(u32, u32)> = const { Cell::new((0, 0)) };
     pub static SPIN: Cell<Spin> = const { Cell::new(Spin::new(0)) };
     static SPIN_READY: Cell<bool> = const { Cell::new(false) };
+    static PUSHED: Cell<u32> = const { Cell::new(0) };
 }
 
 /// The queue set that threads without one of their own share: (process tag, queue set).
@@ -77,7 +78,12 @@ pub fn release(guest: &Guest, q: u32) {
 }
 
 /// Pushes one element into the job or send ring of `q`, waiting for room if it must, and tells the engine.
-fn push(guest: &Guest, q: u32, send: bool, element: Nqe) {
+fn push(guest: &Guest, q: u32, send: bool, mut element: Nqe) {
+    let pushed = PUSHED.get().wrapping_add(1);
+    PUSHED.set(pushed);
+    if pushed.is_multiple_of(STAMP_EVERY) {
+        element.stamp = ((sys::now_ns() >> STAMP_SHIFT) as u16).max(1);
+    }
     let queue = if send { guest.region.send(q) } else { guest.region.job(q) };
     let Some(queue) = queue else { return };
     let mut tail = queue.tail();

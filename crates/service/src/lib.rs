@@ -14,16 +14,19 @@ mod blocks;
 mod events;
 #[allow(unsafe_code)]
 mod memory;
+mod observed;
 mod police;
 mod policed;
 mod service;
 mod stack;
+mod stages;
 mod table;
 mod turn;
 
 pub use address::SocketAddress;
 pub use events::{MAX_WAKE, URGENT_WAKE};
 pub use memory::{GuestBytes, Segments};
+pub use observed::{Event, Held, Observed, Observer, Payload, Timer};
 pub use police::{Bucket, Limits, Police, Quota, UNLIMITED, now_ns};
 pub use policed::Policed;
 pub use service::{Drained, Host, Service, SocketInfo, Stats, Violation};
@@ -31,4 +34,5 @@ pub use stack::{
     Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Readiness, Ready, Received,
     ReceivedDatagram, SendFlags, Shutdown, Stack, TakeDatagram, key,
 };
+pub use stages::{Histogram, Stages};
 pub use table::Table;

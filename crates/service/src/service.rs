@@ -7,7 +7,7 @@ use std::sync::atomic::{
 
 use netkernel_abi::ancillary::{self, Fate, MAX_CONTROL};
 use netkernel_abi::layout::{ACTIVE_WORDS, ARGUMENT_BYTES};
-use netkernel_abi::nqe::flag;
+use netkernel_abi::nqe::{STAMP_SHIFT, flag};
 use netkernel_abi::socket::{ACCEPT_RECORD, DatagramHeader, ENGINE_LOCK, datagram_record, state};
 use netkernel_abi::{Nqe, Op, SocketEntry};
 use netkernel_ring::bytes;
@@ -18,6 +18,7 @@ use crate::events::Events;
 use crate::memory::ring_segments;
 use crate::police::{Limits, now_ns};
 use crate::stack::{Close, Connect, Datagram, Errno, Handle, Readiness, SendFlags, Shutdown, Stack, key};
+use crate::stages::Histogram;
 use crate::turn::{CALL, DATAGRAM, ELEMENT, JOB, SOCKET, Turn};
 use crate::{SocketAddress, Table};
 
@@ -236,6 +237,8 @@ struct Core {
     operations: u64,
     connections: u64,
     counted: paired::Counted,
+    /// How long the elements with a stamp stood in the guest's rings.
+    waited: Histogram,
 }
 
 struct Cx<'a> {
@@ -283,6 +286,7 @@ impl Service {
                 operations: 0,
                 connections: 0,
                 counted: paired::Counted::default(),
+                waited: Histogram::default(),
             },
         }
     }
@@ -580,6 +584,11 @@ impl Service {
             sockets: self.core.sockets,
             ring_bytes: self.core.blocks.used_bytes(),
         }
+    }
+
+    /// How long elements stood in the guest's rings, as it says: of 1 in 64.
+    pub fn waited(&self) -> &Histogram {
+        &self.core.waited
     }
 
     /// The sockets from `first` on, at most `most`; and where to go on, if there are more.
@@ -2056,7 +2065,11 @@ impl Core {
                 *taken += 1;
                 self.operations += 1;
                 self.turn.charge(if is_job { JOB } else { ELEMENT });
-                self.element(cx, q, Nqe::from_words(words), false)?;
+                let nqe = Nqe::from_words(words);
+                if nqe.stamp != 0 {
+                    self.waited.record(since(nqe.stamp));
+                }
+                self.element(cx, q, nqe, false)?;
                 if self.held.is_some() || self.turn.is_over() {
                     break;
                 }
@@ -2636,6 +2649,12 @@ impl Core {
         }
         Ok(())
     }
+}
+
+/// Nanoseconds since an element was pushed, by its [`Nqe::stamp`].
+fn since(stamp: u16) -> u64 {
+    let now = (now_ns() >> STAMP_SHIFT) as u16;
+    u64::from(now.wrapping_sub(stamp)) << STAMP_SHIFT
 }
 
 fn low_water(block: Block) -> u32 {

@@ -189,6 +189,8 @@ pub struct Member {
 /// **Errors are Linux's.** What an operation returns reaches the program as errno.
 ///
 /// Operations on a handle that the stack did not give out, or that was closed, do not happen.
+///
+/// (For whoever adds a method with a default: [`Observed`](crate::Observed) must pass it on.)
 pub trait Stack: Send {
     /// A new socket. `domain`: AF_INET or AF_INET6; `kind`: SOCK_STREAM or SOCK_DGRAM; `protocol`: 0 or the kind's own.
     fn open(&mut self, key: u64, domain: i32, kind: i32, protocol: i32) -> Result<Handle, Errno>;
