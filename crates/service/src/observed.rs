@@ -4,8 +4,8 @@ use std::os::fd::{OwnedFd, RawFd};
 
 use crate::stages::Histogram;
 use crate::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Ready, Received, ReceivedDatagram, Segments,
-    SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram, now_ns,
+    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Ready, Received, ReceivedDatagram,
+    Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram, now_ns,
 };
 
 /// What was done. Payload is told as it went: guest memory, to be copied or not looked at.
@@ -292,6 +292,26 @@ impl<S: Held, O: Observer> Stack for Observed<S, O> {
 
     fn guest(&mut self, guest: u32, owner: u32) {
         self.stack.get().guest(guest, owner);
+    }
+
+    fn member(&mut self, guest: u32, member: Member) {
+        self.stack.get().member(guest, member);
+    }
+
+    fn guest_over(&mut self, guest: u32) {
+        self.stack.get().guest_over(guest);
+    }
+
+    fn paired(&mut self, handle: Handle) -> Option<Paired> {
+        self.stack.get().paired(handle)
+    }
+
+    fn wake_peer(&mut self, handle: Handle, urgent: bool) {
+        self.stack.get().wake_peer(handle, urgent);
+    }
+
+    fn pair_memory(&mut self, guest: u32, number: u32) -> Option<OwnedFd> {
+        self.stack.get().pair_memory(guest, number)
     }
 
     fn way(&mut self, handle: Handle) -> Option<String> {
