@@ -8,7 +8,7 @@ use netkernel_agent::notify::Notification;
 use netkernel_service::{Close, Connect, Errno, Handle, Shutdown, SocketAddress};
 
 use crate::caller::{self, MessageHeader};
-use crate::relay::{Answer, Answered, Relay};
+use crate::relay::{Answer, Answered, CHUNK, PROGRAM_BUFFER, Relay};
 use crate::socket::State;
 use crate::sys::{self, now_ns};
 
@@ -20,8 +20,9 @@ const MAX_KIND: i32 = 10;
 const SOCKET_FLAGS: i32 = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
 /// Longest option value.
 const MAX_OPTION: usize = 4096;
-/// More than a quarter of a Unix socket's send buffer (net.core.wmem_default), above which it is not writable.
-const FILLER: usize = 60_000;
+/// More than a quarter of what the kernel makes of [`PROGRAM_BUFFER`], above which a Unix socket is not writable.
+const FILLER: usize = 112 << 10;
+const _: () = assert!(FILLER > PROGRAM_BUFFER as usize / 2 && FILLER <= CHUNK);
 /// Fills the smallest send buffer.
 const FULL: usize = 2048;
 /// Bytes that make a listener readable, at most; each is an edge for those who count edges.

@@ -11,6 +11,7 @@
 //! | `relay` | the loop, the table of sockets, the calls that wait |
 //! | `calls` | what each system call comes to |
 //! | `stream` | bytes between the two ends |
+//! | `bulk` | large ones, by splice |
 //! | `datagram` | datagrams, and who sent them |
 //! | `caller` | memory and descriptors of the thread that asks |
 //!
@@ -18,6 +19,7 @@
 //! are told by the inode of a duplicate, and what may block at a guest's will (its memory, its descriptors) blocks the
 //! thread of that guest alone.
 
+mod bulk;
 mod caller;
 mod calls;
 mod datagram;

@@ -13,6 +13,7 @@ use netkernel_ring::spin::{Polling, Spin};
 use netkernel_service::{Close, Errno, Handle, Readiness, Ready, Stack, key};
 use netkernel_shm::fds;
 
+use crate::bulk::Pipes;
 use crate::caller::Threads;
 use crate::socket::{RelaySocket, Socket, State};
 use crate::sys::{self, Poll, now_ns};
@@ -42,6 +43,11 @@ const STACK: u64 = u64::MAX - 2;
 const REQUEST: u64 = u64::MAX - 3;
 /// Of an end; EPOLLOUT is added when it is full.
 const INTEREST: i32 = libc::EPOLLIN | libc::EPOLLPRI | libc::EPOLLRDHUP | libc::EPOLLET;
+/// Each switch between a program and its relay costs some microseconds; this much passes between two of them. The kernel
+/// doubles it, for what it needs itself, and cuts it to `net.core.wmem_max`.
+const STREAM_BUFFER: i32 = 416 << 10;
+/// Of the program's end. It is filled when a connect does not wait.
+pub(crate) const PROGRAM_BUFFER: i32 = 208 << 10;
 /// A Unix socket takes no longer message than twice this, less 32: one byte more than UDP does.
 const DATAGRAM_SEND_BUFFER: i32 = 32770;
 const MAX_GENERATION: u32 = u32::MAX >> 1;
@@ -125,11 +131,14 @@ pub struct Relay {
     run: VecDeque<u32>,
     pub(crate) over: VecDeque<(u32, u32)>,
     pub(crate) scratch: Vec<u8>,
+    pub(crate) pipes: Pipes,
     pub(crate) notes: HashMap<Vec<u8>, OwnedFd>,
     /// Nobody has the filter any more; since when.
     over_since_ns: Option<u64>,
     next_sweep_ns: u64,
     stack_wakes: bool,
+    /// What went on last goes on when the program has run.
+    pub(crate) program_next: bool,
     spin: Spin,
     highest: i32,
 }
@@ -164,10 +173,12 @@ impl Relay {
             run: VecDeque::new(),
             over: VecDeque::new(),
             scratch: vec![0; CHUNK],
+            pipes: Pipes::default(),
             notes: HashMap::new(),
             over_since_ns: None,
             next_sweep_ns: 0,
             stack_wakes,
+            program_next: false,
             highest: highest_descriptor(),
         })
     }
@@ -192,7 +203,8 @@ impl Relay {
     fn wait(&mut self) -> bool {
         let begin = now_ns();
         self.housekeeping(begin);
-        let budget = self.spin.budget_ns();
+        // It may need this core, and takes its time.
+        let budget = if self.program_next { 0 } else { self.spin.budget_ns() };
         if budget > 0 {
             let mut polling = Polling::new(budget);
             let mut now = begin;
@@ -242,6 +254,7 @@ impl Relay {
         if stack || self.stack.deadline_ns().is_some_and(|deadline| deadline <= now_ns()) {
             worked |= self.poll_stack();
         }
+        self.program_next &= self.run.is_empty();
         for _ in 0..RUN_BATCH {
             let Some(id) = self.run.pop_front() else { break };
             worked = true;
@@ -352,6 +365,7 @@ impl Relay {
     /// Whoever reads makes room, and would wake this thread each time: that is asked for only when room is missing.
     pub(crate) fn ask_for_room(&mut self, id: u32) {
         let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        self.program_next |= !socket.end_writable;
         if socket.wants_room == socket.end_writable
             && let Some(end) = &socket.end
         {
@@ -500,9 +514,13 @@ impl Relay {
         if end.as_raw_fd().max(theirs.as_raw_fd()) >= self.highest {
             return Err(Errno(libc::ENFILE));
         }
+        // The two ends are open files of their own. Splice waits where the file does, whatever its flags say.
+        sys::set_nonblocking(&end);
         if socket.is_stream() {
             // An urgent byte is never lost, and stops a read that comes to it.
             sys::set_int_option(&end, libc::SO_OOBINLINE, 1);
+            sys::set_int_option(&end, libc::SO_SNDBUF, STREAM_BUFFER);
+            sys::set_int_option(&theirs, libc::SO_SNDBUF, PROGRAM_BUFFER);
         } else {
             sys::set_int_option(&theirs, libc::SO_SNDBUF, DATAGRAM_SEND_BUFFER);
         }

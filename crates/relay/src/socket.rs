@@ -5,6 +5,8 @@ use std::os::fd::OwnedFd;
 
 use netkernel_service::{Errno, Handle, SocketAddress};
 
+use crate::bulk::Piped;
+
 /// Where a socket is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -23,13 +25,15 @@ pub enum State {
 /// Bytes on their way that the other side did not take yet.
 #[derive(Debug, Default)]
 pub struct Buffer {
+    /// Of large ones; `bytes` is empty then.
+    pub piped: Option<Piped>,
     bytes: Vec<u8>,
     from: usize,
 }
 
 impl Buffer {
     pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
+        self.bytes.is_empty() && self.piped.is_none()
     }
 
     pub fn pending(&mut self) -> &mut [u8] {
@@ -37,7 +41,14 @@ impl Buffer {
     }
 
     pub fn len(&self) -> usize {
-        self.bytes.len() - self.from
+        self.bytes.len() - self.from + self.piped.as_ref().map_or(0, Piped::len)
+    }
+
+    /// The bytes themselves from now on.
+    pub fn unpipe(&mut self) {
+        if let Some(piped) = self.piped.take() {
+            (self.bytes, self.from) = (piped.read(), 0);
+        }
     }
 
     pub fn push(&mut self, bytes: &[u8]) {
@@ -53,7 +64,7 @@ impl Buffer {
     }
 
     pub fn clear(&mut self) {
-        (self.bytes, self.from) = (Vec::new(), 0);
+        *self = Buffer::default();
     }
 }
 
@@ -103,6 +114,9 @@ pub struct Socket {
     /// The only byte of `up` is urgent; an urgent byte for the program.
     pub up_urgent: bool,
     pub down_urgent: Option<u8>,
+    /// The last read was a large one.
+    pub up_bulk: bool,
+    pub down_bulk: bool,
     /// The program ended its direction, or closed.
     pub end_ended: bool,
     pub end_hung_up: bool,
@@ -156,6 +170,8 @@ impl Socket {
             stack_urgent: false,
             up_urgent: false,
             down_urgent: None,
+            up_bulk: false,
+            down_bulk: false,
             end_ended: false,
             end_hung_up: false,
             up_ended: false,

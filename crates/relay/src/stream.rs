@@ -1,7 +1,10 @@
 //! Bytes between a program's Unix socket and its stack's connection.
 
+use std::os::fd::AsRawFd as _;
+
 use netkernel_service::{Close, Errno, SendFlags, Shutdown, Stack};
 
+use crate::bulk::{BULK, Pipes};
 use crate::relay::{CHUNK, Relay};
 use crate::socket::{Socket, State};
 use crate::sys;
@@ -47,14 +50,15 @@ impl Relay {
         let stack = &mut *self.stack;
         let mut moved = Moved::AsFarAsItGoes;
         if socket.broken.is_none() {
-            moved = up(socket, stack, &mut self.scratch, &mut budget);
+            moved = up(socket, stack, &mut self.pipes, &mut self.scratch, &mut budget);
         }
         if !matches!(moved, Moved::Closed { .. }) {
-            let down = down(socket, stack, &mut self.scratch, &mut budget);
+            let down = down(socket, stack, &mut self.pipes, &mut self.scratch, &mut budget);
             if down != Moved::AsFarAsItGoes {
                 moved = down;
             }
         }
+        self.program_next |= BUDGET - budget >= BULK;
         // Of a stream that ended, reading does not tell.
         if std::mem::take(&mut socket.stack_error)
             && socket.broken.is_none()
@@ -137,11 +141,45 @@ fn has_unread(socket: &Socket, stack: &mut dyn Stack) -> bool {
 }
 
 /// From the program to the stack.
-fn up(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: &mut usize) -> Moved {
+fn up(
+    socket: &mut Socket,
+    stack: &mut dyn Stack,
+    pipes: &mut Pipes,
+    scratch: &mut [u8],
+    budget: &mut usize,
+) -> Moved {
     let Some(end) = &socket.end else { return Moved::AsFarAsItGoes };
     loop {
         if *budget == 0 {
             return Moved::More;
+        }
+        if let Some(piped) = &mut socket.up.piped {
+            if !socket.stack_writable {
+                return Moved::AsFarAsItGoes;
+            }
+            let Some(to) = stack.descriptor(socket.handle) else {
+                socket.up.unpipe();
+                continue;
+            };
+            match piped.pour(to) {
+                Ok(n) => {
+                    stack.moved(0, n as u64);
+                    socket.bytes_out += n as u64;
+                    socket.stack_writable = piped.is_empty();
+                    if piped.is_empty()
+                        && let Some(piped) = socket.up.piped.take()
+                    {
+                        pipes.take_back(piped);
+                    }
+                }
+                Err(errno) if errno.would_block() => socket.stack_writable = false,
+                Err(errno) => {
+                    socket.broken = Some(errno);
+                    socket.stack_readable = true;
+                    return Moved::AsFarAsItGoes;
+                }
+            }
+            continue;
         }
         if !socket.up.is_empty() {
             if !socket.stack_writable {
@@ -188,12 +226,35 @@ fn up(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: &m
             }
             continue;
         }
+        if socket.up_bulk
+            && !socket.end_urgent
+            && stack.descriptor(socket.handle).is_some()
+            && let Some(filled) = pipes.fill(end.as_raw_fd())
+        {
+            match filled {
+                Ok(piped) => {
+                    *budget = budget.saturating_sub(piped.len());
+                    socket.up_bulk = piped.len() >= BULK;
+                    if piped.is_empty() {
+                        socket.up_ended = true;
+                        pipes.take_back(piped);
+                    } else {
+                        socket.up.piped = Some(piped);
+                    }
+                }
+                Err(errno) if errno.would_block() => (socket.end_readable, socket.up_bulk) = (false, false),
+                // Closed with unread data.
+                Err(_) => return Moved::Closed { abort: true },
+            }
+            continue;
+        }
         match sys::receive(end, &mut scratch[..CHUNK], 0) {
             Ok(0) => socket.up_ended = true,
             Ok(n) => {
                 // A short read means that nothing is left, unless the end stands behind it.
                 socket.end_readable = n == CHUNK || socket.end_ended || socket.end_urgent;
                 *budget = budget.saturating_sub(n);
+                socket.up_bulk = n >= BULK;
                 let sent = match stack.send(
                     socket.handle,
                     &sys::segments(&mut scratch[..n]),
@@ -221,11 +282,39 @@ fn up(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: &m
 }
 
 /// From the stack to the program.
-fn down(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: &mut usize) -> Moved {
+fn down(
+    socket: &mut Socket,
+    stack: &mut dyn Stack,
+    pipes: &mut Pipes,
+    scratch: &mut [u8],
+    budget: &mut usize,
+) -> Moved {
     let Some(end) = &socket.end else { return Moved::AsFarAsItGoes };
     loop {
         if *budget == 0 {
             return Moved::More;
+        }
+        if let Some(piped) = &mut socket.down.piped {
+            if !socket.end_writable {
+                return Moved::AsFarAsItGoes;
+            }
+            match piped.pour(end.as_raw_fd()) {
+                Ok(_) if piped.is_empty() => {
+                    if let Some(piped) = socket.down.piped.take() {
+                        pipes.take_back(piped);
+                    }
+                }
+                Ok(_) => socket.end_writable = false,
+                Err(errno) if errno.would_block() => socket.end_writable = false,
+                Err(_) => {
+                    socket.down_closed = true;
+                    if socket.end_hung_up {
+                        return Moved::AsFarAsItGoes;
+                    }
+                    socket.down.clear();
+                }
+            }
+            continue;
         }
         if !socket.down.is_empty() {
             if !socket.end_writable {
@@ -273,6 +362,37 @@ fn down(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: 
         if socket.down_ended || !socket.stack_readable || !(socket.end_writable || socket.down_closed) {
             return Moved::AsFarAsItGoes;
         }
+        if socket.down_bulk
+            && !socket.stack_urgent
+            && !socket.down_closed
+            && let Some(from) = stack.descriptor(socket.handle)
+            && let Some(filled) = pipes.fill(from)
+        {
+            match filled {
+                Ok(piped) if piped.is_empty() => {
+                    pipes.take_back(piped);
+                    socket.down_ended = true;
+                    sys::shutdown(end, libc::SHUT_WR);
+                }
+                Ok(piped) => {
+                    let n = piped.len();
+                    stack.moved(n as u64, 0);
+                    *budget = budget.saturating_sub(n);
+                    socket.bytes_in += n as u64;
+                    socket.down_bulk = n >= BULK;
+                    socket.down.piped = Some(piped);
+                }
+                Err(errno) if errno.would_block() => {
+                    (socket.stack_readable, socket.down_bulk) = (false, false);
+                }
+                Err(errno) => {
+                    socket.stack_readable = false;
+                    socket.broken.get_or_insert(errno);
+                    return Moved::AsFarAsItGoes;
+                }
+            }
+            continue;
+        }
         match stack.recv(socket.handle, &sys::segments(&mut scratch[..CHUNK])) {
             Ok(received) if received.bytes == 0 => {
                 socket.down_ended = true;
@@ -282,6 +402,7 @@ fn down(socket: &mut Socket, stack: &mut dyn Stack, scratch: &mut [u8], budget: 
                 let n = received.bytes.min(CHUNK);
                 socket.stack_readable = received.more || socket.stack_urgent;
                 socket.bytes_in += n as u64;
+                socket.down_bulk = n >= BULK;
                 *budget = budget.saturating_sub(n);
                 if socket.down_closed {
                     continue;

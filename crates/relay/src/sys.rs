@@ -85,6 +85,17 @@ pub fn is_nonblocking(fd: &OwnedFd) -> bool {
     unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) & libc::O_NONBLOCK != 0 }
 }
 
+pub fn set_nonblocking(fd: &OwnedFd) {
+    // SAFETY: plain system calls.
+    unsafe {
+        libc::fcntl(
+            fd.as_raw_fd(),
+            libc::F_SETFL,
+            libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) | libc::O_NONBLOCK,
+        )
+    };
+}
+
 /// Unread bytes of a Unix stream socket.
 pub fn unread(fd: &OwnedFd) -> usize {
     let mut value = 0i32;

@@ -252,6 +252,17 @@ impl Stack for Policed {
         self.inner.take_error(handle)
     }
 
+    fn descriptor(&self, handle: Handle) -> Option<RawFd> {
+        let free = self.limits.send.is_idle() && self.limits.receive.is_idle();
+        free.then(|| self.inner.descriptor(handle)).flatten()
+    }
+
+    fn moved(&mut self, received: u64, sent: u64) {
+        self.limits.receive.charge(received);
+        self.limits.send.charge(sent);
+        self.inner.moved(received, sent);
+    }
+
     fn poll(&mut self, ready: &mut Vec<Ready>, budget: usize) {
         if !self.waiting.is_empty() {
             let now = now_ns();

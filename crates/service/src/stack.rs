@@ -285,6 +285,15 @@ pub trait Stack: Send {
     /// Takes the pending error of a socket (SO_ERROR); `Ok` when there is none.
     fn take_error(&mut self, handle: Handle) -> Result<(), Errno>;
 
+    /// The kernel's descriptor of a stream socket, if there is one and its bytes need not pass [`recv`](Stack::recv) and
+    /// [`send`](Stack::send) now: for who moves them without a copy (splice). It never blocks, and is asked for each time.
+    fn descriptor(&self, _handle: Handle) -> Option<RawFd> {
+        None
+    }
+
+    /// Bytes that were received from and sent to a [`descriptor`](Stack::descriptor).
+    fn moved(&mut self, _received: u64, _sent: u64) {}
+
     /// Appends what became ready since the last call, at most `budget` reports. Must be cheap: it is called every turn.
     fn poll(&mut self, ready: &mut Vec<Ready>, budget: usize);
 

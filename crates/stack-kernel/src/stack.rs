@@ -568,6 +568,10 @@ impl Stack for KernelStack {
         }
     }
 
+    fn descriptor(&self, handle: Handle) -> Option<RawFd> {
+        self.fd(handle).ok()
+    }
+
     fn poll(&mut self, ready: &mut Vec<Ready>, budget: usize) {
         let most = budget.min(self.events.len());
         // SAFETY: events is valid for `most` entries.
