@@ -43,6 +43,9 @@ impl fmt::Display for Tally {
     }
 }
 
+/// Of a command line.
+const SHOWN_WORDS: usize = 20;
+
 /// Runs a command that passes or fails as one.
 pub fn run(mut command: Command, limit: Duration) -> Result<Tally> {
     let shown = show(&command);
@@ -102,7 +105,12 @@ pub fn capture(mut command: Command, limit: Duration, pass_on: bool) -> Result<(
 
 fn show(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
-    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
+    // Hundreds of cases by name tell nobody anything.
+    match words.len().checked_sub(SHOWN_WORDS) {
+        Some(more) if more > 0 => format!("{} and {more} more", words[..SHOWN_WORDS].join(" ")),
+        _ => words.join(" "),
+    }
 }
 
 /// In a process group of its own, so that the watchdog ends everything.

@@ -258,7 +258,10 @@ impl Link {
             me.wants_read = !more;
             return Ok(Received { bytes: got, more });
         }
-        if let Some(errno) = me.error.take() {
+        // An end in order stays one for who reads, whatever came behind it.
+        if !me.fin
+            && let Some(errno) = me.error.take()
+        {
             return Err(errno);
         }
         me.wants_read = true;

@@ -1109,7 +1109,10 @@ impl Stack for SmoltcpStack {
         self.dirty |= bytes > 0;
         let socket = self.socket(handle)?;
         if bytes == 0 {
-            socket.take_error()?;
+            // A reset behind an end in order: who reads sees the end, as on Linux.
+            if socket.error != libc::EPIPE {
+                socket.take_error()?;
+            }
             if !ended {
                 socket.wants |= WANTS_READ;
                 return Err(Errno::AGAIN);
