@@ -88,6 +88,18 @@ pub struct BenchArgs {
 pub enum Part {
     Micro(micro::MicroArgs),
     Isolation(IsolationArgs),
+    Memory(MemoryArgs),
+    /// Send back what comes.
+    #[command(hide = true)]
+    PingServer {
+        port: u16,
+    },
+    /// Measure round trips.
+    #[command(hide = true)]
+    PingClient {
+        port: u16,
+        seconds: f64,
+    },
     /// What a tenant does in `isolation`.
     #[command(hide = true)]
     IsolationLoad(isolation::LoadArgs),
@@ -152,6 +164,72 @@ pub struct IsolationArgs {
     pub check: bool,
 }
 
+/// Measure guests that are joined in memory, both ends of each connection, beside loopback TCP and a Unix socket.
+#[derive(Args, Debug)]
+pub struct MemoryArgs {
+    /// The netkernel to measure [default: this program]
+    #[arg(long, value_name = "PATH")]
+    pub netkernel: Option<PathBuf>,
+
+    /// Only these benchmarks (see --list); redis, for example, stands for all of redis-*
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub only: Vec<String>,
+
+    /// How often each is measured on each side [default: 5, with --quick 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: Option<u32>,
+
+    /// Seconds of one measurement [default: 3, with --quick 1]
+    #[arg(long, value_name = "S", value_parser = parse_seconds)]
+    pub seconds: Option<f64>,
+
+    /// The cores: one for the server and the engine and one for its client, or what the scheduler likes
+    #[arg(long, value_enum, value_name = "WHICH", default_value = "split")]
+    pub placement: Placement,
+
+    /// Write the raw series, the results and the facts about the machine to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// Draw the ratios to this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+
+    /// List the benchmarks, and measure nothing
+    #[arg(long)]
+    pub list: bool,
+
+    /// Fewer, shorter measurements: a look, not a result
+    #[arg(long)]
+    pub quick: bool,
+
+    /// Exit with 1 unless every promise is kept and nothing was left out
+    #[arg(long)]
+    pub check: bool,
+}
+
+impl From<MemoryArgs> for BenchArgs {
+    fn from(args: MemoryArgs) -> BenchArgs {
+        let MemoryArgs { netkernel, only, rounds, seconds, placement, json, plot, list, quick, check } = args;
+        BenchArgs {
+            netkernel,
+            only,
+            rounds,
+            seconds,
+            connections: None,
+            stack: "shm".into(),
+            placement,
+            attach: Attach::Queued,
+            json,
+            plot,
+            list,
+            quick,
+            check,
+            part: None,
+        }
+    }
+}
+
 impl From<IsolationArgs> for BenchArgs {
     fn from(args: IsolationArgs) -> BenchArgs {
         let IsolationArgs {
@@ -204,6 +282,9 @@ pub fn run_as(args: BenchArgs, prefix: &[&str]) -> Result<()> {
     match args.part {
         Some(Part::Micro(args)) => return micro::run(args),
         Some(Part::Isolation(args)) => return compare(args.into(), prefix, isolation::catalog),
+        Some(Part::Memory(args)) => return compare(args.into(), prefix, bench::memory::catalog),
+        Some(Part::PingServer { port }) => return bench::memory::ping_server(port),
+        Some(Part::PingClient { port, seconds }) => return bench::memory::ping_client(port, seconds),
         Some(Part::IsolationLoad(args)) => return isolation::run_load(&args),
         Some(Part::IdleServer { port }) => return bench::idle_server(port),
         Some(Part::IdleClient { port, count }) => return bench::idle_client(port, count),

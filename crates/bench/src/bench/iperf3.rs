@@ -73,15 +73,15 @@ fn sender(
     Ok((Report::parse(&text)?, exit.cpu_s))
 }
 
-struct Report {
-    gbit_s: f64,
-    gigabytes: f64,
+pub struct Report {
+    pub gbit_s: f64,
+    pub gigabytes: f64,
     retransmits: Value,
     sender_congestion: String,
 }
 
 impl Report {
-    fn parse(text: &str) -> Result<Report> {
+    pub fn parse(text: &str) -> Result<Report> {
         let start = text.find('{').context("iperf3 printed no report")?;
         let report: Value = serde_json::from_str(&text[start..]).context("iperf3's report")?;
         if let Some(error) = report["error"].as_str() {
@@ -120,7 +120,13 @@ impl Report {
     }
 }
 
-fn server(session: &Session, role: Role, side: Side, engine: Option<&Engine>, port: u16) -> Result<Process> {
+pub fn server(
+    session: &Session,
+    role: Role,
+    side: Side,
+    engine: Option<&Engine>,
+    port: u16,
+) -> Result<Process> {
     let mut command = session.command(side, engine, "iperf3");
     command.args(["-s", "-p", &port.to_string()]);
     session.server("iperf3-server", role, engine, command, port)

@@ -2,6 +2,7 @@
 
 mod idle;
 mod iperf3;
+pub(crate) mod memory;
 mod nginx;
 pub(crate) mod redis;
 

@@ -13,7 +13,7 @@ use crate::process::Process;
 use crate::session::{Engine, Role, Session, Side, find_program};
 use crate::sys;
 
-const NEEDS: &[&str] = &["nginx", "wrk"];
+pub const NEEDS: &[&str] = &["nginx", "wrk"];
 
 pub fn benchmarks() -> Vec<Benchmark> {
     vec![
@@ -91,7 +91,7 @@ pub fn server_command(
     Ok(command)
 }
 
-fn server(session: &Session, side: Side, engine: Option<&Engine>, port: u16) -> Result<Process> {
+pub fn server(session: &Session, side: Side, engine: Option<&Engine>, port: u16) -> Result<Process> {
     let directory = session.subdirectory("nginx")?;
     let command = server_command(session, side, engine, port, &directory)?;
     match side {
@@ -190,17 +190,17 @@ impl Live for Web {
 }
 
 #[derive(Debug, PartialEq)]
-struct Report {
-    requests: f64,
-    rate: f64,
+pub struct Report {
+    pub requests: f64,
+    pub rate: f64,
     /// Errors of connections.
-    failed: f64,
+    pub failed: f64,
     /// Answers that are not success.
-    refused: f64,
+    pub refused: f64,
 }
 
 impl Report {
-    fn parse(text: &str) -> Result<Report> {
+    pub fn parse(text: &str) -> Result<Report> {
         let after = |name: &str| text.lines().find_map(|line| line.trim().strip_prefix(name));
         let rate = after("Requests/sec:").and_then(|rest| rest.trim().parse().ok());
         let requests = text.lines().find_map(|line| line.trim().split_once(" requests in ")?.0.parse().ok());

@@ -13,7 +13,7 @@ use crate::process::Process;
 use crate::session::{Engine, Role, Session, Side};
 use crate::{report, sys};
 
-const NEEDS: &[&str] = &["redis-server", "redis-benchmark"];
+pub const NEEDS: &[&str] = &["redis-server", "redis-benchmark"];
 
 pub fn benchmarks() -> Vec<Benchmark> {
     vec![
@@ -79,13 +79,13 @@ fn server(session: &Session, side: Side, engine: Option<&Engine>, port: u16) -> 
 
 /// Requests per second.
 #[derive(Clone, Copy)]
-struct Rates {
-    get: f64,
-    set: f64,
+pub struct Rates {
+    pub get: f64,
+    pub set: f64,
 }
 
 impl Rates {
-    fn parse(text: &str) -> Result<Rates> {
+    pub fn parse(text: &str) -> Result<Rates> {
         let rate = |name: &str| -> Option<f64> {
             let line = text.lines().find(|line| line.trim_start_matches('"').starts_with(name))?;
             line.split(',').nth(1)?.trim().trim_matches('"').parse().ok()
@@ -97,7 +97,7 @@ impl Rates {
     }
 
     /// Of as many of the one as of the other.
-    fn both(self) -> f64 {
+    pub fn both(self) -> f64 {
         2.0 / (1.0 / self.get + 1.0 / self.set)
     }
 }
