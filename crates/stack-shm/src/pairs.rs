@@ -13,7 +13,7 @@ use crate::inbox::lock;
 use crate::link::Side;
 
 /// Memories that one guest may be part of: a bound for what it can make the engine hold, and its processes map.
-const MOST: usize = 32;
+const MOST: usize = 16;
 
 /// Names a guest among all that ever were of one hub.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -61,7 +61,9 @@ impl Pairs {
         let memory = match state.between.get(&guests) {
             Some(memory) => Arc::clone(memory),
             None => {
-                let of = |guest| state.between.keys().filter(|(a, b)| *a == guest || *b == guest).count();
+                // Also those of guests that are over, whose peers have not closed.
+                let all: Vec<_> = state.by_number.values().filter_map(Weak::upgrade).collect();
+                let of = |guest| all.iter().filter(|memory| memory.is_of(guest)).count();
                 if of(a) >= MOST || of(b) >= MOST {
                     return Err("one of them shares memory with many other guests already");
                 }
@@ -90,9 +92,7 @@ impl Pairs {
     pub fn descriptor(&self, guest: Serial, number: u32) -> io::Result<Option<OwnedFd>> {
         let memory = lock(&self.state).by_number.get(&number).and_then(Weak::upgrade);
         match memory {
-            Some(memory) if memory.guests.0 == guest || memory.guests.1 == guest => {
-                memory.shared.as_fd().try_clone_to_owned().map(Some)
-            }
+            Some(memory) if memory.is_of(guest) => memory.shared.as_fd().try_clone_to_owned().map(Some),
             _ => Ok(None),
         }
     }
@@ -112,6 +112,12 @@ impl Pairs {
         drop(state);
         // Unmapped without the lock.
         drop(gone);
+    }
+}
+
+impl Memory {
+    fn is_of(&self, guest: Serial) -> bool {
+        self.guests.0 == guest || self.guests.1 == guest
     }
 }
 
