@@ -17,6 +17,8 @@ struct Kind {
     check: Box<Check>,
     make: Box<Make>,
     direct: Option<Box<Direct>>,
+    /// Which NSMs of the kind may have more instances than one for each switch thread.
+    many: fn(&NsmConfig) -> bool,
 }
 
 /// How a stack of each kind is checked and made: the place where concrete stacks are registered. The error texts are one
@@ -40,7 +42,7 @@ impl StackKinds {
         check: impl Fn(&NsmConfig) -> Result<(), String> + Send + Sync + 'static,
         make: impl Fn(&NsmConfig) -> Result<Box<dyn Stack>, String> + Send + Sync + 'static,
     ) {
-        let kind_of = Kind { check: Box::new(check), make: Box::new(make), direct: None };
+        let kind_of = Kind { check: Box::new(check), make: Box::new(make), direct: None, many: |_| false };
         self.kinds.insert(kind.into(), Arc::new(kind_of));
     }
 
@@ -54,6 +56,18 @@ impl StackKinds {
         if let Some(kind) = self.kinds.get_mut(kind).and_then(Arc::get_mut) {
             kind.direct = Some(Box::new(direct));
         }
+    }
+
+    /// Of this kind, registered before, there may be any number of instances for the NSMs that `many` says yes to: each
+    /// guest's relay has its own then. The others' relays borrow the switch thread's.
+    pub fn register_many(&mut self, kind: &str, many: fn(&NsmConfig) -> bool) {
+        if let Some(kind) = self.kinds.get_mut(kind).and_then(Arc::get_mut) {
+            kind.many = many;
+        }
+    }
+
+    pub(crate) fn has_many(&self, nsm: &NsmConfig) -> bool {
+        self.kind(nsm).is_ok_and(|kind| (kind.many)(nsm))
     }
 
     /// Whether this kind has sockets to give away.
@@ -118,6 +132,8 @@ impl Default for StackKinds {
                 Ok(Box::new(DirectSockets::new(kernel(nsm))?) as Box<dyn Sockets>)
             });
         }
+        // Guests that are joined in memory are known by the switch thread's stack.
+        kinds.register_many("kernel", |nsm| !nsm.memory);
         fn smoltcp(nsm: &NsmConfig) -> SmoltcpConfig {
             SmoltcpConfig { netns: nsm.netns.clone(), ..nsm.smoltcp.clone().unwrap_or_default() }
         }

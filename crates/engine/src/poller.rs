@@ -20,6 +20,8 @@ pub enum Source {
     Placeholder(u32, u32),
     /// The keeper thread has something to tell.
     Keeper,
+    /// A guest's relay wants something of the stack.
+    Relay(u32),
 }
 
 impl Source {
@@ -32,6 +34,7 @@ impl Source {
             Source::Process(slot, number) => (4, slot, number),
             Source::Placeholder(slot, number) => (5, slot, number),
             Source::Keeper => (6, 0, 0),
+            Source::Relay(slot) => (7, slot, 0),
         };
         kind << 56 | (slot as u64 & 0xff_ffff) << 32 | number as u64
     }
@@ -45,7 +48,8 @@ impl Source {
             3 => Source::Channel(slot, number),
             4 => Source::Process(slot, number),
             5 => Source::Placeholder(slot, number),
-            _ => Source::Keeper,
+            6 => Source::Keeper,
+            _ => Source::Relay(slot),
         }
     }
 }
@@ -84,6 +88,14 @@ impl Poller {
         self.add(fd, libc::EPOLLHUP | libc::EPOLLET, source)
     }
 
+    /// Of a descriptor that others have, too, so that closing it would not do.
+    pub fn remove(&self, fd: RawFd) {
+        // SAFETY: takes integers and no event.
+        unsafe {
+            libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut());
+        }
+    }
+
     fn add(&self, fd: RawFd, interest: i32, source: Source) -> io::Result<()> {
         let mut event = libc::epoll_event { events: interest as u32, u64: source.pack() };
         // SAFETY: event is valid for reads; a bad descriptor is an error.
@@ -117,6 +129,7 @@ mod tests {
             Source::Process(4, u32::MAX),
             Source::Placeholder(5, 32767),
             Source::Keeper,
+            Source::Relay(0xff_ffff),
         ] {
             assert_eq!(Source::unpack(source.pack()), source);
         }

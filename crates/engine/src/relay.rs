@@ -1,4 +1,7 @@
 //! Guests with a relay: Unix sockets that behave as the INET sockets of their stack.
+//!
+//! The relay has a stack of its own where the kind allows several; else it borrows the switch thread's, in which its sockets
+//! are the guest's beside those of the queues.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -8,27 +11,32 @@ use std::time::Duration;
 use netkernel_agent::notify::Listener;
 use netkernel_agent::{Counters, Settings};
 use netkernel_relay::{Link, Relay, RelaySocket, Start};
-use netkernel_service::Policed;
+use netkernel_service::{Policed, Stack, key};
 use netkernel_shm::fds;
+use netkernel_stack_lent::{Lender, lend};
 
 use crate::NsmConfig;
 use crate::direct::Direct;
 use crate::engine::Shared;
 use crate::status::SocketStatus;
 
+/// Marks the numbers of relayed sockets in a guest's keys; a region has fewer.
+pub(crate) const KEYS: u32 = 1 << 31;
+
 /// How long a control call waits for a relay, which its guest may have stopped.
 const ANSWER: Duration = Duration::from_secs(1);
 
 /// Starts the relay's thread, which is the guest's agent too. Returns the end of a pair that hangs up when the thread
-/// ends; closing it ends the thread and resets the guest's connections.
+/// ends; closing it ends the thread and resets the guest's connections. A lender is what the calling switch thread serves.
 pub(crate) fn start(
     shared: &Arc<Shared>,
     guest: u32,
+    slot: u32,
     nsm: &NsmConfig,
     listener: Listener,
     settings: Settings,
     behind_preload: bool,
-) -> io::Result<(OwnedFd, Direct)> {
+) -> io::Result<(OwnedFd, Direct, Option<Lender>)> {
     let (ours, end) = fds::pair(libc::SOCK_STREAM | libc::SOCK_CLOEXEC)?;
     let counters = Arc::new(Counters::default());
     let link = Link::new()?;
@@ -42,10 +50,20 @@ pub(crate) fn start(
         spin_ns: shared.config.spin_us.saturating_mul(1000),
     };
     let limits = shared.limits(guest);
+    let (lender, lent) = if shared.config.kinds.has_many(nsm) {
+        (None, None)
+    } else {
+        let (lender, lent) = lend(key(slot, KEYS))?;
+        (Some(lender), Some(lent))
+    };
     let (kinds, nsm, own) = (shared.config.kinds.clone(), nsm.clone(), link.clone());
     std::thread::Builder::new().name("nk-relay".into()).stack_size(512 << 10).spawn(move || {
         // What goes wrong here closes the listener: the guest's sockets fail with ENOSYS, and nothing waits.
-        let relay = kinds.make(&nsm).and_then(|stack| {
+        let stack = match lent {
+            Some(lent) => Ok(Box::new(lent) as Box<dyn Stack>),
+            None => kinds.make(&nsm),
+        };
+        let relay = stack.and_then(|stack| {
             let stack = Box::new(Policed::new(stack, limits));
             Relay::new(start, stack, own).map_err(|error| format!("no descriptors: {error}"))
         });
@@ -54,7 +72,7 @@ pub(crate) fn start(
             Err(reason) => log::error!("guest {guest}: no relay, so that it has no sockets: {reason}"),
         }
     })?;
-    Ok((ours, Direct { counters, behind_preload, relay: Some(link) }))
+    Ok((ours, Direct { counters, behind_preload, relay: Some(link) }, lender))
 }
 
 /// The sockets of a relay; none when it does not answer in time.

@@ -20,6 +20,7 @@ use netkernel_agent::notify::Listener;
 use netkernel_ring::spin::{Polling, Spin};
 use netkernel_service::{Host, Limits, Member, Observed, Ready, Service, Stack, Stages, Table, Violation};
 use netkernel_shm::{Region, fds};
+use netkernel_stack_lent::Lender;
 
 use crate::EngineError;
 use crate::bury::{bury, stays_empty};
@@ -45,6 +46,8 @@ const RUN_BATCH: usize = 64;
 const READY_BATCH: usize = 256;
 /// Channel messages of one guest between two looks at the others.
 const CHANNEL_BATCH: usize = 64;
+/// What one relay asks for that is done between two looks at the others.
+const RELAY_BATCH: usize = 64;
 /// Turns with work between two looks at the main epoll instance, and what is done between them at most, in bytes (see
 /// [`Service::begin_turn`]): guests that are not polled wait for that look.
 const EPOLL_EVERY: u32 = 16;
@@ -96,6 +99,8 @@ struct Guest {
     last_active_ns: u64,
     stages: Stages,
     has_agent: bool,
+    /// What its relay borrows the stack by.
+    lender: Option<Lender>,
     /// Sockets that were handed over.
     handed: Handed,
     /// All processes are gone; since when.
@@ -500,6 +505,10 @@ impl Worker {
         for report in &ready {
             let (slot, id) = ((report.key >> 32) as u32, report.key as u32);
             let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { continue };
+            if id & relay::KEYS != 0 {
+                guest.lender.iter().for_each(|lender| lender.report(*report));
+                continue;
+            }
             let Some(module) = &mut self.modules[nsm] else { break };
             let spent = guest.service.spent();
             let result = guest.service.ready(&mut *module.stack, id, report.readiness);
@@ -561,6 +570,15 @@ impl Worker {
                 }
             }
             Source::Keeper => self.keeper_reports(),
+            Source::Relay(slot) => self.serve_relay(slot),
+        }
+    }
+
+    /// Does what a guest's relay asks of the stack.
+    fn serve_relay(&mut self, slot: u32) {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        if let (Some(lender), Some(module)) = (&mut guest.lender, &mut self.modules[guest.nsm]) {
+            lender.serve(&mut *module.stack, RELAY_BATCH);
         }
     }
 
@@ -850,6 +868,7 @@ impl Worker {
             last_active_ns: self.now_ns,
             stages: Stages::default(),
             has_agent: false,
+            lender: None,
             handed: Handed::default(),
             over_since: None,
         }));
@@ -1056,9 +1075,14 @@ impl Worker {
             no_streams: queued_only,
         };
         // What goes wrong here ends the listener: the guest's sockets fail with ENOSYS, and nothing waits.
-        let start = if message.c == 1 { relay::start } else { direct::start };
-        let started = start(&self.shared, guest.id, nsm, listener, settings, message.b == 1);
-        let (end, agent) = match started {
+        let behind_preload = message.b == 1;
+        let started = if message.c == 1 {
+            relay::start(&self.shared, guest.id, slot, nsm, listener, settings, behind_preload)
+        } else {
+            direct::start(&self.shared, guest.id, nsm, listener, settings, behind_preload)
+                .map(|(end, agent)| (end, agent, None))
+        };
+        let (end, agent, lender) = match started {
             Ok(started) => started,
             Err(error) => {
                 log::error!("guest {}: its agent cannot start: {error}", guest.id);
@@ -1069,6 +1093,10 @@ impl Worker {
         if self.poller.add_hangup(end.as_raw_fd(), Source::Process(slot, number as u32)).is_ok() {
             guest.processes[number] = Some(Process { tag: 0, pair: end });
             guest.has_agent = true;
+            // Without the bell the relay would wait for ever: its half is told with the other one's end.
+            guest.lender = lender.filter(|lender| {
+                self.poller.add_readable(lender.bell(), Source::Relay(slot)).is_ok()
+            });
             if message.c != 1 && self.shared.config.kinds.has_direct(nsm) {
                 guest.service.prepare_hand_over();
             }
@@ -1215,6 +1243,10 @@ impl Worker {
         let Some(mut guest) = self.guests.get_mut(slot as usize).and_then(Option::take) else { return };
         self.hot.retain(|&hot| hot != slot);
         if let Some(module) = &mut self.modules[guest.nsm] {
+            if let Some(lender) = &mut guest.lender {
+                self.poller.remove(lender.bell());
+                lender.end(&mut *module.stack);
+            }
             guest.service.end(&mut *module.stack);
             module.stack.guest_over(slot);
             module.guests -= 1;
