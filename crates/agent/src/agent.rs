@@ -78,6 +78,11 @@ pub struct Counters {
     pub refused: AtomicU64,
     /// Sockets that were let through unserved.
     pub let_through: AtomicU64,
+    /// What relayed sockets carried: payload bytes that the program was given and that it sent, and connections that were
+    /// accepted or made. (What kernel sockets carry, the kernel counts.)
+    pub bytes_in: AtomicU64,
+    pub bytes_out: AtomicU64,
+    pub connections: AtomicU64,
     /// Threads that asked, as far as they are not known to be dead.
     processes: Mutex<BTreeSet<u32>>,
 }

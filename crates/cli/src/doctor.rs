@@ -42,6 +42,8 @@ struct ProgramFinding {
     served: bool,
     /// `preload`, `direct`, or nothing.
     how: Option<&'static str>,
+    /// The same on stacks that are not the kernel's: `preload`, `relay`, or nothing.
+    how_elsewhere: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
 }
@@ -72,7 +74,8 @@ fn examine(program: program::Program) -> ProgramFinding {
         Some(_) if report.privileged && sys::effective_uid() != 0 => None,
         Some(_) => netkernel_agent::filter::available().then_some("direct"),
     };
-    ProgramFinding { report, served: how.is_some(), how, reason }
+    let how_elsewhere = if how == Some("direct") { Some("relay") } else { how };
+    ProgramFinding { report, served: how.is_some(), how, how_elsewhere, reason }
 }
 
 fn print_program(program: &ProgramFinding) -> io::Result<()> {
@@ -103,7 +106,7 @@ fn print_program(program: &ProgramFinding) -> io::Result<()> {
     match &program.reason {
         Some(reason) if program.how == Some("direct") => writeln!(
             out,
-            "verdict   served directly, by the seccomp agent ({reason}): netkernel run -- {}",
+            "verdict   served directly, by the seccomp agent, or by relay if the stack is not the kernel's ({reason}): netkernel run -- {}",
             report.program.display()
         ),
         None => writeln!(out, "verdict   served by preload: netkernel run -- {}", report.program.display()),
@@ -144,6 +147,7 @@ fn host(args: &DoctorArgs) -> Vec<Finding> {
         memfd(),
         pidfd(),
         seccomp(),
+        relay(),
         namespaces(),
         io_uring(),
         shared_sockets(),
@@ -287,8 +291,8 @@ fn memfd() -> Finding {
 
 fn pidfd() -> Finding {
     match sys::try_pidfd() {
-        Ok(()) => ok("pidfd", "works (not needed yet)"),
-        Err(e) => warn("pidfd", format!("fails: {e}"), "later versions want pidfd_open"),
+        Ok(()) => ok("pidfd", "works"),
+        Err(e) => warn("pidfd", format!("fails: {e}"), "programs cannot be relayed without pidfd_open"),
     }
 }
 
@@ -302,6 +306,25 @@ fn seccomp() -> Finding {
             "no user notification",
             "static and Go programs cannot be served: Linux 5.14 or later with CONFIG_SECCOMP_FILTER is needed",
         ),
+    }
+}
+
+/// What a relay does with its program: it reads its memory and duplicates its descriptors, as a debugger would.
+fn relay() -> Finding {
+    if !netkernel_agent::filter::available() || sys::try_pidfd().is_err() {
+        return warn(
+            "relay",
+            "static and Go programs are served on no stack but the kernel's, if there",
+            "see the lines on seccomp and pidfd",
+        );
+    }
+    match read_number("/proc/sys/kernel/yama/ptrace_scope") {
+        Some(scope) if scope > 0 && sys::effective_uid() != 0 => warn(
+            "relay",
+            format!("kernel.yama.ptrace_scope is {scope}: an engine of yours may not read your programs"),
+            "use an engine that runs as root, or sysctl kernel.yama.ptrace_scope=0",
+        ),
+        _ => ok("relay", "static and Go programs can be served on stacks that are not the kernel's"),
     }
 }
 

@@ -67,7 +67,7 @@ pub fn explain(args: &ExplainArgs) -> Result<()> {
         }
         writeln!(
             out,
-            "  payload through the queues: {} bytes in, {} bytes out",
+            "  payload by queues and relay: {} bytes in, {} bytes out",
             count("bytes_in"),
             count("bytes_out")
         )?;

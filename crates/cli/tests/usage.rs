@@ -54,14 +54,18 @@ fn each_byte_is_counted_once_also_when_the_engine_is_started_anew() {
     let (socket, client) = (place.socket(), place.file("client.py", CLIENT));
     let (socket, port) = (socket.to_str().unwrap(), echo().to_string());
     let up = || place.up(&["--socket", socket, "--config", config.to_str().unwrap()]);
-    let run = |stack: &str, bytes: &str| {
-        let args = ["run", "--socket", socket, "--stack", stack, "--", "python3", client.to_str().unwrap()];
+    let attached = |attach: &str, stack: &str, bytes: &str| {
+        let args = ["run", "--socket", socket, "--attach", attach, "--stack", stack, "--", "python3"];
+        let args = [&args[..], &[client.to_str().unwrap()]].concat();
         place.run(&[&args[..], &[&port, bytes]].concat()).succeeds();
     };
 
+    let run = |stack: &str, bytes: &str| attached("auto", stack, bytes);
+
     let engine = up();
     run("dear", "1000000");
-    run("dear", "500000");
+    // Another way for the same bytes.
+    attached("relay", "dear", "500000");
     run("free", "7");
     until("all guests are over", || {
         usage(&place, &["--by", "nsm", "--format", "json"]).contains("\"bytes_in\": 7")

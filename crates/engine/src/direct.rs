@@ -65,7 +65,7 @@ pub(crate) fn sockets(
     census: &Census,
 ) -> Vec<SocketStatus> {
     if direct.relay.is_some() {
-        return relay::sockets(guest, direct);
+        return relay::sockets(shared, guest, nsm, direct);
     }
     let Some(Ok(maker)) = shared.config.kinds.direct(nsm) else { return Vec::new() };
     let mut found = Vec::new();

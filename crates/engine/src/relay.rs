@@ -11,7 +11,7 @@ use std::time::Duration;
 use netkernel_agent::notify::Listener;
 use netkernel_agent::{Counters, Settings};
 use netkernel_relay::{Link, Relay, RelaySocket, Start};
-use netkernel_service::{Policed, Stack, key};
+use netkernel_service::{Policed, RELAYED, Stack, key};
 use netkernel_shm::fds;
 use netkernel_stack_lent::{Lender, lend};
 
@@ -19,9 +19,6 @@ use crate::NsmConfig;
 use crate::direct::Direct;
 use crate::engine::Shared;
 use crate::status::SocketStatus;
-
-/// Marks the numbers of relayed sockets in a guest's keys; a region has fewer.
-pub(crate) const KEYS: u32 = 1 << 31;
 
 /// How long a control call waits for a relay, which its guest may have stopped.
 const ANSWER: Duration = Duration::from_secs(1);
@@ -53,12 +50,12 @@ pub(crate) fn start(
     let (lender, lent) = if shared.config.kinds.has_many(nsm) {
         (None, None)
     } else {
-        let (lender, lent) = lend(key(slot, KEYS))?;
+        let (lender, lent) = lend(key(slot, RELAYED))?;
         (Some(lender), Some(lent))
     };
     let (kinds, nsm, own) = (shared.config.kinds.clone(), nsm.clone(), link.clone());
     std::thread::Builder::new().name("nk-relay".into()).stack_size(512 << 10).spawn(move || {
-        // What goes wrong here closes the listener: the guest's sockets fail with ENOSYS, and nothing waits.
+        // What goes wrong here closes the listener: the guest's sockets fail, and nothing waits.
         let stack = match lent {
             Some(lent) => Ok(Box::new(lent) as Box<dyn Stack>),
             None => kinds.make(&nsm),
@@ -76,18 +73,30 @@ pub(crate) fn start(
 }
 
 /// The sockets of a relay; none when it does not answer in time.
-pub(crate) fn sockets(guest: u32, direct: &Direct) -> Vec<SocketStatus> {
+pub(crate) fn sockets(shared: &Shared, guest: u32, nsm: &NsmConfig, direct: &Direct) -> Vec<SocketStatus> {
     let Some(link) = &direct.relay else { return Vec::new() };
     let found = link.sockets().recv_timeout(ANSWER).unwrap_or_default();
-    let reason = if direct.behind_preload {
+    let past = if direct.behind_preload {
         "made past the preloaded library"
     } else {
         "the guest has no preloaded library"
     };
-    found.into_iter().map(|socket| status(guest, socket, reason)).collect()
+    let why = if !shared.config.kinds.has_direct(nsm) {
+        ", and the stack has no kernel sockets to give"
+    } else if shared.needs_queues(guest) {
+        ", and kernel sockets would pass the tenant's limits by"
+    } else {
+        ""
+    };
+    let reason = format!("{past}{why}");
+    found.into_iter().map(|socket| status(guest, socket, &reason)).collect()
 }
 
-fn status(guest: u32, socket: RelaySocket, reason: &'static str) -> SocketStatus {
+fn status(guest: u32, socket: RelaySocket, reason: &str) -> SocketStatus {
+    let reason = match &socket.way {
+        Some(way) => format!("{reason}; {way}"),
+        None => reason.to_owned(),
+    };
     SocketStatus {
         guest,
         id: socket.inode as u32,

@@ -12,13 +12,15 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::fence;
+use std::sync::atomic::{AtomicU64, fence};
 
 use netkernel_abi::control::{Message, kind};
-use netkernel_agent::Settings;
 use netkernel_agent::notify::Listener;
+use netkernel_agent::{Counters, Settings};
 use netkernel_ring::spin::{Polling, Spin};
-use netkernel_service::{Host, Limits, Member, Observed, Ready, Service, Stack, Stages, Table, Violation};
+use netkernel_service::{
+    Host, Limits, Member, Observed, RELAYED, Ready, Service, Stack, Stages, Table, Violation,
+};
 use netkernel_shm::{Region, fds};
 use netkernel_stack_lent::Lender;
 
@@ -99,6 +101,8 @@ struct Guest {
     last_active_ns: u64,
     stages: Stages,
     has_agent: bool,
+    /// What its agent did, once it has one.
+    agent: Option<Arc<Counters>>,
     /// What its relay borrows the stack by.
     lender: Option<Lender>,
     /// Sockets that were handed over.
@@ -505,7 +509,7 @@ impl Worker {
         for report in &ready {
             let (slot, id) = ((report.key >> 32) as u32, report.key as u32);
             let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { continue };
-            if id & relay::KEYS != 0 {
+            if id & RELAYED != 0 {
                 guest.lender.iter().for_each(|lender| lender.report(*report));
                 continue;
             }
@@ -868,6 +872,7 @@ impl Worker {
             last_active_ns: self.now_ns,
             stages: Stages::default(),
             has_agent: false,
+            agent: None,
             lender: None,
             handed: Handed::default(),
             over_since: None,
@@ -897,16 +902,16 @@ impl Worker {
 
     fn status(&self) -> Vec<GuestStatus> {
         let status = |guest: &Guest| {
-            let stats = guest.service.stats();
+            let (stats, usage) = (guest.service.stats(), usage(guest));
             GuestStatus {
                 id: guest.id,
                 processes: guest.processes.iter().flatten().count(),
                 sockets: stats.sockets as usize,
                 queue_sets: guest.service.queue_sets(),
-                bytes_in: stats.bytes_in,
-                bytes_out: stats.bytes_out,
-                operations: stats.operations,
-                connections: stats.connections,
+                bytes_in: usage.bytes_in,
+                bytes_out: usage.bytes_out,
+                operations: usage.operations,
+                connections: usage.connections,
                 events: stats.events,
                 region_bytes: guest.service.region().bytes(),
                 ring_bytes: stats.ring_bytes,
@@ -1094,12 +1099,12 @@ impl Worker {
             guest.processes[number] = Some(Process { tag: 0, pair: end });
             guest.has_agent = true;
             // Without the bell the relay would wait for ever: its half is told with the other one's end.
-            guest.lender = lender.filter(|lender| {
-                self.poller.add_readable(lender.bell(), Source::Relay(slot)).is_ok()
-            });
+            guest.lender =
+                lender.filter(|lender| self.poller.add_readable(lender.bell(), Source::Relay(slot)).is_ok());
             if message.c != 1 && self.shared.config.kinds.has_direct(nsm) {
                 guest.service.prepare_hand_over();
             }
+            guest.agent = Some(Arc::clone(&agent.counters));
             self.shared.has_agent(guest.id, agent);
         }
         Ok(())
@@ -1289,13 +1294,17 @@ fn pids(processes: &[Option<Process>]) -> Vec<u32> {
     programs.filter_map(|process| sockets::process_of(&process.pair)).collect()
 }
 
+/// What went through the queues, and through the relay.
 fn usage(guest: &Guest) -> Usage {
     let stats = guest.service.stats();
+    let relayed = |count: fn(&Counters) -> &AtomicU64| {
+        guest.agent.as_ref().map_or(0, |counters| count(counters).load(Relaxed))
+    };
     Usage {
-        bytes_in: stats.bytes_in,
-        bytes_out: stats.bytes_out,
+        bytes_in: stats.bytes_in + relayed(|counters| &counters.bytes_in),
+        bytes_out: stats.bytes_out + relayed(|counters| &counters.bytes_out),
         operations: stats.operations,
-        connections: stats.connections,
+        connections: stats.connections + relayed(|counters| &counters.connections),
         // Known to the registry.
         lived_ms: 0,
     }

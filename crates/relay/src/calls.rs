@@ -329,6 +329,7 @@ impl Relay {
             }
         }
         socket.state = State::Connected;
+        self.start.counters.connections.fetch_add(1, Relaxed);
         socket.end_readable = true;
         socket.stack_readable = true;
         socket.stack_writable = true;
@@ -467,6 +468,7 @@ impl Relay {
         match self.stack.accept(handle, Relay::key(new)) {
             Ok(accepted) => {
                 self.insert(new, accepted.handle, domain, kind);
+                self.start.counters.connections.fetch_add(1, Relaxed);
                 if let Some(Some(socket)) = self.sockets.get_mut(new as usize) {
                     socket.state = State::Connected;
                     socket.abort = abort;

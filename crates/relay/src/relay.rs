@@ -358,8 +358,20 @@ impl Relay {
         } else {
             self.pump_datagrams(id);
         }
+        self.count(id);
         self.ask_for_room(id);
         self.retry(id, generation);
+    }
+
+    /// Adds what the socket carried to the guest's totals.
+    fn count(&mut self, id: u32) {
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        let now = (socket.bytes_in, socket.bytes_out);
+        let before = std::mem::replace(&mut socket.counted, now);
+        if before != now {
+            self.start.counters.bytes_in.fetch_add(now.0 - before.0, Relaxed);
+            self.start.counters.bytes_out.fetch_add(now.1 - before.1, Relaxed);
+        }
     }
 
     /// Whoever reads makes room, and would wake this thread each time: that is asked for only when room is missing.
@@ -537,6 +549,7 @@ impl Relay {
     /// Nothing is left of the socket but what the stack sends in the background.
     pub(crate) fn remove(&mut self, id: u32, how: Close) {
         self.fail_waiting(id, Errno(libc::EBADF));
+        self.count(id);
         let Some(socket) = self.sockets.get_mut(id as usize).and_then(Option::take) else { return };
         for &(id, _) in &socket.returned {
             self.remove(id, Close::Abort);
@@ -724,6 +737,7 @@ fn describe(stack: &mut dyn Stack, socket: &mut Socket) -> RelaySocket {
         congestion_control,
         bytes_in: socket.bytes_in,
         bytes_out: socket.bytes_out,
+        way: stack.way(socket.handle),
         unread_bytes: socket.down.len() as u32,
         unsent_bytes: socket.up.len() as u32,
         receive_queue,

@@ -141,6 +141,8 @@ pub struct Socket {
     pub waiters: Vec<u32>,
     pub bytes_in: u64,
     pub bytes_out: u64,
+    /// So much of it stands in the guest's totals.
+    pub counted: (u64, u64),
 }
 
 impl Socket {
@@ -188,6 +190,7 @@ impl Socket {
             waiters: Vec::new(),
             bytes_in: 0,
             bytes_out: 0,
+            counted: (0, 0),
         }
     }
 
@@ -216,6 +219,8 @@ pub struct RelaySocket {
     pub local: Option<SocketAddress>,
     pub peer: Option<SocketAddress>,
     pub congestion_control: Option<String>,
+    /// Which way the stack serves it, if it has several.
+    pub way: Option<String>,
     pub bytes_in: u64,
     pub bytes_out: u64,
     pub unread_bytes: u32,

@@ -287,6 +287,10 @@ impl Stack for Policed {
         self.inner.wake_fd()
     }
 
+    fn way(&mut self, handle: Handle) -> Option<String> {
+        self.inner.way(handle)
+    }
+
     fn deadline_ns(&self) -> Option<u64> {
         let own = (!self.waiting.is_empty()).then_some(self.next);
         [own, self.inner.deadline_ns()].into_iter().flatten().min()

@@ -42,6 +42,10 @@ pub const fn key(guest: u32, socket: u32) -> u64 {
     (guest as u64) << 32 | socket as u64
 }
 
+/// In the lower half of a key: the socket is not ServiceLib's, but of somebody who drives the stack by its calls alone (a
+/// guest's relay). Regions have fewer sockets than this.
+pub const RELAYED: u32 = 1 << 31;
+
 /// What changed. All of it is a hint: the operation that follows tells the truth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Readiness(pub u8);

@@ -32,7 +32,8 @@ type Call = Box<dyn FnOnce(&mut dyn Stack, &mut Kept) + Send>;
 /// Makes the two halves. `keys`: the stack knows the borrowed sockets by keys of this value with bits of the lower 31 set, so
 /// that it must have none there itself.
 pub fn lend(keys: u64) -> io::Result<(Lender, Lent)> {
-    let shared = Arc::new(Shared { calls: Bell::new()?, reports: Bell::new()?, gone: AtomicBool::new(false) });
+    let shared =
+        Arc::new(Shared { calls: Bell::new()?, reports: Bell::new()?, gone: AtomicBool::new(false) });
     Ok((Lender::new(Arc::clone(&shared), keys), Lent::new(shared)))
 }
 

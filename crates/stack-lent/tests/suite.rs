@@ -14,7 +14,8 @@ use netkernel_stack_suite::{Rig, Subject};
 fn drive(mut lender: Lender, mut stack: Box<dyn Stack>) {
     let mut ready = Vec::new();
     while !lender.is_over() {
-        let timeout = stack.deadline_ns().map_or(-1, |due| due.saturating_sub(now_ns()).div_ceil(1_000_000) as i32);
+        let timeout =
+            stack.deadline_ns().map_or(-1, |due| due.saturating_sub(now_ns()).div_ceil(1_000_000) as i32);
         let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let mut entries = [entry(lender.bell()), entry(stack.wake_fd().unwrap_or(-1))];
         // SAFETY: two entries, valid during the call.

@@ -4,8 +4,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use netkernel_service::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Ready, Received, ReceivedDatagram,
-    Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
+    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, RELAYED, Ready, Received,
+    ReceivedDatagram, Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
 };
 
 use crate::hub::{Hub, Listener, NOBODY, Network, Person, Waiting, canonical, destination, of_domain};
@@ -138,7 +138,12 @@ impl ShmStack {
     }
 
     fn person(&self, key: u64) -> Person {
-        self.people.get((key >> 32) as usize).cloned().unwrap_or_else(Person::unknown)
+        let mut person = self.people.get((key >> 32) as usize).cloned().unwrap_or_else(Person::unknown);
+        if key as u32 & RELAYED != 0 {
+            // Whoever reads and writes there maps no memory.
+            person.limits = None;
+        }
+        person
     }
 
     /// Connects in memory. `Ok(None)`: the fallback's affair, and why stands in `way`.
