@@ -96,6 +96,23 @@ int main(int argc, char **argv) {
         return 0;
     }
     if (!strcmp(how, "take")) { int fd = receive_fd(0); echo(fd, fd); return 0; }
+    if (!strcmp(how, "take-ready")) { if (write(0, "r", 1) != 1) die("ready"); int fd = receive_fd(0); echo(fd, fd); return 0; }
+    if (!strcmp(how, "take-listener")) {
+        if (write(0, "r", 1) != 1) die("ready");
+        int from = receive_fd(0);
+        for (int n = 0; n < 2; n++) { int fd = accept(from, 0, 0); if (fd < 0) die("accept"); echo(fd, fd); close(fd); }
+        return 0;
+    }
+    if (!strcmp(how, "take-datagram")) {
+        char b[64];
+        if (write(0, "r", 1) != 1) die("ready");
+        struct sockaddr_in from;
+        socklen_t length = sizeof from;
+        int fd = receive_fd(0);
+        ssize_t n = recvfrom(fd, b, sizeof b, 0, (void *)&from, &length);
+        if (n < 0 || sendto(fd, b, n, 0, (void *)&from, length) != n) die("datagram");
+        return 0;
+    }
     if (!strcmp(how, "listen-fds")) {
         char pid[16];
         put(listener(), 3);
@@ -161,13 +178,28 @@ int main(int argc, char **argv) {
         execv(next[0], next);
         die("exec");
     }
-    if (!strcmp(how, "pass")) {
-        int pair[2], from = listener(), fd = accept(from, 0, 0);
+    if (!strncmp(how, "pass", 4)) {
+        /* pass: at once, whatever the child is by then. pass-ready: when the other program runs. pass-read: after a word was
+           read; pass-more: two. pass-listener, pass-datagram, pass-accepted (a listener that accepted). */
+        char b[64];
+        int pair[2], datagram = !strcmp(how, "pass-datagram");
+        struct sockaddr_in any = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+        socklen_t length = sizeof any;
+        int from = datagram ? socket(AF_INET, SOCK_DGRAM, 0) : listener(), fd = from;
+        if (datagram) {
+            if (bind(fd, (void *)&any, sizeof any) || getsockname(fd, (void *)&any, &length)) die("bind");
+            printf("port %d\n", ntohs(any.sin_port));
+        } else if (strcmp(how, "pass-listener") && (fd = accept(from, 0, 0)) < 0) die("accept");
+        if (!strcmp(how, "pass-accepted")) { echo(fd, fd); close(fd); fd = from; }
         socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
         pid_t pid = fork();
         if (!pid) { close(from), close(fd), close(pair[0]); put(pair[1], 0); execv(next[0], next); die("exec"); }
+        close(pair[1]);
+        if (strcmp(how, "pass") && read(pair[0], b, 1) != 1) die("ready");
+        if (!strcmp(how, "pass-read") && (read(fd, b, 6) != 6 || memcmp(b, "first ", 6))) die("first");
         send_fd(pair[0], fd);
         close(fd);
+        if (!strcmp(how, "pass-accepted")) printf("passed\n");
         reap(pid);
         return 0;
     }
@@ -308,12 +340,107 @@ fn a_connection_becomes_standard_input_and_output() {
             let what = format!("{launcher} {how} {server}");
             let mut run = p.launch(&[], &[launcher, how, server, "echo"]);
             let port = run.port();
-            for _ in 0..3 {
-                converse(port, false, &what);
+            for early in [true, false, true] {
+                converse(port, early, &what);
             }
             assert_eq!(run.succeeds(), "", "{what}");
         }
     }
+}
+
+#[test]
+fn what_came_before_the_server_was_there_is_the_servers() {
+    let p = Programs::new("early");
+    let bytes: Vec<u8> = (0..600_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    for (launcher, server) in p.pairs() {
+        let mut run = p.launch(&[], &[launcher, "inetd", server, "echo"]);
+        let port = run.port();
+        // More than fits into any ring, and an end; the same, in pieces; an end only.
+        for (sent, pause) in [(&bytes[..], 0), (&bytes[..90_000], 1), (&[], 0)] {
+            let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            stream.set_read_timeout(Some(WATCHDOG)).unwrap();
+            let mut writer = stream.try_clone().unwrap();
+            let piece = if pause == 0 { sent.len().max(1) } else { 10_000 };
+            let mine = sent.to_vec();
+            let writer = std::thread::spawn(move || {
+                for piece in mine.chunks(piece) {
+                    writer.write_all(piece).unwrap();
+                    std::thread::sleep(std::time::Duration::from_millis(pause));
+                }
+                writer.shutdown(std::net::Shutdown::Write).unwrap();
+            });
+            let mut got = Vec::new();
+            stream.read_to_end(&mut got).unwrap_or_else(|e| panic!("{launcher} {server}: {e}"));
+            writer.join().unwrap();
+            assert!(got.starts_with(b"hello inet\n"), "{launcher} {server}: {}", run.errors());
+            assert!(got[11..] == *sent, "{launcher} {server}: {} of {} bytes", got.len() - 11, sent.len());
+        }
+        assert_eq!(run.succeeds(), "", "{launcher} {server}");
+    }
+}
+
+#[test]
+fn sockets_are_passed_to_programs_with_the_library_and_without() {
+    let p = Programs::new("passed");
+    for (launcher, server) in p.pairs() {
+        for (how, take, early) in
+            [("pass", "take", false), ("pass-ready", "take-ready", false), ("pass-ready", "take-ready", true)]
+        {
+            let what = format!("{launcher} {how} {server} {early}");
+            let mut run = p.launch(&[], &[launcher, how, server, take]);
+            converse(run.port(), early, &what);
+            assert_eq!(run.succeeds(), "", "{what}");
+        }
+        // A part of what came was read already.
+        let mut run = p.launch(&[], &[launcher, "pass-read", server, "take-ready"]);
+        let mut stream = TcpStream::connect(("127.0.0.1", run.port())).unwrap();
+        stream.set_read_timeout(Some(WATCHDOG)).unwrap();
+        stream.write_all(b"first second").unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello inet\nsecond", "{launcher} {server}: {}", run.errors());
+        assert_eq!(run.succeeds(), "", "{launcher} {server}");
+
+        let mut run = p.launch(&[], &[launcher, "pass-listener", server, "take-listener"]);
+        let port = run.port();
+        converse(port, false, server);
+        converse(port, true, server);
+        assert_eq!(run.succeeds(), "", "{launcher} {server}");
+
+        let mut run = p.launch(&[], &[launcher, "pass-accepted", server, "take-listener"]);
+        let port = run.port();
+        converse(port, false, server);
+        // A connection that was accepted ahead would be lost (docs/COMPAT.md, 9).
+        assert_eq!(run.line(), "passed\n", "{launcher} {server}");
+        converse(port, true, server);
+        converse(port, false, server);
+        assert_eq!(run.succeeds(), "", "{launcher} {server}");
+
+        let mut run = p.launch(&[], &[launcher, "pass-datagram", server, "take-datagram"]);
+        let port = run.port();
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_read_timeout(Some(WATCHDOG)).unwrap();
+        // As above: it may not be received into the queues.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        socket.send_to(b"ping", ("127.0.0.1", port)).unwrap();
+        let mut bytes = [0; 16];
+        let n = socket.recv(&mut bytes).unwrap_or_else(|e| panic!("{launcher} {server}: {e}"));
+        assert_eq!(&bytes[..n], b"ping");
+        assert_eq!(run.succeeds(), "");
+    }
+}
+
+#[test]
+fn a_socket_that_the_receiver_could_not_use_is_not_sent() {
+    let p = Programs::new("unsent");
+    let (fixed, dynamic) = (p.fixed.to_str().unwrap(), p.dynamic.to_str().unwrap());
+    let mut run = p.launch(&["--attach", "queued"], &[dynamic, "pass-ready", fixed, "take-ready"]);
+    let _stream = TcpStream::connect(("127.0.0.1", run.port())).unwrap();
+    assert!(!wait(&mut run.child, "the launcher").success());
+    let text = run.errors();
+    assert!(text.contains("does not have the preloaded library"), "{text}");
+    assert!(text.contains("--attach auto") && text.contains("sendmsg: Operation not permitted"), "{text}");
 }
 
 #[test]

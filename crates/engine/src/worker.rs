@@ -1022,9 +1022,9 @@ impl Worker {
                 // Only who may have such sockets of the agent anyway.
                 let fd_of = if guest.has_agent {
                     let service = &mut guest.service;
-                    guest
-                        .handed
-                        .give(message.a, || service.hand_over(&mut *module.stack, message.a, message.b))?
+                    guest.handed.give(message.a, || {
+                        service.hand_over(&mut *module.stack, message.a, message.b, message.c == 1)
+                    })?
                 } else {
                     Err(libc::EPERM)
                 };

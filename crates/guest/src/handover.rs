@@ -20,6 +20,8 @@ use crate::table::{self, Slot};
 
 /// How long a send ring may take to become empty.
 const FLUSH_NS: u64 = 5_000_000_000;
+/// The same, when it does not have to be.
+const FLUSH_SOON_NS: u64 = 50_000_000;
 
 /// One thread at a time exchanges descriptors.
 static EXCHANGING: Lock<()> = Lock::new(());
@@ -60,8 +62,13 @@ fn exchange(program: &CStr, wanted: impl Fn(i32) -> bool, last: bool) {
 }
 
 /// Puts the kernel's socket in the place of the placeholder, under all numbers that it has in this process.
-#[cold]
 pub fn settle(sock: &Sock) -> Result<(), i32> {
+    settle_if(sock, false)
+}
+
+/// As [`settle`]; `unharmed`: not if connections that were accepted ahead would be lost by it (EBUSY).
+#[cold]
+pub fn settle_if(sock: &Sock, unharmed: bool) -> Result<(), i32> {
     let _one = EXCHANGING.lock();
     if table::socket(sock.fd) != Some(sock.id) {
         // Another thread was faster.
@@ -69,10 +76,11 @@ pub fn settle(sock: &Sock) -> Result<(), i32> {
     }
     Sock::fence(sock.guest, sock.id);
     let begin = sys::now_ns();
+    let patience = if unharmed { FLUSH_SOON_NS } else { FLUSH_NS };
     let fd = loop {
         let generation = sock.entry.generation.load(Ordering::Relaxed);
-        match ask(sock.guest, kind::HAND_OVER, sock.id, generation) {
-            Err(libc::EAGAIN) if sys::now_ns() - begin < FLUSH_NS => {
+        match ask(sock.guest, kind::HAND_OVER, sock.id, generation, unharmed.into()) {
+            Err(libc::EAGAIN) if sys::now_ns() - begin < patience => {
                 let pause = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
                 raw!(libc::SYS_nanosleep, &pause as *const libc::timespec, 0);
             }
@@ -97,10 +105,10 @@ pub fn settle(sock: &Sock) -> Result<(), i32> {
 }
 
 /// Asks the engine for a descriptor.
-pub fn ask(guest: &Guest, kind: u32, a: u32, b: u32) -> Result<OwnedFd, i32> {
+pub fn ask(guest: &Guest, kind: u32, a: u32, b: u32, c: u32) -> Result<OwnedFd, i32> {
     let errno = |e: std::io::Error| e.raw_os_error().unwrap_or(libc::EIO);
     let (ours, theirs) = fds::pair(libc::SOCK_STREAM | libc::SOCK_CLOEXEC).map_err(errno)?;
-    guest.channel_send(Message { kind, a, b, ..Message::default() }, &theirs)?;
+    guest.channel_send(Message { kind, a, b, c, ..Message::default() }, &theirs)?;
     drop(theirs);
     let mut poll = libc::pollfd { fd: ours.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     for _ in 0..50 {
@@ -162,7 +170,25 @@ fn prepare(sock: &Sock, fd: &OwnedFd) {
 
 /// Never silently. Whoever reads standard error reads this; the program itself cannot be told.
 fn say(program: &CStr, fd: i32, errno: i32) {
-    let why = match errno {
+    let text = format!(
+        "netkernel: {} cannot use the preloaded library, and socket {fd} cannot be handed over to it: {}\n",
+        program.to_string_lossy(),
+        why(errno)
+    );
+    raw!(libc::SYS_write, 2, text.as_ptr(), text.len());
+}
+
+/// The same of a socket in a message, which is not sent.
+pub fn say_passed(fd: i32, errno: i32) {
+    let text = format!(
+        "netkernel: who receives socket {fd} does not have the preloaded library, and it cannot be handed over: {}\n",
+        why(errno)
+    );
+    raw!(libc::SYS_write, 2, text.as_ptr(), text.len());
+}
+
+fn why(errno: i32) -> &'static str {
+    match errno {
         libc::EPERM => {
             "its guest has no agent (--attach queued, or no filter could be put on): run it with --attach auto"
         }
@@ -171,12 +197,7 @@ fn say(program: &CStr, fd: i32, errno: i32) {
         libc::EAGAIN => "its peer does not take what is still to be sent",
         libc::ENETDOWN => "the engine is gone",
         _ => "it is not to be had",
-    };
-    let text = format!(
-        "netkernel: {} cannot use the preloaded library, and socket {fd} cannot be handed over to it: {why}\n",
-        program.to_string_lossy()
-    );
-    raw!(libc::SYS_write, 2, text.as_ptr(), text.len());
+    }
 }
 
 /// A placeholder means nothing to a program without the library; it would wait for ever. This one is closed already.

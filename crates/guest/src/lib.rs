@@ -12,6 +12,7 @@ mod hooks;
 mod next;
 mod options;
 mod pair;
+mod passing;
 mod poll;
 mod queue;
 mod socket;

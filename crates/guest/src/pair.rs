@@ -100,7 +100,7 @@ fn map_locked(guest: &Guest, number: u32) -> Result<PairView<'static>, i32> {
         return Ok(view);
     }
     // A process at its limit is to notice nothing.
-    let fd = socket::above_the_limit(|| handover::ask(guest, kind::PAIR, number, 0))?;
+    let fd = socket::above_the_limit(|| handover::ask(guest, kind::PAIR, number, 0, 0))?;
     let count = MAPPED.len() as u32;
     let errno = |e: std::io::Error| e.raw_os_error().unwrap_or(libc::ENOMEM);
     for i in 0..count {

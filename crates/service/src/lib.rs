@@ -31,8 +31,8 @@ pub use police::{Bucket, Limits, Police, Quota, UNLIMITED, now_ns};
 pub use policed::Policed;
 pub use service::{Drained, Host, Service, SocketInfo, Stats, Violation};
 pub use stack::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, RELAYED, Readiness, Ready, Received,
-    ReceivedDatagram, SendFlags, Shutdown, Stack, TakeDatagram, key,
+    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, RELAYED, Readiness, Ready,
+    Received, ReceivedDatagram, SendFlags, Shutdown, Stack, TakeDatagram, key,
 };
 pub use stages::{Histogram, Stages};
 pub use table::Table;

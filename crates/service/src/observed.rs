@@ -4,8 +4,8 @@ use std::os::fd::{OwnedFd, RawFd};
 
 use crate::stages::Histogram;
 use crate::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Ready, Received, ReceivedDatagram,
-    Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram, now_ns,
+    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, Ready, Received,
+    ReceivedDatagram, Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram, now_ns,
 };
 
 /// What was done. Payload is told as it went: guest memory, to be copied or not looked at.
@@ -189,6 +189,23 @@ impl<S: Held, O: Observer> Stack for Observed<S, O> {
             Err(_) => {}
         }
         received
+    }
+
+    fn peek(&mut self, handle: Handle, skip: usize, into: &Segments) -> Peeked {
+        let peeked = self.timed(|stack| stack.peek(handle, skip, into));
+        match peeked {
+            Peeked::Bytes(Received { bytes, .. }) => {
+                self.tell(handle, Event::Received(&into.slice(0, bytes.min(into.len()))));
+            }
+            Peeked::End => self.tell(handle, Event::Ended),
+            Peeked::Failed(errno) if !errno.would_block() => self.tell(handle, Event::Broke),
+            Peeked::Nothing | Peeked::Failed(_) | Peeked::Unable => {}
+        }
+        peeked
+    }
+
+    fn discard(&mut self, handle: Handle, bytes: usize) -> Result<(), Errno> {
+        self.timed(|stack| stack.discard(handle, bytes))
     }
 
     fn at_mark(&mut self, handle: Handle) -> Result<bool, Errno> {

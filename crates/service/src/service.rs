@@ -17,7 +17,9 @@ use crate::blocks::{Block, Blocks, CLASSES};
 use crate::events::Events;
 use crate::memory::ring_segments;
 use crate::police::{Limits, now_ns};
-use crate::stack::{Close, Connect, Datagram, Errno, Handle, Readiness, SendFlags, Shutdown, Stack, key};
+use crate::stack::{
+    Close, Connect, Datagram, Errno, Handle, Peeked, Readiness, Received, SendFlags, Shutdown, Stack, key,
+};
 use crate::stages::Histogram;
 use crate::turn::{CALL, DATAGRAM, ELEMENT, JOB, SOCKET, Turn};
 use crate::{SocketAddress, Table};
@@ -157,6 +159,17 @@ struct Sock {
     record: u32,
     /// Sweep in which it was last used.
     used_at: u32,
+    /// The first bytes of the connection that stand in the receive ring and in the stack's socket too: a socket that is handed
+    /// over takes along what nobody read. They are taken out of the stack's once the guest has read something.
+    peeked: u32,
+}
+
+impl Sock {
+    /// Takes the bytes that were only peeked at out of the stack's socket. False: they are not there.
+    fn take_peeked(&mut self, stack: &mut dyn Stack) -> bool {
+        let bytes = std::mem::take(&mut self.peeked);
+        bytes == 0 || stack.discard(self.handle, bytes as usize).is_ok()
+    }
 }
 
 /// First sizes of rings: class of 16 KiB for streams, of 4 KiB for listeners, of 256 KiB for datagrams.
@@ -337,15 +350,16 @@ impl Service {
         self.core.gives = true;
     }
 
-    /// Message HAND_OVER: gives the stack's own socket away. Nothing is lost by it: EBUSY when the guest has something unread,
-    /// EAGAIN when something is still to be sent. The entry stays until its placeholder is closed.
+    /// Message HAND_OVER: gives the stack's own socket away. Nothing is lost by it: EBUSY when the guest has something unread
+    /// that the stack's socket has no longer (what came before the first read goes along), EAGAIN when something is still to be sent. The entry stays until its placeholder is closed.
     pub fn hand_over(
         &mut self,
         stack: &mut dyn Stack,
         id: u32,
         generation: u32,
+        soft: bool,
     ) -> Result<Result<OwnedFd, Errno>, Violation> {
-        self.core.hand_over(&mut Cx { region: &self.region, stack }, id, generation)
+        self.core.hand_over(&mut Cx { region: &self.region, stack }, id, generation, soft)
     }
 
     /// Takes elements from the guest's rings, at most about `budget`.
@@ -881,6 +895,12 @@ impl Core {
             let head = entry.rx_head.load(Acquire);
             let used = bytes::used(head, sock.rx_tail, sock.rx.size())
                 .map_err(|_| Violation("read position of a socket"))?;
+            if sock.peeked > 0
+                && (used < sock.peeked || sock.bits & (URGENT | MARK) != 0)
+                && !sock.take_peeked(cx.stack)
+            {
+                return self.fail(cx, id, libc::ECONNRESET);
+            }
             if used == 0 && (sock.rx.is_none() || sock.bits & RX_FILLED != 0) {
                 let class = if sock.rx.is_none() {
                     Some(Block::class_for(entry.rcv_low_water.load(Relaxed)).max(STREAM_CLASS))
@@ -938,7 +958,23 @@ impl Core {
                 }
             }
             let into = ring_segments(region, sock.rx.offset(), size, sock.rx_base, sock.rx_tail, want);
-            match cx.stack.recv(sock.handle, &into) {
+            let peeked = if self.gives && sock.peeked == sock.rx_tail && sock.bits & (URGENT | MARK) == 0 {
+                cx.stack.peek(sock.handle, sock.peeked as usize, &into)
+            } else {
+                Peeked::Unable
+            };
+            let received = match peeked {
+                Peeked::Bytes(received) => {
+                    sock.peeked += (received.bytes as u32).min(want);
+                    Ok(received)
+                }
+                Peeked::End => Ok(Received { bytes: 0, more: false }),
+                Peeked::Nothing => Err(Errno::AGAIN),
+                Peeked::Failed(errno) => Err(errno),
+                Peeked::Unable if sock.take_peeked(cx.stack) => cx.stack.recv(sock.handle, &into),
+                Peeked::Unable => Err(Errno(libc::ECONNRESET)),
+            };
+            match received {
                 Ok(received) if received.bytes > 0 => {
                     let n = (received.bytes as u32).min(want);
                     sock.rx_tail = sock.rx_tail.wrapping_add(n);
@@ -1050,6 +1086,10 @@ impl Core {
             || sock.state & (state::DEAD | state::TX_END) != 0
         {
             return Ok(());
+        }
+        if sock.peeked > 0 && entry.rx_head.load(Acquire) == sock.rx_tail {
+            // All of it was read: the stack need not keep it.
+            sock.take_peeked(cx.stack);
         }
         let size = sock.tx.size();
         // At most two pieces: what ends with an urgent byte, and the rest.
@@ -1824,6 +1864,7 @@ impl Core {
         cx: &mut Cx,
         id: u32,
         generation: u32,
+        soft: bool,
     ) -> Result<Result<OwnedFd, Errno>, Violation> {
         let usable = |sock: &Sock| {
             sock.generation == generation
@@ -1841,7 +1882,16 @@ impl Core {
         if !usable(sock) || sock.state & state::DEAD != 0 {
             return Ok(Err(Errno(libc::EBADF)));
         }
-        if sock.kind != Kind::Listener && entry.rx_head.load(Acquire) != sock.rx_tail {
+        let unread = match sock.kind {
+            // Connections that were accepted ahead cannot go back.
+            Kind::Listener if soft && entry.rx_head.load(Acquire) != sock.rx_tail => {
+                return Ok(Err(Errno(libc::EBUSY)));
+            }
+            Kind::Listener => 0,
+            _ => bytes::used(entry.rx_head.load(Acquire), sock.rx_tail, sock.rx.size())
+                .map_err(|_| Violation("read position of a socket"))?,
+        };
+        if unread > sock.peeked {
             return Ok(Err(Errno(libc::EBUSY)));
         }
         let tx = if sock.tx.is_none() { Block::NONE } else { replace_tx(entry, sock, Block::NONE) };
@@ -1850,6 +1900,10 @@ impl Core {
         }
         self.give_block(tx);
         let Some(sock) = self.socks.get_mut(id) else { return Ok(Err(Errno(libc::EBADF))) };
+        if sock.peeked > unread && cx.stack.discard(sock.handle, (sock.peeked - unread) as usize).is_err() {
+            return Ok(Err(Errno(libc::EIO)));
+        }
+        sock.peeked = unread;
         let fd = match cx.stack.give(sock.handle) {
             Ok(fd) => fd,
             Err(errno) => return Ok(Err(errno)),
@@ -1944,6 +1998,10 @@ impl Core {
             return;
         }
         if sock.handle != Handle::NONE {
+            if how == Close::Graceful {
+                // It was read: the peer is told of the end, and not of a reset.
+                sock.take_peeked(cx.stack);
+            }
             cx.stack.close(sock.handle, how);
         }
         let (rx, tx) = (sock.rx, sock.tx);
@@ -2297,6 +2355,10 @@ impl Core {
                     &argument[..size]
                 };
                 let result = cx.stack.set_option(handle, level, name, bytes);
+                if (level, name) == (libc::SOL_SOCKET, libc::SO_RCVBUF) && !sock.take_peeked(cx.stack) {
+                    self.fail(cx, id, libc::ECONNRESET)?;
+                    return Ok(Done::of(result));
+                }
                 if result.is_ok() && (level, name) == (libc::SOL_SOCKET, libc::SO_LINGER) && bytes.len() >= 8
                 {
                     let word =

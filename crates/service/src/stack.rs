@@ -103,6 +103,19 @@ pub struct Received {
     pub more: bool,
 }
 
+/// What [`Stack::peek`] saw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peeked {
+    Bytes(Received),
+    /// Nothing more, but the end of the stream.
+    End,
+    Nothing,
+    /// What [`Stack::recv`] would have failed with; it is told once.
+    Failed(Errno),
+    /// Only [`Stack::recv`] tells: a stack without this, or one that needs its room.
+    Unable,
+}
+
 #[derive(Clone, Copy, Debug)]
 pub struct ReceivedDatagram {
     /// Bytes that were written; what did not fit is lost.
@@ -232,6 +245,17 @@ pub trait Stack: Send {
 
     /// Receives stream bytes, at most `into.len()`, which is not 0.
     fn recv(&mut self, handle: Handle, into: &Segments) -> Result<Received, Errno>;
+
+    /// As [`recv`](Stack::recv), but the bytes stay in the stack's socket, and the first `skip` of them are left out. Only for
+    /// stacks that [give](Stack::give) sockets away: what was peeked at can go with the socket.
+    fn peek(&mut self, _handle: Handle, _skip: usize, _into: &Segments) -> Peeked {
+        Peeked::Unable
+    }
+
+    /// Takes bytes out that were peeked at. An error: they were not there.
+    fn discard(&mut self, _handle: Handle, _bytes: usize) -> Result<(), Errno> {
+        Err(Errno(libc::EOPNOTSUPP))
+    }
 
     /// True when the next byte that [`recv`](Stack::recv) would give is the one after the urgent byte.
     fn at_mark(&mut self, handle: Handle) -> Result<bool, Errno>;

@@ -2,7 +2,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use netkernel_service::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Readiness, Ready, Received, ReceivedDatagram,
+    Accepted, Close, Connect, Datagram, Errno, Handle, Peeked, Readiness, Ready, Received, ReceivedDatagram,
     Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
 };
 
@@ -300,6 +300,56 @@ impl Stack for KernelStack {
         // A short read means that the queue is empty, unless the end of the stream stands behind it.
         let more = bytes == into.len() || self.sockets[handle.0 as usize].ended;
         Ok(Received { bytes, more })
+    }
+
+    fn peek(&mut self, handle: Handle, skip: usize, into: &Segments) -> Peeked {
+        let Ok(fd) = self.fd(handle) else { return Peeked::Unable };
+        // What stays in the kernel must not close the window: nobody would report that it could be opened again.
+        let (mut room, mut length) = (0i32, size_of::<i32>() as libc::socklen_t);
+        // SAFETY: the option's value is an int, and both are valid for writes.
+        unsafe {
+            let room = (&raw mut room).cast();
+            libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, room, &mut length);
+        }
+        if skip + into.len() > room.max(0) as usize / 4 {
+            return Peeked::Unable;
+        }
+        let (runs, n) = into.iovecs();
+        let mut skipped = vec![0u8; skip];
+        let mut iovecs = [libc::iovec { iov_base: skipped.as_mut_ptr().cast(), iov_len: skip }; 3];
+        iovecs[1..=n].copy_from_slice(&runs[..n]);
+        // SAFETY: an all-zero msghdr is a valid value of that plain C struct.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        let first = usize::from(skip == 0);
+        message.msg_iov = iovecs[first..].as_mut_ptr();
+        message.msg_iovlen = (n + 1 - first) as _;
+        // SAFETY: the header points to live iovecs; the runs are valid for writes (contract of Segments).
+        let received = unsafe { libc::recvmsg(fd, &mut message, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
+        if received < 0 {
+            let errno = last();
+            return if errno.would_block() { Peeked::Nothing } else { Peeked::Failed(errno) };
+        }
+        if received as usize > skip {
+            let bytes = received as usize - skip;
+            let more = bytes == into.len() || self.sockets[handle.0 as usize].ended;
+            return Peeked::Bytes(Received { bytes, more });
+        }
+        let mut poll = libc::pollfd { fd, events: libc::POLLRDHUP, revents: 0 };
+        // SAFETY: one entry, valid for reads and writes.
+        unsafe { libc::poll(&mut poll, 1, 0) };
+        match poll.revents {
+            seen if received == 0 || seen & libc::POLLERR != 0 => Peeked::Unable,
+            seen if seen & libc::POLLRDHUP != 0 => Peeked::End,
+            _ => Peeked::Nothing,
+        }
+    }
+
+    fn discard(&mut self, handle: Handle, bytes: usize) -> Result<(), Errno> {
+        let fd = self.fd(handle)?;
+        let flags = libc::MSG_TRUNC | libc::MSG_DONTWAIT;
+        // SAFETY: with MSG_TRUNC TCP drops bytes and writes none (tcp(7)).
+        let n = unsafe { libc::recv(fd, std::ptr::null_mut(), bytes, flags) };
+        if n == bytes as isize { Ok(()) } else { Err(Errno(libc::ECONNRESET)) }
     }
 
     fn at_mark(&mut self, handle: Handle) -> Result<bool, Errno> {

@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use netkernel_service::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, RELAYED, Ready, Received,
+    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, RELAYED, Ready, Received,
     ReceivedDatagram, Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
 };
 
@@ -479,6 +479,18 @@ impl Stack for ShmStack {
         }
         let shadow = self.shadow(handle)?;
         self.fallback.recv(shadow, into)
+    }
+
+    fn peek(&mut self, handle: Handle, skip: usize, into: &Segments) -> Peeked {
+        if self.joined(handle).is_some() {
+            return Peeked::Unable;
+        }
+        self.shadow(handle).map_or(Peeked::Unable, |shadow| self.fallback.peek(shadow, skip, into))
+    }
+
+    fn discard(&mut self, handle: Handle, bytes: usize) -> Result<(), Errno> {
+        let shadow = self.shadow(handle)?;
+        self.fallback.discard(shadow, bytes)
     }
 
     fn at_mark(&mut self, handle: Handle) -> Result<bool, Errno> {

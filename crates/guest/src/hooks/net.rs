@@ -8,7 +8,7 @@ use netkernel_abi::{Op, ancillary};
 use super::{address, buffers, done, finish, finish_int, give_address, guest_socket, needed_address, one};
 use crate::next::next;
 use crate::socket::Told;
-use crate::{guest, options, socket, sys, table};
+use crate::{guest, options, passing, socket, sys, table};
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
@@ -227,13 +227,23 @@ unsafe extern "C" fn sendmsg(fd: c_int, m: *const msghdr, flags: c_int) -> ssize
     match guest_socket(fd) {
         // SAFETY: the program's own message.
         Some(s) => finish(unsafe { send_message(&s, m, flags, true) }),
-        None => next!(sendmsg(fd => c_int, m => *const msghdr, flags => c_int) -> ssize_t),
+        // SAFETY: as above.
+        None => match unsafe { passing::before_sending(fd, m) } {
+            Ok(()) => next!(sendmsg(fd => c_int, m => *const msghdr, flags => c_int) -> ssize_t),
+            Err(errno) => finish::<usize>(Err(errno)),
+        },
     }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn sendmmsg(fd: c_int, v: *mut libc::mmsghdr, n: u32, flags: c_int) -> c_int {
     let Some(s) = guest_socket(fd) else {
+        for i in 0..if v.is_null() { 0 } else { n.min(1024) as usize } {
+            // SAFETY: the program's own array of n messages.
+            if let Err(errno) = unsafe { passing::before_sending(fd, &raw const (*v.add(i)).msg_hdr) } {
+                return finish_int(Err(errno));
+            }
+        }
         return next!(sendmmsg(fd => c_int, v => *mut libc::mmsghdr, n => u32, flags => c_int) -> c_int);
     };
     let (mut sent, mut failed) = (0, None);
