@@ -143,7 +143,34 @@ impl Agent {
     fn answer(&self, sockets: &mut dyn Sockets, call: &Notification) {
         self.counters.remember(call.pid);
         // An answer that fails: nobody waits for it any more.
-        let _ = if is_setsockopt(call) { self.set_option(sockets, call) } else { self.socket(sockets, call) };
+        let _ = if is_setsockopt(call) {
+            self.set_option(sockets, call)
+        } else if is_socketcall(call) {
+            self.multiplexed(call)
+        } else {
+            self.socket(sockets, call)
+        };
+    }
+
+    /// A 32-bit program's way to make sockets of any family.
+    fn multiplexed(&self, call: &Notification) -> std::io::Result<()> {
+        let (count, said) = if self.settings.fail_open {
+            (&self.counters.let_through, "is the host's own (--fail-open)")
+        } else {
+            (&self.counters.refused, "is refused: use a 64-bit build of it, or --fail-open")
+        };
+        if count.fetch_add(1, Relaxed) == 0 {
+            log::warn!(
+                "guest {}: process {} is a 32-bit program; its sockets cannot be served, and what it asks for {said}",
+                self.guest,
+                call.pid
+            );
+        }
+        if self.settings.fail_open {
+            self.listener.let_through(call)
+        } else {
+            self.listener.fail(call, libc::ENOSYS)
+        }
     }
 
     fn socket(&self, sockets: &mut dyn Sockets, call: &Notification) -> std::io::Result<()> {
@@ -236,9 +263,16 @@ impl Agent {
     }
 }
 
+/// AUDIT_ARCH_I386.
+const I386: u32 = 0x4000_0003;
+
 fn is_setsockopt(call: &Notification) -> bool {
-    const I386: u32 = 0x4000_0003;
     if call.arch == I386 { call.nr == 366 } else { i64::from(call.nr) == libc::SYS_setsockopt }
+}
+
+/// socketcall(2) of i386.
+fn is_socketcall(call: &Notification) -> bool {
+    call.arch == I386 && call.nr == 102
 }
 
 /// What the kernel does not give to everybody.

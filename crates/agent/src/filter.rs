@@ -203,9 +203,9 @@ pub fn program(watch: Watch) -> Vec<libc::sock_filter> {
         call(&mut i386, I386_SOCKET, socket_block());
         call(&mut i386, I386_SETSOCKOPT, setsockopt_block());
         call(&mut i386, I386_IO_URING_SETUP, vec![give(refuse(libc::ENOSYS))]);
-        // SYS_SOCKET: the C library then falls back to socket().
+        // SYS_SOCKET: its arguments stand in memory, which can change after they were judged. The agent refuses it, and says so.
         let mut multiplexed = vec![load(low(0))];
-        call(&mut multiplexed, 1, vec![give(refuse(libc::ENOSYS))]);
+        call(&mut multiplexed, 1, vec![give(RET_NOTIFY)]);
         multiplexed.push(give(RET_ALLOW));
         call(&mut i386, I386_SOCKETCALL, multiplexed);
         i386.push(give(RET_ALLOW));
@@ -382,7 +382,7 @@ mod tests {
         {
             assert_eq!(verdict(NATIVE, X32 | libc::SYS_socket as u32, [2, 1, 0]), refuse(libc::ENOSYS));
             assert_eq!(verdict(AUDIT_ARCH_I386, I386_SOCKET, [2, 1, 0]), RET_NOTIFY);
-            assert_eq!(verdict(AUDIT_ARCH_I386, I386_SOCKETCALL, [1, 0, 0]), refuse(libc::ENOSYS));
+            assert_eq!(verdict(AUDIT_ARCH_I386, I386_SOCKETCALL, [1, 0, 0]), RET_NOTIFY);
             assert_eq!(verdict(AUDIT_ARCH_I386, I386_SOCKETCALL, [2, 0, 0]), RET_ALLOW);
         }
     }

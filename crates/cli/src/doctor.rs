@@ -90,6 +90,7 @@ fn print_program(program: &ProgramFinding) -> io::Result<()> {
         Kind::Static => "statically linked",
         Kind::Go => "Go",
         Kind::Musl => "dynamically linked with musl",
+        Kind::Bits32 => "a 32-bit program",
         Kind::OtherArchitecture => "for another architecture",
         Kind::NotReadable => "not readable by you, so unknown",
         Kind::Unknown => "unknown",

@@ -82,6 +82,8 @@ pub enum Kind {
     /// Makes system calls by itself, whatever it is linked with.
     Go,
     Musl,
+    /// i386 and x32.
+    Bits32,
     OtherArchitecture,
     NotReadable,
     Unknown,
@@ -104,6 +106,9 @@ impl Report {
             Kind::Musl => {
                 Err(format!("{name} is linked with musl and cannot be served by the glibc preload library"))
             }
+            Kind::Bits32 => Err(format!(
+                "{name} is a 32-bit program: it asks for sockets by socketcall(2), which no filter can judge, and cannot be served; use a 64-bit build of it"
+            )),
             Kind::OtherArchitecture => Err(format!(
                 "{name} is made for another architecture than libnetkernel.so and cannot be served"
             )),
@@ -179,6 +184,7 @@ fn script(head: &[u8]) -> Option<PathBuf> {
 
 const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
+const EM_386: u16 = 3;
 const NATIVE_MACHINE: u16 = if cfg!(target_arch = "aarch64") { 183 } else { 62 };
 /// Bounds on what a file may make us read.
 const MAX_HEADERS: u64 = 4096;
@@ -188,7 +194,11 @@ const MAX_NOTES: u64 = 64 * 1024;
 fn elf(file: &File, head: &[u8]) -> Option<(Kind, Option<PathBuf>)> {
     let native = *head.get(4)? == 2 && *head.get(5)? == 1 && u16_at(head, 18)? == NATIVE_MACHINE;
     if !native {
-        return Some((Kind::OtherArchitecture, None));
+        let kind = match (*head.get(4)?, u16_at(head, 18)?) {
+            (1, EM_386) | (1, NATIVE_MACHINE) => Kind::Bits32,
+            _ => Kind::OtherArchitecture,
+        };
+        return Some((kind, None));
     }
     let headers = read_table(file, u64_at(head, 32)?, u16_at(head, 54)?, u16_at(head, 56)?)?;
     let mut loader = None;
@@ -333,6 +343,9 @@ mod tests {
         assert_eq!(kind("musl", &elf_file(n, &[(PT_INTERP, b"/lib/ld-musl-x86_64.so.1\0")])), Kind::Musl);
         assert_eq!(kind("go", &elf_file(n, &[other_note, go_note])), Kind::Go);
         assert_eq!(kind("cgo", &elf_file(n, &[loader, go_note])), Kind::Go);
+        let mut narrow = elf_file(3, &[loader]);
+        narrow[4] = 1;
+        assert_eq!(kind("i386", &narrow), Kind::Bits32);
         assert_eq!(kind("riscv", &elf_file(243, &[loader])), Kind::OtherArchitecture);
     }
 

@@ -11,7 +11,7 @@ use netkernel_agent::filter::Watch;
 use netkernel_control::{Attached, Client, ClientError, ErrorCode, NewGuest};
 
 use crate::args::{Attach, RunArgs};
-use crate::program::{self, Program};
+use crate::program::{self, Kind, Program};
 use crate::{Exit, exit, library, locate, private, sys};
 
 pub fn run(args: &RunArgs) -> Result<i32> {
@@ -41,6 +41,10 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     let made = || made.map_or_else(|| guest(args, &name), Ok);
     // Nothing after this makes a socket, and nothing undoes the filter.
     match (attach, report.verdict()) {
+        (_, Err(why)) if report.kind == Kind::Bits32 => {
+            remove_preload(&mut environment);
+            unserved(why)?;
+        }
         (Attach::Queued, Err(why)) => {
             remove_preload(&mut environment);
             unserved(format!("{why}: use --attach direct or relay, or a dynamically linked build"))?;
