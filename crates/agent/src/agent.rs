@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::ledger::Ledger;
 use crate::memory;
 use crate::notify::{Listener, Notification};
 
@@ -101,6 +102,9 @@ impl Counters {
     }
 }
 
+/// Finds the ledger of the sockets' namespace. `None`: there is none.
+pub type OpenLedger = Box<dyn Fn(&dyn Sockets) -> Option<Arc<Ledger>> + Send>;
+
 /// A guest's agent: dropped or not, its thread ends when no process has the filter any more, or `end` is closed by the
 /// other side.
 pub struct Agent {
@@ -109,7 +113,8 @@ pub struct Agent {
     pub end: OwnedFd,
     pub settings: Settings,
     pub counters: Arc<Counters>,
-    /// For the log.
+    /// Who is told of each stream socket; asked for with the first one.
+    pub ledger: OpenLedger,
     pub guest: u32,
 }
 
@@ -195,6 +200,12 @@ impl Agent {
         } else {
             sockets.socket(&request)
         };
+        if let Ok(fd) = &made
+            && request.kind == libc::SOCK_STREAM
+            && let Some(ledger) = (self.ledger)(sockets)
+        {
+            ledger.made(fd, self.guest);
+        }
         let failed = match made {
             Ok(fd) => match self.listener.give(call, fd, kind & libc::SOCK_CLOEXEC != 0) {
                 Ok(()) => {

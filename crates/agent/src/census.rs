@@ -152,7 +152,103 @@ const MESSAGE: usize = 72;
 const BYTES_ACKED: usize = 120;
 const BYTES_RECEIVED: usize = 128;
 
+/// States of TCP as bits.
+const LISTEN: u32 = 1 << 10;
+
+/// A TCP socket as the ledger sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seen {
+    pub cookie: u64,
+    pub local: SocketAddr,
+    /// `None`: a listener, or not connected.
+    pub peer: Option<SocketAddr>,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+}
+
+/// All TCP sockets with a name in the calling thread's network namespace.
+pub(crate) fn connections() -> io::Result<Vec<Seen>> {
+    seen(u32::MAX)
+}
+
+pub(crate) fn listeners() -> io::Result<Vec<Seen>> {
+    seen(LISTEN)
+}
+
+fn seen(states: u32) -> io::Result<Vec<Seen>> {
+    let mut all = Vec::new();
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        request(family as u8, libc::IPPROTO_TCP as u8, states, |message| all.extend(see(message)))?;
+    }
+    Ok(all)
+}
+
+/// What stands in messages that came without being asked for.
+pub(crate) fn messages(mut rest: &[u8], mut each: impl FnMut(Seen)) {
+    while rest.len() >= HEADER {
+        let length = (u32_at(rest, 0) as usize).clamp(HEADER, rest.len());
+        if u16_at(rest, 4) == SOCK_DIAG_BY_FAMILY && length >= HEADER + MESSAGE {
+            see(&rest[HEADER..length]).map(&mut each);
+        }
+        rest = &rest[length.next_multiple_of(4).min(rest.len())..];
+    }
+}
+
+fn see(message: &[u8]) -> Option<Seen> {
+    let (local, peer) = names(message);
+    let mut seen = Seen {
+        cookie: u64_at(message, 44),
+        local,
+        peer: (peer.port() != 0).then_some(peer),
+        bytes_in: 0,
+        bytes_out: 0,
+    };
+    attributes(message, |kind, value| {
+        if kind == INET_DIAG_INFO
+            && let Some(tcp) = TcpInfo::parse(value)
+        {
+            seen.bytes_in = tcp.bytes_received;
+            seen.bytes_out = tcp.bytes_sent.saturating_sub(tcp.bytes_retransmitted);
+        }
+    });
+    // The kernel's own, or a time wait: no socket of a program.
+    (seen.cookie != 0).then_some(seen)
+}
+
+/// Behind struct inet_diag_msg.
+fn attributes(message: &[u8], mut each: impl FnMut(u16, &[u8])) {
+    let mut rest = &message[MESSAGE..];
+    while rest.len() >= 4 {
+        let length = usize::from(u16_at(rest, 0)).clamp(4, rest.len());
+        each(u16_at(rest, 2), &rest[4..length]);
+        rest = &rest[length.next_multiple_of(4).min(rest.len())..];
+    }
+}
+
+/// Local and peer; port 0: none.
+fn names(message: &[u8]) -> (SocketAddr, SocketAddr) {
+    let port = |at: usize| u16::from_be_bytes([message[at], message[at + 1]]);
+    let name = |port: u16, at: usize| {
+        if i32::from(message[0]) == libc::AF_INET {
+            let bytes: [u8; 4] = message[at..at + 4].try_into().unwrap_or_default();
+            SocketAddr::new(Ipv4Addr::from(bytes).into(), port)
+        } else {
+            let bytes: [u8; 16] = message[at..at + 16].try_into().unwrap_or_default();
+            SocketAddr::new(Ipv6Addr::from(bytes).into(), port)
+        }
+    };
+    (name(port(4), 8), name(port(6), 24))
+}
+
 fn dump(family: u8, protocol: u8, mut each: impl FnMut(u64, DirectSocket)) -> io::Result<()> {
+    request(family, protocol, u32::MAX, |message| {
+        let (inode, socket) = parse(message, protocol);
+        each(inode, socket);
+    })
+}
+
+/// Asks for all sockets in these states, and gives each message.
+fn request(family: u8, protocol: u8, states: u32, mut each: impl FnMut(&[u8])) -> io::Result<()> {
     // SAFETY: takes integers; the result is checked.
     let fd = unsafe {
         libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_SOCK_DIAG)
@@ -169,8 +265,7 @@ fn dump(family: u8, protocol: u8, mut each: impl FnMut(u64, DirectSocket)) -> io
     request.extend([0; 8]);
     let wanted = 1 << (INET_DIAG_INFO - 1) | 1 << (INET_DIAG_CONG - 1);
     request.extend([family, protocol, wanted, 0]);
-    // All states.
-    request.extend(u32::MAX.to_ne_bytes());
+    request.extend(states.to_ne_bytes());
     request.resize(HEADER + REQUEST, 0);
     // SAFETY: the bytes are valid for reads of their length.
     let sent = unsafe { libc::send(fd.as_raw_fd(), request.as_ptr().cast(), request.len(), 0) };
@@ -201,8 +296,7 @@ fn dump(family: u8, protocol: u8, mut each: impl FnMut(u64, DirectSocket)) -> io
                     return if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) };
                 }
                 SOCK_DIAG_BY_FAMILY if length >= HEADER + MESSAGE => {
-                    let (inode, socket) = parse(&rest[HEADER..length], protocol);
-                    each(inode, socket);
+                    each(&rest[HEADER..length]);
                 }
                 _ => {}
             }
@@ -212,19 +306,8 @@ fn dump(family: u8, protocol: u8, mut each: impl FnMut(u64, DirectSocket)) -> io
 }
 
 fn parse(message: &[u8], protocol: u8) -> (u64, DirectSocket) {
-    let family = i32::from(message[0]);
     let state = message[1];
-    let port = |at: usize| u16::from_be_bytes([message[at], message[at + 1]]);
-    let name = |port: u16, at: usize| {
-        if family == libc::AF_INET {
-            let bytes: [u8; 4] = message[at..at + 4].try_into().unwrap_or_default();
-            SocketAddr::new(Ipv4Addr::from(bytes).into(), port)
-        } else {
-            let bytes: [u8; 16] = message[at..at + 16].try_into().unwrap_or_default();
-            SocketAddr::new(Ipv6Addr::from(bytes).into(), port)
-        }
-    };
-    let (local_port, peer_port) = (port(4), port(6));
+    let (local, peer) = names(message);
     let inode = u64::from(u32_at(message, 68));
     let listening = state == 10;
     let mut socket = DirectSocket {
@@ -240,8 +323,8 @@ fn parse(message: &[u8], protocol: u8) -> (u64, DirectSocket) {
             10 => "listening",
             _ => "closed",
         },
-        local: (local_port != 0).then(|| name(local_port, 8).to_string()),
-        peer: (peer_port != 0).then(|| name(peer_port, 24).to_string()),
+        local: (local.port() != 0).then(|| local.to_string()),
+        peer: (peer.port() != 0).then(|| peer.to_string()),
         waiting: if listening { u32_at(message, 56) } else { 0 },
         backlog: if listening { u32_at(message, 60) } else { 0 },
         unread_bytes: if listening { 0 } else { u32_at(message, 56) },

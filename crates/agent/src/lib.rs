@@ -12,14 +12,17 @@
 //! | [`agent`] | the thread that answers |
 //! | [`memory`] | the memory of who asked |
 //! | [`census`] | the processes of a guest and their INET sockets, by /proc and sock_diag |
+//! | [`ledger`] | what connections carried, closed ones included |
 
 pub mod agent;
 pub mod census;
 pub mod filter;
+pub mod ledger;
 pub mod memory;
 pub mod notify;
 mod tcp_info;
 
 pub use agent::{Agent, Counters, Policy, Settings, SocketRequest, Sockets};
 pub use census::{Census, DirectSocket, Processes, process_name};
+pub use ledger::{Carried, Ledger};
 pub use tcp_info::{TCP_INFO_BYTES, TcpInfo, tcp_state};

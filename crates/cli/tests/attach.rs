@@ -122,6 +122,22 @@ int main(int argc, char **argv) {
             int fd = socket(AF_INET, SOCK_STREAM, 0);
             if (bind(fd, (void *)&any, sizeof any) || listen(fd, 5) || getsockname(fd, (void *)&any, &length)) made("listen", -1);
             else printf("listen %d\n", ntohs(any.sin_port));
+        } else if (!strcmp(a, "carry")) {
+            /* To itself: N connections, each closed after 1000 bytes there and 100 back. */
+            struct sockaddr_in any = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+            socklen_t length = sizeof any;
+            static char b[1000];
+            int from = socket(AF_INET, SOCK_STREAM, 0);
+            if (bind(from, (void *)&any, sizeof any) || listen(from, 5) || getsockname(from, (void *)&any, &length)) return 1;
+            for (int n = atoi(argv[++i]); n > 0; n--) {
+                int to = socket(AF_INET, SOCK_STREAM, 0), fd;
+                if (connect(to, (void *)&any, length) || (fd = accept(from, 0, 0)) < 0) return 1;
+                if (write(to, b, 1000) != 1000 || recv(fd, b, 1000, MSG_WAITALL) != 1000) return 1;
+                if (write(fd, b, 100) != 100 || recv(to, b, 100, MSG_WAITALL) != 100) return 1;
+                close(to), close(fd);
+            }
+            close(from);
+            printf("carried\n");
         } else if (!strcmp(a, "connect")) {
             struct sockaddr_in to = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK), .sin_port = htons(atoi(argv[++i]))};
             int fd = socket(AF_INET, SOCK_STREAM, 0);
@@ -371,6 +387,50 @@ fn explain_names_each_direct_socket_and_the_guest_ends_with_its_last_process() {
     drop(child.stdin.take());
     assert!(child.wait().unwrap().success());
     until("the guest is over", || !explain(&[]).contains("guest"));
+    engine.end();
+}
+
+#[test]
+fn what_direct_connections_carried_is_told_once_when_they_are_closed_too() {
+    let p = programs("carried");
+    let socket = p.place.socket();
+    let socket = socket.to_str().unwrap();
+    let database = p.place.dir.join("usage.redb");
+    let text = format!("[engine]\nusage = \"{}\"\n", database.display());
+    let config = p.place.file("engine.toml", &text);
+    let engine = p.place.up(&["--socket", socket, "--config", config.to_str().unwrap()]);
+    let mut command = p.place.netkernel(&["run", "--socket", socket, "--stack", "reno", "--"]);
+    command.arg(&p.fixed).args(["carry", "50", "wait", "carry", "7", "wait"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+    let mut stdin = child.stdin.take().unwrap();
+    // Each byte is sent and received by the guest; an end of a stream that was received is one byte more.
+    let told = |connections: u64| {
+        let ps = p.place.run(&["ps", "--json", "--socket", socket]).json();
+        let guest = &ps["engines"][0]["guests"][0];
+        let (bytes_in, bytes_out) =
+            (guest["bytes_in"].as_u64().unwrap_or(0), guest["bytes_out"].as_u64().unwrap_or(0));
+        let least = connections * 1100;
+        assert!(bytes_out <= least && bytes_in <= least + 2 * connections, "{bytes_in} {bytes_out}");
+        bytes_out == least && bytes_in >= least
+    };
+    assert_eq!(lines.next().unwrap().unwrap(), "carried");
+    until("50 connections are told of", || told(50));
+    assert!(told(50), "and once");
+    std::io::Write::write_all(&mut stdin, b"x").unwrap();
+    assert_eq!(lines.next().unwrap().unwrap(), "carried");
+    until("57 connections are told of", || told(57));
+    drop(stdin);
+    assert!(child.wait().unwrap().success());
+    let usage = || {
+        let args = ["usage", "--socket", socket, "--by", "nsm", "--format", "json"];
+        let rows = p.place.run(&args).json();
+        rows[0]["bytes_out"].as_u64().unwrap_or(0)
+    };
+    until("it is written down", || usage() >= 57 * 1100);
+    until("the guest is over", || !p.place.run(&["ps", "--socket", socket]).out.contains("static"));
+    assert_eq!(usage(), 57 * 1100);
     engine.end();
 }
 

@@ -5,7 +5,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use netkernel_agent::notify::Listener;
-use netkernel_agent::{Agent, Census, Counters, DirectSocket, Processes, Settings};
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use netkernel_agent::{Agent, Carried, Census, Counters, DirectSocket, Ledger, Processes, Settings, Sockets};
 use netkernel_shm::fds;
 
 use crate::NsmConfig;
@@ -23,6 +26,55 @@ pub(crate) struct Direct {
     pub relay: Option<netkernel_relay::Link>,
 }
 
+/// What direct sockets carried: a ledger for each NSM that ever gave some away.
+#[derive(Debug, Default)]
+pub(crate) struct Ledgers(Mutex<HashMap<String, Option<Arc<Ledger>>>>);
+
+impl Ledgers {
+    fn of(&self, nsm: &str, sockets: &dyn Sockets) -> Option<Arc<Ledger>> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = || {
+            let mut opened = None;
+            sockets.within(&mut || opened = Some(Ledger::open()));
+            match opened {
+                Some(Ok(ledger)) => Some(Arc::new(ledger)),
+                other => {
+                    log::warn!("{nsm}: what direct sockets carry is not counted: {other:?}");
+                    None
+                }
+            }
+        };
+        all.entry(nsm.to_owned()).or_insert_with(open).clone()
+    }
+
+    fn existing(&self, nsm: &str) -> Option<Arc<Ledger>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(nsm).cloned().flatten()
+    }
+}
+
+/// What the direct sockets of each guest carried, closed ones included, by guest.
+pub(crate) fn carried(shared: &Shared) -> HashMap<u32, Carried> {
+    let mut all = HashMap::new();
+    for nsm in &shared.config.nsms {
+        let Some(ledger) = shared.ledgers.existing(&nsm.name) else { continue };
+        let Some(Ok(maker)) = shared.config.kinds.direct(nsm) else { continue };
+        maker.within(&mut || all.extend(ledger.carried()));
+    }
+    all
+}
+
+/// What one guest's did; it is over.
+pub(crate) fn last_carried(shared: &Shared, nsm: &NsmConfig, guest: u32) -> Carried {
+    let Some(ledger) = shared.ledgers.existing(&nsm.name) else { return Carried::default() };
+    // The kernel's list is long on a host with many connections, and this is a switch thread: only if it is needed.
+    if ledger.has_open(guest)
+        && let Some(Ok(maker)) = shared.config.kinds.direct(nsm)
+    {
+        maker.within(&mut || drop(ledger.carried()));
+    }
+    ledger.forget(guest)
+}
+
 /// Starts the agent's thread. Returns the end of a pair that hangs up when the thread ends; closing it ends the thread.
 pub(crate) fn start(
     shared: &Arc<Shared>,
@@ -34,7 +86,9 @@ pub(crate) fn start(
 ) -> io::Result<(OwnedFd, Direct)> {
     let (ours, end) = fds::pair(libc::SOCK_STREAM | libc::SOCK_CLOEXEC)?;
     let counters = Arc::new(Counters::default());
-    let agent = Agent { listener, end, settings, counters: Arc::clone(&counters), guest };
+    let (ledgers, name) = (Arc::clone(&shared.ledgers), nsm.name.clone());
+    let ledger = Box::new(move |sockets: &dyn Sockets| ledgers.of(&name, sockets));
+    let agent = Agent { listener, end, settings, counters: Arc::clone(&counters), ledger, guest };
     let (kinds, nsm) = (shared.config.kinds.clone(), nsm.clone());
     std::thread::Builder::new().name("nk-agent".into()).stack_size(256 << 10).spawn(move || {
         match kinds.direct(&nsm) {

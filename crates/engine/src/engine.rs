@@ -50,6 +50,7 @@ pub(crate) struct Shared {
     over: Mutex<VecDeque<GuestUsage>>,
     tenants: Arc<Tenants>,
     finished: Finished,
+    pub ledgers: Arc<direct::Ledgers>,
     watches: Vec<Arc<Watch>>,
 }
 
@@ -178,6 +179,7 @@ impl Engine {
             counters: SharedCounters::default(),
             over: Mutex::default(),
             finished: Finished::default(),
+            ledgers: Arc::default(),
         });
         let mut threads = Vec::new();
         for index in 0..shared.workers.len() {
@@ -410,6 +412,13 @@ impl Engine {
             }
         }
         drop(registry);
+        let carried = direct::carried(shared);
+        for status in &mut guests {
+            if let Some(carried) = carried.get(&status.id) {
+                status.bytes_in += carried.bytes_in;
+                status.bytes_out += carried.bytes_out;
+            }
+        }
         // Looking through /proc takes a while: not under the lock.
         let processes = if agents.is_empty() { Processes::default() } else { Processes::look() };
         for (id, nsm, pid, direct) in agents {
@@ -483,8 +492,12 @@ impl Engine {
         let mut all = Vec::new();
         // Once stopped, there are only guests that are over.
         let running = self.running().is_ok();
+        let carried = direct::carried(shared);
         for worker in shared.seats().filter(|_| running) {
-            let counts = self.ask(worker, Command::Usage).unwrap_or_default();
+            let mut counts = self.ask(worker, Command::Usage).unwrap_or_default();
+            for (id, usage) in &mut counts {
+                usage.carry(carried.get(id));
+            }
             all.extend(counts.into_iter().filter_map(|(id, usage)| shared.usage_of(id, usage, false)));
         }
         // Later: who ended meanwhile must not be told as alive after its end was.
@@ -740,8 +753,15 @@ impl Shared {
     }
 
     /// The guest is over and nothing of it is left.
-    pub fn guest_over(&self, id: u32, usage: Usage) {
+    pub fn guest_over(&self, id: u32, mut usage: Usage) {
         self.counters.over.fetch_add(1, Ordering::Relaxed);
+        let with_agent = {
+            let registry = lock(&self.registry);
+            registry.guests.get(&id).filter(|guest| guest.direct.is_some()).map(|guest| guest.nsm)
+        };
+        if let Some(nsm) = with_agent {
+            usage.carry(Some(&direct::last_carried(self, &self.config.nsms[nsm], id)));
+        }
         if let Some(hook) = &self.over_hook {
             hook(id, usage, self.counters.violations.swap(0, Ordering::Relaxed) != 0);
         }

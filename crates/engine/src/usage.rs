@@ -22,6 +22,14 @@ impl Usage {
         self.lived_ms += other.lived_ms;
     }
 
+    /// Together with what direct sockets carried.
+    pub(crate) fn carry(&mut self, carried: Option<&netkernel_agent::Carried>) {
+        if let Some(carried) = carried {
+            self.bytes_in += carried.bytes_in;
+            self.bytes_out += carried.bytes_out;
+        }
+    }
+
     /// No count falls below what it was.
     pub(crate) fn raise(&mut self, new: &Usage) {
         self.bytes_in = self.bytes_in.max(new.bytes_in);

@@ -1,0 +1,393 @@
+//! What the TCP connections of guests carried that are the kernel's own, closed ones included.
+//!
+//! The agent knows each socket that it gives by its cookie (SO_COOKIE). When the kernel has freed a TCP socket it says so, with
+//! cookie, names and last TCP_INFO (sock_diag(7), SKNLGRP_INET_TCP_DESTROY): no duplicate is needed, and who closes last is the
+//! program. An accepted socket has a cookie of its own, of which nobody was told; it is its listener's guest's, which is known by
+//! the address. Sockets that are open are asked for when somebody wants to know.
+//!
+//! A thread of the ledger reads what the kernel says, at most fifty times a second. What is lost in a flood (the kernel's queue for
+//! it is bounded) counts as far as the last look at the open sockets saw it. Counted is what TCP counts: an end of the stream that
+//! was received is one byte.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::census::{self, Seen};
+
+/// Listeners that are remembered after their end; connections may live on.
+const MAX_LISTENERS: usize = 4096;
+/// SKNLGRP_INET_TCP_DESTROY and SKNLGRP_INET6_TCP_DESTROY, as bits.
+const DESTROYED: u32 = 1 << 0 | 1 << 2;
+/// Bytes of the kernel's queue: some thousand sockets.
+static QUEUE: i32 = 4 << 20;
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Payload bytes, and connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+}
+
+impl Carried {
+    fn add(&mut self, other: Carried) {
+        self.bytes_in += other.bytes_in;
+        self.bytes_out += other.bytes_out;
+    }
+}
+
+/// The connections of one network namespace. Its thread ends with it.
+#[derive(Debug)]
+pub struct Ledger {
+    books: Arc<Mutex<Books>>,
+    _end: OwnedFd,
+}
+
+#[derive(Debug, Default)]
+struct Books {
+    /// Open sockets by cookie.
+    open: HashMap<u64, Open>,
+    /// Of guests that are not over: what their closed connections carried.
+    closed: HashMap<u32, Carried>,
+    /// What was told of each: it never becomes less.
+    told: HashMap<u32, Carried>,
+    /// Youngest first.
+    listeners: VecDeque<(SocketAddr, u32)>,
+    looks: u64,
+}
+
+#[derive(Debug)]
+struct Open {
+    guest: u32,
+    carried: Carried,
+    /// The look in which it was seen last.
+    look: u64,
+}
+
+impl Ledger {
+    /// To be called in the network namespace. Errors: the kernel has no sock_diag, or no descriptors.
+    pub fn open() -> io::Result<Ledger> {
+        let netlink = listen()?;
+        let mut pair = [0; 2];
+        // SAFETY: valid for two descriptors.
+        if unsafe {
+            libc::socketpair(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0, pair.as_mut_ptr())
+        } != 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: new and owned by nobody else.
+        let (ours, theirs) = unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) };
+        let books = Arc::new(Mutex::new(Books::default()));
+        let own = Arc::clone(&books);
+        std::thread::Builder::new()
+            .name("nk-ledger".into())
+            .stack_size(128 << 10)
+            .spawn(move || keep(&netlink, &theirs, &own))?;
+        Ok(Ledger { books, _end: ours })
+    }
+
+    /// A socket is about to be given to a guest.
+    pub fn made(&self, socket: &OwnedFd, guest: u32) {
+        let Some(cookie) = cookie(socket) else { return };
+        let mut books = lock(&self.books);
+        let look = books.looks;
+        books.closed.entry(guest).or_default();
+        books.open.insert(cookie, Open { guest, carried: Carried::default(), look });
+    }
+
+    /// What each guest's connections carried so far. To be called in the network namespace.
+    pub fn carried(&self) -> HashMap<u32, Carried> {
+        let seen = census::connections();
+        let mut books = lock(&self.books);
+        match seen {
+            Ok(seen) => books.look(seen),
+            Err(error) => log::debug!("the kernel's list of sockets: {error}"),
+        }
+        let mut all = books.closed.clone();
+        for open in books.open.values() {
+            all.entry(open.guest).or_default().add(open.carried);
+        }
+        // One that was freed since the last look, and of which the kernel has not told yet, is missing for a moment.
+        for (guest, carried) in &mut all {
+            let told = books.told.entry(*guest).or_default();
+            told.bytes_in = told.bytes_in.max(carried.bytes_in);
+            told.bytes_out = told.bytes_out.max(carried.bytes_out);
+            *carried = *told;
+        }
+        all
+    }
+
+    /// Whether [`Ledger::carried`] can tell more of the guest than [`Ledger::forget`]: it has, or had a moment ago, open sockets.
+    pub fn has_open(&self, guest: u32) -> bool {
+        lock(&self.books).open.values().any(|open| open.guest == guest)
+    }
+
+    /// The guest is over, and nobody will ask for it again. What its closed connections carried.
+    pub fn forget(&self, guest: u32) -> Carried {
+        let mut books = lock(&self.books);
+        let closed = books.closed.remove(&guest).unwrap_or_default();
+        let told = books.told.remove(&guest).unwrap_or_default();
+        books.open.retain(|_, open| open.guest != guest);
+        books.listeners.retain(|&(_, of)| of != guest);
+        Carried {
+            bytes_in: closed.bytes_in.max(told.bytes_in),
+            bytes_out: closed.bytes_out.max(told.bytes_out),
+        }
+    }
+}
+
+impl Books {
+    /// The kernel's list of open sockets.
+    fn look(&mut self, seen: Vec<Seen>) {
+        self.looks += 1;
+        let (listening, connections): (Vec<Seen>, Vec<Seen>) =
+            seen.into_iter().partition(|seen| seen.peer.is_none());
+        for seen in listening {
+            if let Some(open) = self.open.get_mut(&seen.cookie) {
+                open.look = self.looks;
+                let guest = open.guest;
+                self.listens(seen.local, guest);
+            }
+        }
+        for seen in connections {
+            let Some(guest) = self.guest_of(&seen) else { continue };
+            let carried = Carried { bytes_in: seen.bytes_in, bytes_out: seen.bytes_out };
+            self.open.insert(seen.cookie, Open { guest, carried, look: self.looks });
+        }
+        // Not there, and the kernel did not say that it freed them in two looks: that was lost. (Sockets without a name are in
+        // no list, and carried nothing.)
+        let looks = self.looks;
+        let lost = |open: &Open| open.look + 2 < looks && open.carried != Carried::default();
+        for open in self.open.values().filter(|open| lost(open)) {
+            self.closed.entry(open.guest).or_default().add(open.carried);
+        }
+        self.open.retain(|_, open| !lost(open));
+    }
+
+    /// The kernel has freed a socket.
+    fn freed(&mut self, seen: &Seen) {
+        let Some(guest) = self.guest_of(seen) else { return };
+        self.open.remove(&seen.cookie);
+        if seen.peer.is_none() {
+            // Connections that it accepted may outlive it.
+            self.listens(seen.local, guest);
+        } else if let Some(closed) = self.closed.get_mut(&guest) {
+            closed.add(Carried { bytes_in: seen.bytes_in, bytes_out: seen.bytes_out });
+        }
+    }
+
+    fn listens(&mut self, local: SocketAddr, guest: u32) {
+        if local.port() != 0 && self.listeners.front() != Some(&(local, guest)) {
+            self.listeners.retain(|listener| *listener != (local, guest));
+            self.listeners.push_front((local, guest));
+            self.listeners.truncate(MAX_LISTENERS);
+        }
+    }
+
+    fn guest_of(&self, seen: &Seen) -> Option<u32> {
+        let accepted = || {
+            let at = |listener: SocketAddr| {
+                listener.port() == seen.local.port()
+                    && (listener.ip().is_unspecified() || listener.ip() == seen.local.ip())
+            };
+            let found = self.listeners.iter().find(|(listener, _)| at(*listener));
+            found.map(|&(_, guest)| guest)
+        };
+        self.open.get(&seen.cookie).map(|open| open.guest).or_else(accepted)
+    }
+
+    fn knows(&self, seen: &Seen) -> bool {
+        self.guest_of(seen).is_some()
+    }
+}
+
+/// The thread.
+fn keep(netlink: &OwnedFd, end: &OwnedFd, books: &Mutex<Books>) {
+    let mut buffer = vec![0u8; 64 << 10];
+    loop {
+        let mut polled = [
+            libc::pollfd { fd: netlink.as_raw_fd(), events: libc::POLLIN, revents: 0 },
+            libc::pollfd { fd: end.as_raw_fd(), events: 0, revents: 0 },
+        ];
+        // SAFETY: two entries, valid for reads and writes.
+        let n = unsafe { libc::poll(polled.as_mut_ptr(), 2, -1) };
+        if n < 0 {
+            continue;
+        }
+        if polled[1].revents != 0 {
+            return;
+        }
+        let mut freed = Vec::new();
+        loop {
+            // SAFETY: the buffer is valid for writes of its length.
+            let n = unsafe {
+                libc::recv(netlink.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_DONTWAIT)
+            };
+            if n < 0 {
+                let error = io::Error::last_os_error();
+                if error.raw_os_error() == Some(libc::ENOBUFS) {
+                    // Some were lost; what the last look saw of them counts.
+                    continue;
+                }
+                break;
+            }
+            census::messages(&buffer[..n as usize], |seen| freed.push(seen));
+        }
+        if !freed.is_empty() {
+            // An unknown one may be of a listener that nobody looked at yet: this runs in the namespace, as it was started there.
+            let unknown = freed.iter().any(|seen| !lock(books).knows(seen));
+            let listening = if unknown { census::listeners().unwrap_or_default() } else { Vec::new() };
+            let mut books = lock(books);
+            for seen in listening {
+                if let Some(guest) = books.open.get(&seen.cookie).map(|open| open.guest) {
+                    books.listens(seen.local, guest);
+                }
+            }
+            // Listeners first: the order in which the kernel frees is not that of the program.
+            for seen in freed
+                .iter()
+                .filter(|seen| seen.peer.is_none())
+                .chain(freed.iter().filter(|seen| seen.peer.is_some()))
+            {
+                books.freed(seen);
+            }
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// A socket that the kernel tells of freed TCP sockets.
+fn listen() -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+    // SAFETY: takes integers; the result is checked.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_SOCK_DIAG) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: new and owned by nobody else.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: an all-zero address is valid.
+    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    address.nl_family = libc::AF_NETLINK as u16;
+    address.nl_groups = DESTROYED;
+    for option in [libc::SO_RCVBUFFORCE, libc::SO_RCVBUF] {
+        // SAFETY: the option's value is an int. Without privileges the first fails.
+        let set = unsafe {
+            libc::setsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                option,
+                (&raw const QUEUE).cast(),
+                size_of::<i32>() as u32,
+            )
+        };
+        if set == 0 {
+            break;
+        }
+    }
+    let length = size_of::<libc::sockaddr_nl>() as libc::socklen_t;
+    // SAFETY: the address is valid for reads of its length.
+    if unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), length) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(fd)
+}
+
+fn cookie(socket: &OwnedFd) -> Option<u64> {
+    let (mut cookie, mut length) = (0u64, size_of::<u64>() as libc::socklen_t);
+    // SAFETY: the value and its length are valid for writes.
+    let r = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_COOKIE,
+            (&raw mut cookie).cast(),
+            &mut length,
+        )
+    };
+    (r == 0).then_some(cookie)
+}
+
+fn lock(books: &Mutex<Books>) -> MutexGuard<'_, Books> {
+    books.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read as _, Write as _};
+    use std::net::{TcpListener, TcpStream};
+    use std::time::Instant;
+
+    fn owned(fd: i32) -> OwnedFd {
+        // SAFETY: dup of a live descriptor; the result is ours.
+        unsafe { OwnedFd::from_raw_fd(libc::dup(fd)) }
+    }
+
+    /// Waits until a guest carried so much.
+    fn carried(ledger: &Ledger, guest: u32, done: impl Fn(Carried) -> bool) -> Carried {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let carried = ledger.carried().get(&guest).copied().unwrap_or_default();
+            if done(carried) {
+                return carried;
+            }
+            assert!(Instant::now() < deadline, "never: {carried:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn what_connections_carried_counts_once_open_and_closed() {
+        let ledger = Ledger::open().unwrap();
+        // Guest 1 listens, guest 2 connects; a third pair is nobody's.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        ledger.made(&owned(listener.as_raw_fd()), 1);
+        let at = listener.local_addr().unwrap();
+        let exchange = |mine: bool| {
+            // SAFETY: takes integers; the result is checked.
+            let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+            assert!(fd >= 0);
+            // SAFETY: new and owned by nobody else.
+            let client = unsafe { OwnedFd::from_raw_fd(fd) };
+            if mine {
+                ledger.made(&client, 2);
+            }
+            drop(client);
+        };
+        exchange(false);
+        let connect = |bytes: usize| {
+            // std makes and connects in one step: it is told of while it is open.
+            let mut client = TcpStream::connect(at).unwrap();
+            ledger.made(&owned(client.as_raw_fd()), 2);
+            let (mut server, _) = listener.accept().unwrap();
+            client.write_all(&vec![7; bytes]).unwrap();
+            server.read_exact(&mut vec![0; bytes]).unwrap();
+            server.write_all(&[9; 10]).unwrap();
+            client.read_exact(&mut [0; 10]).unwrap();
+            (client, server)
+        };
+        for _ in 0..20 {
+            connect(1000);
+        }
+        let held = connect(500);
+        let two = carried(&ledger, 2, |c| c.bytes_out >= 20_500);
+        let one = carried(&ledger, 1, |c| c.bytes_in >= 20_500 && c.bytes_out >= 210);
+        // Ends of streams count one byte each.
+        assert!(two.bytes_out == 20_500 && (210..=231).contains(&two.bytes_in), "{two:?}");
+        assert!((20_500..=20_521).contains(&one.bytes_in) && one.bytes_out == 210, "{one:?}");
+        drop(held);
+        drop(listener);
+        // Nothing is counted again when it is closed.
+        std::thread::sleep(Duration::from_millis(200));
+        let (one, two) = (carried(&ledger, 1, |_| true), carried(&ledger, 2, |_| true));
+        assert!(two.bytes_out == 20_500 && one.bytes_out == 210, "{one:?} {two:?}");
+        ledger.forget(1);
+        assert_eq!(ledger.carried().get(&1), None);
+    }
+}
