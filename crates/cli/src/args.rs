@@ -33,6 +33,13 @@ pub enum Command {
     ///
     /// Without -l or -a: what is connected. Options are those of ss where they make sense.
     Ss(SsArgs),
+    /// Watch tenants, stacks, guests, sockets and latencies live
+    Top(TopArgs),
+    /// Capture what a tenant, or a guest, sends and receives, as pcapng
+    ///
+    /// Of its guests only, whatever stack serves them. Headers are synthetic: packets are made from what guests and stacks
+    /// exchange. Direct sockets, and connections in memory that both guests map, are not seen.
+    Pcap(PcapArgs),
     /// Say of each socket of the guests by which stack it is served, in which way, and why
     Explain(ExplainArgs),
     /// List the stacks with what they can carry and what they cost
@@ -209,6 +216,56 @@ pub struct SsArgs {
     /// Only sockets in this state: established, listening, close-wait, ...; may be given more than once
     #[arg(long, value_name = "STATE")]
     pub state: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// Socket of the engine to ask
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    /// Look twice, print what came between, and end
+    #[arg(long)]
+    pub once: bool,
+    /// As --once, everything as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Between two looks
+    #[arg(long, short = 'd', value_name = "SECONDS", default_value_t = 1.0)]
+    pub interval: f64,
+    /// What to show first
+    #[arg(long, value_enum, value_name = "VIEW", default_value = "guests")]
+    pub view: TopView,
+}
+
+impl TopArgs {
+    pub fn show(&self) -> ShowArgs {
+        ShowArgs { socket: self.socket.clone(), json: self.json }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum TopView {
+    Tenants,
+    Stacks,
+    Guests,
+    Sockets,
+    Latency,
+}
+
+#[derive(Debug, Args)]
+pub struct PcapArgs {
+    /// Socket of the engine to ask
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    /// Where to write to; -: standard output
+    #[arg(short, long, value_name = "FILE", default_value = "-")]
+    pub write: PathBuf,
+    /// Bytes to keep of each packet, at most [default: all]
+    #[arg(short, long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(64..=262_144))]
+    pub snaplen: Option<u32>,
+    /// A tenant's name, or a guest (its number, as in `netkernel ps`)
+    #[arg(value_name = "TENANT|GUEST")]
+    pub target: String,
 }
 
 #[derive(Debug, Args)]

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use netkernel_control::{
-    ApiError, EngineApi, ErrorCode, Grant, NewGuest, NsmInfo, PROTOCOL_VERSION, Peer, SocketInfo, Status,
-    TenantChange, TenantInfo, UsageQuery, VersionInfo,
+    ApiError, EngineApi, ErrorCode, Grant, NewCapture, NewGuest, NsmInfo, PROTOCOL_VERSION, Peer, SocketInfo,
+    Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
 };
-use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec};
+use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec, Target};
 
 use netkernel_meter::{Grouping, Row};
 use serde_json::{Map, Value};
@@ -163,6 +163,18 @@ impl EngineApi for Adapter {
 
     fn stop(&self) {
         let _ = (&self.stop).write(&1u64.to_ne_bytes());
+    }
+
+    fn capture(&self, capture: NewCapture, of: Option<u32>) -> Result<std::os::fd::OwnedFd, ApiError> {
+        if let Some(name) = &capture.tenant
+            && !self.engine.tenants().iter().any(|tenant| tenant.name == *name)
+        {
+            let text = format!("no tenant '{name}': `netkernel tenants` lists them");
+            return Err(ApiError::new(ErrorCode::BadRequest, text));
+        }
+        let target = Target { guest: capture.guest, tenant: capture.tenant, uid: of };
+        let snap = capture.snap_bytes.map_or(usize::MAX, |bytes| bytes as usize);
+        self.engine.capture(target, snap).map_err(refusal)
     }
 
     fn tenants(&self) -> Vec<TenantInfo> {

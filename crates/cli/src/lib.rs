@@ -13,6 +13,7 @@ mod logger;
 mod meter;
 mod metrics;
 mod nsm;
+mod pcap;
 mod private;
 mod program;
 mod run;
@@ -21,6 +22,7 @@ mod smoltcp;
 mod ss;
 mod sys;
 mod tenants;
+mod top;
 mod units;
 mod up;
 mod usage;
@@ -78,6 +80,8 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         Command::Ps(args) => show::ps(&args).map(|()| 0),
         Command::Explain(args) => explain::explain(&args).map(|()| 0),
         Command::Sockets(args) => show::sockets(&args).map(|()| 0),
+        Command::Top(args) => top::top(&args).map(|()| 0),
+        Command::Pcap(args) => pcap::pcap(&args).map(|()| 0),
         Command::Ss(args) => ss::ss(&args).map(|()| 0),
         Command::Catalog(args) => tenants::catalog(&args).map(|()| 0),
         Command::Tenants(args) => tenants::list(&args).map(|()| 0),

@@ -114,7 +114,7 @@ const KNOWN_STATES: [&str; 12] = [
 ];
 
 /// The state as ss(8) writes it: what TCP says, or what the engine knows where the stack does not tell.
-fn state(socket: &SocketStatus) -> String {
+pub(crate) fn state(socket: &SocketStatus) -> String {
     if socket.kind == "datagram" {
         return if socket.peer.is_some() { "ESTAB" } else { "UNCONN" }.into();
     }

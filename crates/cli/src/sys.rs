@@ -154,6 +154,13 @@ pub fn wait_readable(fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     }
 }
 
+/// Whether the descriptor can be read now, or its other end is closed.
+pub fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut one = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd, valid for reads and writes.
+    unsafe { libc::poll(&mut one, 1, 0) > 0 }
+}
+
 /// Replaces this process by `program`, as execvp does once the path is known. Returns only if that fails.
 pub fn execute(program: &std::path::Path, arguments: &[CString], environment: &[CString]) -> io::Error {
     let Ok(path) = CString::new(program.as_os_str().as_bytes()) else {

@@ -29,6 +29,7 @@ pub enum Request {
     /// Ends the engine.
     Stop,
     Usage(UsageQuery),
+    Capture(NewCapture),
     Tenants,
     ChangeTenant {
         name: String,
@@ -107,6 +108,19 @@ pub struct UsageQuery {
     pub to: Option<u64>,
     /// As [`netkernel_meter::Grouping::parse`] takes it. Default: tenant and NSM.
     pub by: Option<String>,
+}
+
+/// Whose packets to capture: a tenant's or a guest's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct NewCapture {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest: Option<u32>,
+    /// Bytes to keep of each packet, at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snap_bytes: Option<u32>,
 }
 
 /// The right to attach to a guest.
@@ -356,6 +370,19 @@ pub(crate) const ROUTES: &[Route] = &[
         },
     },
     Route {
+        method: "POST",
+        path: "/v1/captures",
+        name: "capture",
+        summary: "Captures what a tenant's guests, or one guest, send and receive. With the reply's first byte comes a descriptor \
+                  (SCM_RIGHTS) of a pipe, from which pcapng can be read; the capture is over when it is closed",
+        role: Role::Tenant,
+        body: Some(schema::<NewCapture>),
+        query: &[],
+        reply: None,
+        reply_type: JSON,
+        decode: |parts| Ok(Request::Capture(parts.json()?)),
+    },
+    Route {
         method: "GET",
         path: "/v1/tenants",
         name: "tenants",
@@ -488,6 +515,7 @@ pub(crate) fn encode(request: &Request) -> (&'static str, String, Option<Value>)
         }
         Request::EndGuest { guest } => ("DELETE", format!("/v1/guests/{guest}"), None),
         Request::Stop => ("POST", "/v1/stop".into(), None),
+        Request::Capture(capture) => ("POST", "/v1/captures".into(), Some(json!(capture))),
         Request::Tenants => ("GET", "/v1/tenants".into(), None),
         Request::ChangeTenant { name, change } => {
             let name = utf8_percent_encode(name, NON_ALPHANUMERIC);
@@ -559,6 +587,7 @@ mod tests {
             }),
             Request::EndGuest { guest: u32::MAX },
             Request::Stop,
+            Request::Capture(NewCapture { guest: Some(7), snap_bytes: Some(100), tenant: Some("a".into()) }),
             Request::Tenants,
             Request::ChangeTenant {
                 name: "a/ü".into(),

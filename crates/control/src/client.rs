@@ -13,8 +13,8 @@ use crate::api::encode;
 use crate::http::{self, Answer};
 use crate::peer::peer_of;
 use crate::{
-    ApiError, Attached, GuestInfo, NewGuest, NsmInfo, Request, SocketInfo, SocketQuery, Status, TenantChange,
-    TenantInfo, Token, UsageQuery, VersionInfo, token_hex,
+    ApiError, Attached, GuestInfo, NewCapture, NewGuest, NsmInfo, Request, SocketInfo, SocketQuery, Status,
+    TenantChange, TenantInfo, Token, UsageQuery, VersionInfo, token_hex,
 };
 
 /// Longest wait for the engine's answer.
@@ -151,6 +151,12 @@ impl Client {
 
     pub fn usage(&mut self, query: UsageQuery) -> Result<Vec<netkernel_meter::Row>, ClientError> {
         self.ask(&Request::Usage(query)).map(|(value, _)| value)
+    }
+
+    /// The end of a pipe with pcapng; the capture is over when it is closed.
+    pub fn capture(&mut self, capture: NewCapture) -> Result<OwnedFd, ClientError> {
+        let (_, fds) = self.ask::<serde_json::Value>(&Request::Capture(capture))?;
+        fds.into_iter().next().ok_or_else(|| self.garbled("it sent no descriptor"))
     }
 
     pub fn tenants(&mut self) -> Result<Vec<TenantInfo>, ClientError> {

@@ -24,7 +24,9 @@ mod peer;
 mod proto;
 mod server;
 
-pub use api::{NewGuest, PROTOCOL_VERSION, Request, SocketQuery, TenantChange, Token, UsageQuery, examine};
+pub use api::{
+    NewCapture, NewGuest, PROTOCOL_VERSION, Request, SocketQuery, TenantChange, Token, UsageQuery, examine,
+};
 pub use client::{Client, ClientError};
 pub use openapi::openapi;
 pub use paths::{

@@ -18,8 +18,8 @@ use crate::api::{self, METRICS_TYPE, Role};
 use crate::http::{self, ReadError, Reply};
 use crate::peer::{Peer, peer_of};
 use crate::{
-    ApiError, Attached, Endpoint, ErrorCode, GuestInfo, NewGuest, NsmInfo, Request, SocketInfo, Status,
-    TenantChange, TenantInfo, UsageQuery, VersionInfo, parse_token, token_hex,
+    ApiError, Attached, Endpoint, ErrorCode, GuestInfo, NewCapture, NewGuest, NsmInfo, Request, SocketInfo,
+    Status, TenantChange, TenantInfo, UsageQuery, VersionInfo, parse_token, token_hex,
 };
 
 /// Connections at a time, in all and of one user who is neither the engine's nor root.
@@ -55,6 +55,8 @@ pub trait EngineApi: Send + Sync {
     fn stop(&self);
     /// Usage of the user with this uid, or of all.
     fn usage(&self, query: &UsageQuery, of: Option<u32>) -> Result<Vec<Row>, ApiError>;
+    /// The end of a pipe with pcapng: of what guests of the user with this uid, or of all, send and receive.
+    fn capture(&self, capture: NewCapture, of: Option<u32>) -> Result<OwnedFd, ApiError>;
     fn tenants(&self) -> Vec<TenantInfo>;
     fn change_tenant(&self, name: &str, change: TenantChange) -> Result<(), ApiError>;
     /// Reads the configuration file again.
@@ -228,11 +230,10 @@ fn serve(stream: &UnixStream, peer: Peer, shared: &Shared) -> io::Result<()> {
                 answer(asked, role, peer, shared)
             });
         match answered {
-            Ok((reply, Some(g))) => {
-                let fds = [g.region.as_raw_fd(), g.channel.as_raw_fd(), g.doorbell.as_raw_fd()];
+            Ok((reply, descriptors)) => {
+                let fds: Vec<_> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
                 http::write_reply(stream, &reply, request.last, &fds)?;
             }
-            Ok((reply, None)) => http::write_reply(stream, &reply, request.last, &[])?,
             Err(error) => {
                 stop = false;
                 http::write_reply(stream, &error_reply(&error), request.last, &[])?;
@@ -258,7 +259,7 @@ fn answer(
     role: Role,
     peer: Peer,
     shared: &Shared,
-) -> Result<(Reply, Option<Grant>), ApiError> {
+) -> Result<(Reply, Vec<OwnedFd>), ApiError> {
     let Shared { api, access, .. } = shared;
     let operator = access.is_operator(peer.uid);
     if role == Role::Provider && !operator {
@@ -320,24 +321,38 @@ fn answer(
             done(&())
         }
         Request::Stop => done(&()),
+        Request::Capture(capture) => {
+            if capture.tenant.is_none() && capture.guest.is_none() {
+                return Err(ApiError::new(ErrorCode::BadRequest, "name a tenant or a guest to capture"));
+            }
+            // Only their own guests, whatever they name.
+            let of = (!operator).then_some(peer.uid);
+            if let Some(id) = capture.guest
+                && !api.status().guests.iter().any(|g| g.id == id && of.is_none_or(|uid| uid == g.uid))
+            {
+                return Err(unknown_guest(id));
+            }
+            let (reply, _) = done(&())?;
+            Ok((reply, vec![api.capture(capture, of)?]))
+        }
         Request::Tenants => done(&api.tenants()),
         Request::ChangeTenant { name, change } => done(&api.change_tenant(&name, change)?),
         Request::Reload => done(&api.reload()?),
         Request::Usage(query) => done(&api.usage(&query, (!operator).then_some(peer.uid))?),
         Request::Metrics => {
             let body = api.metrics().into_bytes();
-            Ok((Reply { status: 200, content_type: METRICS_TYPE, body }, None))
+            Ok((Reply { status: 200, content_type: METRICS_TYPE, body }, Vec::new()))
         }
         Request::OpenApi => done(&crate::openapi()),
     }
 }
 
-fn done<T: Serialize>(value: &T) -> Result<(Reply, Option<Grant>), ApiError> {
+fn done<T: Serialize>(value: &T) -> Result<(Reply, Vec<OwnedFd>), ApiError> {
     let body = serde_json::to_vec(value).map_err(|e| ApiError::new(ErrorCode::Engine, e.to_string()))?;
-    Ok((Reply { status: 200, content_type: "application/json", body }, None))
+    Ok((Reply { status: 200, content_type: "application/json", body }, Vec::new()))
 }
 
-fn granted(grant: Grant) -> Result<(Reply, Option<Grant>), ApiError> {
+fn granted(grant: Grant) -> Result<(Reply, Vec<OwnedFd>), ApiError> {
     let attached = Attached {
         id: grant.id,
         token: token_hex(&grant.token),
@@ -345,7 +360,7 @@ fn granted(grant: Grant) -> Result<(Reply, Option<Grant>), ApiError> {
         direct: grant.direct,
     };
     let (reply, _) = done(&attached)?;
-    Ok((reply, Some(grant)))
+    Ok((reply, vec![grant.region, grant.channel, grant.doorbell]))
 }
 
 fn denied(message: String) -> ApiError {

@@ -102,6 +102,11 @@ impl EngineApi for Fake {
         Ok(Vec::new())
     }
 
+    fn capture(&self, capture: NewCapture, of: Option<u32>) -> Result<std::os::fd::OwnedFd, ApiError> {
+        assert_eq!((capture.tenant.as_deref(), of), (Some("blue"), None));
+        Ok(std::fs::File::open("/dev/null").unwrap().into())
+    }
+
     fn tenants(&self) -> Vec<TenantInfo> {
         Vec::new()
     }
@@ -188,6 +193,11 @@ fn requests_are_answered_one_after_the_other_on_one_connection() {
     assert!(client.usage(UsageQuery { from: Some(60), ..UsageQuery::default() }).unwrap().is_empty());
     client.change_tenant("a b", TenantChange { weight: Some(3), ..TenantChange::default() }).unwrap();
     assert!(matches!(client.reload(), Err(ClientError::Refused(e)) if e.message == "the file is bad"));
+    client.capture(NewCapture { tenant: Some("blue".into()), ..NewCapture::default() }).unwrap();
+    let nobodys = client.capture(NewCapture { guest: Some(50_000), ..NewCapture::default() });
+    assert!(matches!(nobodys, Err(ClientError::Refused(e)) if e.code == ErrorCode::UnknownGuest));
+    let nothing = client.capture(NewCapture::default());
+    assert!(matches!(nothing, Err(ClientError::Refused(e)) if e.code == ErrorCode::BadRequest));
     client.end_guest(5).unwrap();
     client.stop().unwrap();
     // It is done after the answer.

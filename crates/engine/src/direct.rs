@@ -24,6 +24,8 @@ pub(crate) struct Direct {
     pub behind_preload: bool,
     /// The sockets that it gives are relayed; `None`: they are the kernel's.
     pub relay: Option<netkernel_relay::Link>,
+    /// Who looks on at the relay's stack, for captures.
+    pub taps: Option<netkernel_capture::Taps>,
 }
 
 /// What direct sockets carried: a ledger for each NSM that ever gave some away.
@@ -102,7 +104,7 @@ pub(crate) fn start(
             ),
         }
     })?;
-    Ok((ours, Direct { counters, behind_preload, relay: None }))
+    Ok((ours, Direct { counters, behind_preload, relay: None, taps: None }))
 }
 
 /// The guest's processes, found from the one that made it and those that asked for a socket.

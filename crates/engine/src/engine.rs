@@ -8,13 +8,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use netkernel_agent::Processes;
+use netkernel_capture::Session;
 use netkernel_service::Limits;
 use netkernel_shm::{Region, fds};
 
+use crate::capture::Captures;
 use crate::direct::{self, Direct};
 use crate::process::Form;
 use crate::process::remote::Remote;
 use crate::process::wire;
+use crate::relay::RELAY_SLOT;
 use crate::sockets;
 use crate::status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
 use crate::tenants::{Asker, Tenant, Tenants};
@@ -51,6 +54,7 @@ pub(crate) struct Shared {
     tenants: Arc<Tenants>,
     finished: Finished,
     pub ledgers: Arc<direct::Ledgers>,
+    pub captures: Captures,
     watches: Vec<Arc<Watch>>,
 }
 
@@ -104,6 +108,7 @@ pub(crate) enum Command {
     Status(Sender<Vec<GuestStatus>>),
     Usage(Sender<Vec<(u32, Usage)>>),
     /// Sockets of a guest from this one on; the answer says where to go on.
+    Capture(Arc<Session>, Sender<()>),
     Sockets(u32, u32, Sender<(Vec<SocketStatus>, Option<u32>)>),
     Stop,
 }
@@ -180,6 +185,7 @@ impl Engine {
             over: Mutex::default(),
             finished: Finished::default(),
             ledgers: Arc::default(),
+            captures: Captures::default(),
         });
         let mut threads = Vec::new();
         for index in 0..shared.workers.len() {
@@ -436,6 +442,8 @@ impl Engine {
             if status.direct_served > 0 {
                 let sockets = direct::sockets(shared, id, &shared.config.nsms[nsm], &direct, &census);
                 status.sockets += sockets.len();
+                status.direct_bytes_in = sockets.iter().map(|socket| socket.bytes_in).sum();
+                status.direct_bytes_out = sockets.iter().map(|socket| socket.bytes_out).sum();
             }
             status.pids = census.processes.into_iter().collect();
         }
@@ -459,6 +467,25 @@ impl Engine {
                 wakes: count(&counters.wakes),
             },
             stages,
+        }
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Tells all switch threads of a capture, and waits until they know.
+    pub(crate) fn begin_capture(&self, session: &Arc<Session>) {
+        for worker in self.shared.seats() {
+            let _ = self.ask(worker, |answer| Command::Capture(Arc::clone(session), answer));
+        }
+        let registry = lock(&self.shared.registry);
+        for (id, guest) in &registry.guests {
+            if let Some(taps) = guest.direct.as_ref().and_then(|direct| direct.taps.as_ref())
+                && session.target.is(*id, &guest.tenant.config().name, guest.uid)
+            {
+                taps.begin(session, &[(RELAY_SLOT, Vec::new())]);
+            }
         }
     }
 
@@ -647,6 +674,7 @@ impl Engine {
 
     /// Ends the engine in order: guests are told, sockets closed, threads joined. May be called more than once.
     pub fn shutdown(&self) {
+        self.end_captures();
         self.shared.stopping.store(true, Ordering::Relaxed);
         for worker in self.shared.seats() {
             self.shared.tell(worker, Command::Stop);
@@ -709,6 +737,12 @@ impl Shared {
 
     pub fn remote(&self, nsm: usize) -> Option<&Remote> {
         self.remotes.get(nsm)?.as_ref()
+    }
+
+    /// Its tenant's name, its user, and the number of its NSM.
+    pub fn whose(&self, id: u32) -> Option<(String, u32, usize)> {
+        let registry = lock(&self.registry);
+        registry.guests.get(&id).map(|guest| (guest.tenant.config().name, guest.uid, guest.nsm))
     }
 
     /// Name, process and user of a guest.

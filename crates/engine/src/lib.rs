@@ -7,6 +7,7 @@
 //! The engine knows no concrete stack: [`StackKinds`] says how a stack of each kind is made.
 
 mod bury;
+mod capture;
 mod config;
 mod direct;
 mod engine;
@@ -30,6 +31,7 @@ pub use engine::Engine;
 pub use kinds::StackKinds;
 pub use netkernel_abi::Limits;
 pub use netkernel_agent::{Policy, TcpInfo};
+pub use netkernel_capture::Target;
 pub use netkernel_shm::HugePages;
 pub use netkernel_stack_smoltcp::{Cidr, SmoltcpConfig};
 pub use process::Form;

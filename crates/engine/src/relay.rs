@@ -10,8 +10,9 @@ use std::time::Duration;
 
 use netkernel_agent::notify::Listener;
 use netkernel_agent::{Counters, Settings};
+use netkernel_capture::{Tap, Taps};
 use netkernel_relay::{Link, Relay, RelaySocket, Start};
-use netkernel_service::{Policed, RELAYED, Stack, key};
+use netkernel_service::{Observed, Policed, RELAYED, Stack, key};
 use netkernel_shm::fds;
 use netkernel_stack_lent::{Lender, lend};
 
@@ -20,6 +21,8 @@ use crate::direct::Direct;
 use crate::engine::Shared;
 use crate::status::SocketStatus;
 
+/// What a relay's stack takes its guest for, in keys.
+pub(crate) const RELAY_SLOT: u32 = 1;
 /// How long a control call waits for a relay, which its guest may have stopped.
 const ANSWER: Duration = Duration::from_secs(1);
 
@@ -47,18 +50,33 @@ pub(crate) fn start(
         spin_ns: shared.config.spin_us.saturating_mul(1000),
     };
     let limits = shared.limits(guest);
+    let taps = Taps::of_one(RELAY_SLOT);
+    let mut number = 0;
+    if let Some((tenant, uid, nsm)) = shared.whose(guest) {
+        number = nsm as u32;
+        for session in shared.captures.running() {
+            if session.target.is(guest, &tenant, uid) {
+                taps.begin(&session, &[(RELAY_SLOT, Vec::new())]);
+            }
+        }
+    }
+    let tap = Tap::new(taps.clone(), number);
     let (lender, lent) = if shared.config.kinds.has_many(nsm) {
         (None, None)
     } else {
         let (lender, lent) = lend(key(slot, RELAYED))?;
         (Some(lender), Some(lent))
     };
+    // Of a stack that is lent, the switch thread's own sees all.
+    let taps = lent.is_none().then_some(taps);
     let (kinds, nsm, own) = (shared.config.kinds.clone(), nsm.clone(), link.clone());
     std::thread::Builder::new().name("nk-relay".into()).stack_size(512 << 10).spawn(move || {
         // What goes wrong here closes the listener: the guest's sockets fail, and nothing waits.
         let stack = match lent {
             Some(lent) => Ok(Box::new(lent) as Box<dyn Stack>),
-            None => kinds.make(&nsm),
+            None => kinds
+                .make(&nsm)
+                .map(|stack| Box::new(Observed { stack, observer: tap }) as Box<dyn Stack>),
         };
         let relay = stack.and_then(|stack| {
             let stack = Box::new(Policed::new(stack, limits));
@@ -69,7 +87,7 @@ pub(crate) fn start(
             Err(reason) => log::error!("guest {guest}: no relay, so that it has no sockets: {reason}"),
         }
     })?;
-    Ok((ours, Direct { counters, behind_preload, relay: Some(link) }, lender))
+    Ok((ours, Direct { counters, behind_preload, relay: Some(link), taps }, lender))
 }
 
 /// The sockets of a relay; none when it does not answer in time.

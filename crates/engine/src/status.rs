@@ -47,6 +47,11 @@ pub struct GuestStatus {
     pub direct_served: u64,
     pub direct_refused: u64,
     pub direct_let_through: u64,
+    /// Payload of its direct and relayed sockets that are open now.
+    #[serde(default)]
+    pub direct_bytes_in: u64,
+    #[serde(default)]
+    pub direct_bytes_out: u64,
     /// Its processes, as far as the engine knows them; without an agent only the first one.
     pub pids: Vec<u32>,
     /// On its way to the sums in [`Status`].

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, fence};
 use netkernel_abi::control::{Message, kind};
 use netkernel_agent::notify::Listener;
 use netkernel_agent::{Counters, Settings};
+use netkernel_capture::{Session, Tap, Taps};
 use netkernel_ring::spin::{Polling, Spin};
 use netkernel_service::{
     Host, Limits, Member, Observed, RELAYED, Ready, Service, Stack, Stages, Table, Violation,
@@ -185,6 +186,8 @@ impl Host for Ends {
 /// A stack of this thread, made when its first guest comes.
 struct Module {
     stack: Box<dyn Stack>,
+    /// There was a capture; who looks on for it.
+    taps: Option<Taps>,
     guests: usize,
     /// It has a descriptor that wakes the thread.
     wakes: bool,
@@ -218,6 +221,7 @@ pub(crate) struct Worker {
     /// When the first of those that wait for a tenant's rate may go on.
     resume_at: u64,
     turns: u64,
+    captures: Vec<Arc<Session>>,
     sample: u32,
     sleeps: u64,
     stop: bool,
@@ -256,6 +260,7 @@ impl Worker {
             next_retry_ns: 0,
             resume_at: u64::MAX,
             turns: 0,
+            captures: Vec::new(),
             sample: 0,
             sleeps: 0,
             stop: false,
@@ -794,6 +799,10 @@ impl Worker {
             Command::Sockets(id, first, answer) => {
                 let _ = answer.send(self.sockets(id, first));
             }
+            Command::Capture(session, answer) => {
+                self.capture(&session);
+                let _ = answer.send(());
+            }
             Command::Stop => self.stop = true,
         }
     }
@@ -823,7 +832,7 @@ impl Worker {
             if let Some(fd) = stack.wake_fd() {
                 self.poller.add_readable(fd, Source::Stack(new.nsm as u32)).map_err(resource)?;
             }
-            self.modules[new.nsm] = Some(Module { stack, guests: 0, wakes });
+            self.modules[new.nsm] = Some(Module { stack, taps: None, guests: 0, wakes });
         }
         let slot = match self.guests.iter().position(Option::is_none) {
             Some(slot) => slot,
@@ -836,6 +845,16 @@ impl Worker {
             module.stack.guest(slot as u32, new.owner);
             let member = Member { tenant: new.tenant.number(), limits: new.limits.clone() };
             module.stack.member(slot as u32, member);
+            self.captures.retain(|session| !session.is_over());
+            if !self.captures.is_empty() {
+                let taps = tapped(module, new.nsm);
+                let tenant = new.tenant.config().name;
+                for session in &self.captures {
+                    if session.target.is(new.id, &tenant, new.owner) {
+                        taps.begin(session, &[(slot as u32, Vec::new())]);
+                    }
+                }
+            }
         }
         let limits = new.region.layout().limits;
         self.poller
@@ -921,6 +940,26 @@ impl Worker {
             }
         };
         self.guests.iter().flatten().map(|guest| status(guest)).collect()
+    }
+
+    /// From now on, what the guests that are meant send and receive is captured.
+    fn capture(&mut self, session: &Arc<Session>) {
+        for (nsm, module) in self.modules.iter_mut().enumerate() {
+            let Some(module) = module else { continue };
+            let mut wanted = Vec::new();
+            for (slot, guest) in self.guests.iter().enumerate() {
+                let Some(guest) = guest.as_ref().filter(|guest| guest.nsm == nsm) else { continue };
+                let uid = self.shared.who(guest.id).2;
+                if session.target.is(guest.id, &guest.tenant.config().name, uid) {
+                    let (list, _) = guest.service.list(&mut *module.stack, 0, usize::MAX);
+                    wanted.push((slot as u32, list.iter().map(crate::capture::known).collect()));
+                }
+            }
+            if !wanted.is_empty() {
+                tapped(module, nsm).begin(session, &wanted);
+            }
+        }
+        self.captures.push(Arc::clone(session));
     }
 
     /// Some sockets of a guest, from `first` on; and where to go on.
@@ -1253,6 +1292,7 @@ impl Worker {
                 lender.end(&mut *module.stack);
             }
             guest.service.end(&mut *module.stack);
+            module.taps.iter().for_each(|taps| taps.guest_over(slot));
             module.stack.guest_over(slot);
             module.guests -= 1;
         }
@@ -1279,6 +1319,16 @@ impl Worker {
         drop(guest);
         self.shared.guest_over(id, usage);
     }
+}
+
+/// Who looks on at a module's stack, put there when it is needed first.
+fn tapped(module: &mut Module, nsm: usize) -> &Taps {
+    module.taps.get_or_insert_with(|| {
+        let taps = Taps::default();
+        let stack = std::mem::replace(&mut module.stack, Box::new(crate::capture::Nothing));
+        module.stack = Box::new(Observed { stack, observer: Tap::new(taps.clone(), nsm as u32) });
+        taps
+    })
 }
 
 /// How long the stages took for this guest.

@@ -83,6 +83,11 @@ impl Remote {
             Command::Sockets(id, _, answer) => {
                 (Request::Sockets(id), Vec::new(), Some(Pending::Sockets(answer)))
             }
+            // Not from here: a process of its own tells nothing of payload.
+            Command::Capture(_, answer) => {
+                let _ = answer.send(());
+                return;
+            }
             Command::Stop => {
                 state.stopped = true;
                 (Request::Stop, Vec::new(), None)

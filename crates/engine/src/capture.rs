@@ -1,0 +1,184 @@
+//! Captures of what guests send and receive: who reads them gets the end of a pipe.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use netkernel_capture::{Known, Session, Target, write};
+use netkernel_service::{
+    Accepted, Close, Connect, Datagram, Errno, Handle, Ready, Received, ReceivedDatagram, Segments,
+    SendFlags, Shutdown, SocketAddress, SocketInfo, Stack, TakeDatagram,
+};
+
+use crate::EngineError;
+use crate::engine::{Engine, lock};
+
+/// At a time.
+const MAX_CAPTURES: usize = 8;
+/// Bytes kept of a packet, at most.
+pub const MAX_SNAP: usize = 262_144;
+
+/// The captures that are under way.
+#[derive(Default)]
+pub(crate) struct Captures(Mutex<Vec<Arc<Session>>>);
+
+impl Captures {
+    pub fn running(&self) -> Vec<Arc<Session>> {
+        let mut list = lock(&self.0);
+        list.retain(|session| !session.is_over());
+        list.clone()
+    }
+
+    fn add(&self, session: &Arc<Session>) -> Result<(), EngineError> {
+        let mut list = lock(&self.0);
+        list.retain(|session| !session.is_over());
+        if list.len() >= MAX_CAPTURES {
+            return Err(EngineError::Resource(format!(
+                "{MAX_CAPTURES} captures are under way, as many as there may be: end one of them"
+            )));
+        }
+        list.push(Arc::clone(session));
+        Ok(())
+    }
+}
+
+impl Engine {
+    /// Captures what the guests that are meant send and receive from now on, those that come later too. pcapng can be read
+    /// from the descriptor; the capture is over when it is closed.
+    pub fn capture(&self, target: Target, snap: usize) -> Result<OwnedFd, EngineError> {
+        let resource = |e: std::io::Error| EngineError::Resource(format!("no capture: {e}"));
+        let (reader, writer) = pipe().map_err(resource)?;
+        let session = Arc::new(Session::new(target, snap.clamp(64, MAX_SNAP)));
+        let shared = Arc::clone(self.shared());
+        shared.captures.add(&session)?;
+        self.begin_capture(&session);
+        let nsms: Vec<String> = shared.config.nsms.iter().map(|nsm| nsm.name.clone()).collect();
+        let own = Arc::clone(&session);
+        let thread = std::thread::Builder::new().name("nk-capture".into()).spawn(move || {
+            let result = write(&own, &nsms, &writer, || is_gone(&writer));
+            if let Ok(written) = result {
+                log::info!("a capture ended: {} packets, {} lost", written.packets, written.lost);
+            }
+        });
+        thread.map(drop).map_err(|error| {
+            session.end();
+            resource(error)
+        })?;
+        Ok(reader)
+    }
+
+    /// Ends the captures: who reads them sees their end.
+    pub(crate) fn end_captures(&self) {
+        for session in self.shared().captures.running() {
+            session.end();
+        }
+    }
+}
+
+fn pipe() -> std::io::Result<(OwnedFd, File)> {
+    let mut fds = [0; 2];
+    // SAFETY: fds is valid for writes of two numbers.
+    if unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) } < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: both are new and owned by nobody else.
+    let (reader, writer) = unsafe { (OwnedFd::from_raw_fd(fds[0]), File::from_raw_fd(fds[1])) };
+    // Fewer switches between the two; what is refused changes nothing.
+    // SAFETY: plain system call.
+    unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, 1 << 20) };
+    Ok((reader, writer))
+}
+
+/// Nobody reads any more.
+fn is_gone(writer: &File) -> bool {
+    let mut one = libc::pollfd { fd: writer.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: one pollfd, valid for reads and writes.
+    unsafe { libc::poll(&mut one, 1, 0) > 0 && one.revents & libc::POLLERR != 0 }
+}
+
+/// What a capture must know of a socket that there is already.
+pub(crate) fn known(socket: &SocketInfo) -> Known {
+    Known { handle: socket.handle, stream: socket.kind != "datagram", local: socket.local, peer: socket.peer }
+}
+
+/// Stands in the place of a stack for a moment.
+pub(crate) struct Nothing;
+
+const NONE: Errno = Errno(libc::ENETDOWN);
+
+impl Stack for Nothing {
+    fn open(&mut self, _: u64, _: i32, _: i32, _: i32) -> Result<Handle, Errno> {
+        Err(NONE)
+    }
+    fn close(&mut self, _: Handle, _: Close) {}
+    fn bind(&mut self, _: Handle, _: &SocketAddress) -> Result<(), Errno> {
+        Err(NONE)
+    }
+    fn listen(&mut self, _: Handle, _: i32) -> Result<(), Errno> {
+        Err(NONE)
+    }
+    fn connect(&mut self, _: Handle, _: &SocketAddress) -> Result<Connect, Errno> {
+        Err(NONE)
+    }
+    fn disconnect(&mut self, _: Handle) -> Result<(), Errno> {
+        Err(NONE)
+    }
+    fn accept(&mut self, _: Handle, _: u64) -> Result<Accepted, Errno> {
+        Err(NONE)
+    }
+    fn acceptable(&mut self, _: Handle) -> bool {
+        false
+    }
+    fn send(&mut self, _: Handle, _: &Segments, _: SendFlags) -> Result<usize, Errno> {
+        Err(NONE)
+    }
+    fn recv(&mut self, _: Handle, _: &Segments) -> Result<Received, Errno> {
+        Err(NONE)
+    }
+    fn at_mark(&mut self, _: Handle) -> Result<bool, Errno> {
+        Err(NONE)
+    }
+    fn recv_urgent(&mut self, _: Handle) -> Result<u8, Errno> {
+        Err(NONE)
+    }
+    fn send_datagrams(&mut self, _: Handle, _: &[Datagram]) -> Result<usize, Errno> {
+        Err(NONE)
+    }
+    fn recv_datagram(&mut self, _: Handle, _: &Segments, _: &mut [u8]) -> Result<ReceivedDatagram, Errno> {
+        Err(NONE)
+    }
+    fn recv_datagrams(&mut self, _: Handle, _: usize, _: &mut TakeDatagram<'_>) -> Result<usize, Errno> {
+        Err(NONE)
+    }
+    fn recv_error(&mut self, _: Handle, _: &mut [u8], _: &mut [u8]) -> Result<ReceivedDatagram, Errno> {
+        Err(NONE)
+    }
+    fn next_datagram(&mut self, _: Handle) -> Result<usize, Errno> {
+        Err(NONE)
+    }
+    fn shutdown(&mut self, _: Handle, _: Shutdown) -> Result<(), Errno> {
+        Err(NONE)
+    }
+    fn set_option(&mut self, _: Handle, _: i32, _: i32, _: &[u8]) -> Result<(), Errno> {
+        Err(NONE)
+    }
+    fn option(&mut self, _: Handle, _: i32, _: i32, _: &mut [u8]) -> Result<usize, Errno> {
+        Err(NONE)
+    }
+    fn ioctl(&mut self, _: Handle, _: u64) -> Result<u64, Errno> {
+        Err(NONE)
+    }
+    fn local_name(&mut self, _: Handle) -> Result<SocketAddress, Errno> {
+        Err(NONE)
+    }
+    fn peer_name(&mut self, _: Handle) -> Result<SocketAddress, Errno> {
+        Err(NONE)
+    }
+    fn take_error(&mut self, _: Handle) -> Result<(), Errno> {
+        Err(NONE)
+    }
+    fn poll(&mut self, _: &mut Vec<Ready>, _: usize) {}
+    fn wake_fd(&self) -> Option<i32> {
+        None
+    }
+}
