@@ -133,7 +133,7 @@ impl Tap {
 }
 
 impl Observer for Tap {
-    fn wants_datagrams(&self) -> bool {
+    fn wants_payload(&self) -> bool {
         self.taps.active.load(Relaxed)
     }
 

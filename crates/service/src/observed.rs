@@ -46,8 +46,8 @@ pub trait Observer: Send {
     /// A call begins, and ends.
     fn begin(&mut self) {}
     fn end(&mut self) {}
-    /// Datagrams that are received several at a time are copied for it.
-    fn wants_datagrams(&self) -> bool {
+    /// It must see all payload: datagrams that are received several at a time are copied for it, and nothing is moved past it.
+    fn wants_payload(&self) -> bool {
         false
     }
     /// Something was done with this socket.
@@ -241,7 +241,7 @@ impl<S: Held, O: Observer> Stack for Observed<S, O> {
         take: &mut TakeDatagram<'_>,
     ) -> Result<usize, Errno> {
         let mut copies: Vec<(Vec<u8>, SocketAddress)> = Vec::new();
-        let copying = self.observer.wants_datagrams();
+        let copying = self.observer.wants_payload();
         let n = self.timed(|stack| {
             stack.recv_datagrams(handle, most, &mut |data, from, control| {
                 if copying {
@@ -297,6 +297,14 @@ impl<S: Held, O: Observer> Stack for Observed<S, O> {
 
     fn take_error(&mut self, handle: Handle) -> Result<(), Errno> {
         self.stack.get().take_error(handle)
+    }
+
+    fn descriptor(&self, handle: Handle) -> Option<RawFd> {
+        if self.observer.wants_payload() { None } else { self.stack.see().descriptor(handle) }
+    }
+
+    fn moved(&mut self, received: u64, sent: u64) {
+        self.stack.get().moved(received, sent);
     }
 
     fn poll(&mut self, ready: &mut Vec<Ready>, budget: usize) {
