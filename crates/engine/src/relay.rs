@@ -74,9 +74,9 @@ pub(crate) fn start(
         // What goes wrong here closes the listener: the guest's sockets fail, and nothing waits.
         let stack = match lent {
             Some(lent) => Ok(Box::new(lent) as Box<dyn Stack>),
-            None => kinds
-                .make(&nsm)
-                .map(|stack| Box::new(Observed { stack, observer: tap }) as Box<dyn Stack>),
+            None => {
+                kinds.make(&nsm).map(|stack| Box::new(Observed { stack, observer: tap }) as Box<dyn Stack>)
+            }
         };
         let relay = stack.and_then(|stack| {
             let stack = Box::new(Policed::new(stack, limits));
