@@ -142,14 +142,8 @@ fn rate(new: u64, old: u64, seconds: f64) -> f64 {
 
 fn guest_rates(new: &GuestInfo, old: Option<&GuestInfo>, seconds: f64) -> Rates {
     let Some(old) = old else { return Rates::default() };
-    let of = |keys: [&str; 2]| -> f64 {
-        keys.iter().map(|key| rate(number(&new.details, key), number(&old.details, key), seconds)).sum()
-    };
-    Rates {
-        bytes_in: of(["bytes_in", "direct_bytes_in"]),
-        bytes_out: of(["bytes_out", "direct_bytes_out"]),
-        operations: rate(number(&new.details, "operations"), number(&old.details, "operations"), seconds),
-    }
+    let of = |key: &str| rate(number(&new.details, key), number(&old.details, key), seconds);
+    Rates { bytes_in: of("bytes_in"), bytes_out: of("bytes_out"), operations: of("operations") }
 }
 
 impl Model {
@@ -341,8 +335,7 @@ pub mod tests {
     pub fn look(at: f64, first: u64, second: u64) -> Look {
         let guest = |id: u32, name: &str, tenant: &str, nsm: &str, bytes: u64| {
             json!({ "id": id, "name": name, "stack": nsm, "pid": 7, "uid": 0, "processes": 1, "sockets": 3,
-                "tenant": tenant, "attachment": "queued", "bytes_in": bytes, "bytes_out": 10, "operations": bytes / 100,
-                "direct_bytes_in": 0, "direct_bytes_out": 0 })
+                "tenant": tenant, "attachment": "queued", "bytes_in": bytes, "bytes_out": 10, "operations": bytes / 100 })
         };
         let status = json!({
             "engine": { "program": "0", "protocol_version": 1, "abi_version": 2, "pid": 1, "uid": 0 },
