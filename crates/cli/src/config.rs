@@ -1,5 +1,6 @@
 //! The configuration file. `docs/netkernel.example.toml` documents each key; a test parses it.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -40,6 +41,8 @@ pub struct EngineSection {
     pub usage: Option<PathBuf>,
     /// Tenants, and stacks, that /metrics tells apart.
     pub metrics_labels: Option<usize>,
+    /// A file with the provider's token.
+    pub provider_token_file: Option<PathBuf>,
     /// Who belongs to no [[tenant]] gets no guest.
     #[serde(default)]
     pub strict_tenants: bool,
@@ -309,7 +312,25 @@ impl Config {
                 ..TenantConfig::new(section.name.get_ref())
             })
         };
-        self.tenants.iter().map(one).collect()
+        let tenants: Vec<TenantConfig> = self.tenants.iter().map(one).collect::<Result<_>>()?;
+        let mut known: HashMap<&str, &str> = HashMap::new();
+        for tenant in &tenants {
+            let Some(token) = &tenant.recognise.token else { continue };
+            if let Some(other) = known.insert(token, &tenant.name) {
+                bail!("tenants '{other}' and '{}' have the same token: give each its own", tenant.name);
+            }
+        }
+        Ok(tenants)
+    }
+
+    /// Whoever shows it is the provider. No tenant may have the same.
+    pub fn provider_token(&self) -> Result<Option<String>> {
+        let Some(file) = &self.engine.provider_token_file else { return Ok(None) };
+        let token = read_token(file)?;
+        if let Some(tenant) = self.tenants()?.iter().find(|t| t.recognise.token.as_ref() == Some(&token)) {
+            bail!("the provider and tenant '{}' have the same token: give each its own", tenant.name);
+        }
+        Ok(Some(token))
     }
 
     /// Resolves `allow_users`.

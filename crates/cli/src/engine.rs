@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use netkernel_control::{
-    ApiError, EngineApi, ErrorCode, Grant, NewCapture, NewGuest, NsmInfo, PROTOCOL_VERSION, Peer, SocketInfo,
+    ApiError, Caller, EngineApi, ErrorCode, Grant, NewCapture, NewGuest, NsmInfo, PROTOCOL_VERSION, Peer, SocketInfo,
     Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
 };
 use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec, Target};
@@ -30,6 +30,8 @@ pub struct Adapter {
     meter: Option<Arc<Meter>>,
     /// Tenants, and stacks, with lines of their own in /metrics.
     labels: usize,
+    /// Who shows it is the provider.
+    provider_token: Option<String>,
     /// What was read last, and where from.
     config_file: Option<PathBuf>,
     /// What the catalogue says of each stack and the engine need not know.
@@ -56,6 +58,7 @@ impl Adapter {
             engine,
             meter,
             labels: config.engine.metrics_labels.unwrap_or(crate::metrics::LABELS),
+            provider_token: config.provider_token()?,
             config_file: config.file.clone(),
             offers: Mutex::new(offers(config)),
             socket: socket.into(),
@@ -223,7 +226,22 @@ impl EngineApi for Adapter {
         Ok(())
     }
 
-    fn usage(&self, query: &UsageQuery, of: Option<u32>) -> Result<Vec<Row>, ApiError> {
+    fn tenant_of(&self, pid: i32, uid: Option<u32>) -> Option<String> {
+        self.engine.tenant_of_process(pid, uid)
+    }
+
+    fn by_token(&self, token: &str) -> Option<Caller> {
+        if self.provider_token.as_deref().is_some_and(|own| netkernel_engine::same(own, token)) {
+            return Some(Caller::Provider);
+        }
+        self.engine.tenant_by_token(token).map(Caller::Tenant)
+    }
+
+    fn nsms_of(&self, tenant: &str) -> Option<Vec<String>> {
+        self.engine.nsms_of(tenant)
+    }
+
+    fn usage(&self, query: &UsageQuery, caller: &Caller) -> Result<Vec<Row>, ApiError> {
         let bad = |text: String| ApiError::new(ErrorCode::BadRequest, text);
         let by = Grouping::parse(query.by.as_deref().unwrap_or("tenant,nsm")).map_err(bad)?;
         let meter = self.meter.as_ref().ok_or_else(|| {
@@ -232,7 +250,13 @@ impl EngineApi for Adapter {
         // With the last second in it.
         meter.tick(&self.engine);
         let (from, to) = (query.from.unwrap_or(0) / 60, query.to.map_or(u64::MAX, |to| to / 60));
-        let tenant = of.map(|uid| crate::sys::user_name(uid).unwrap_or_else(|| uid.to_string()));
+        let tenant = match caller {
+            Caller::Provider => None,
+            Caller::Tenant(name) => Some(name.clone()),
+            // With tenants, what others use is counted together: nobody's own.
+            Caller::User(_) if self.engine.tenants().len() > 1 => return Ok(Vec::new()),
+            Caller::User(uid) => Some(crate::sys::user_name(*uid).unwrap_or_else(|| uid.to_string())),
+        };
         meter
             .report(from, to, by, tenant.as_deref())
             .map_err(|e| ApiError::new(ErrorCode::Engine, e.to_string()))

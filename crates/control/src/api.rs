@@ -135,9 +135,9 @@ pub struct Token {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
     Anybody,
-    /// Answers tell of the caller's own guests only, unless it is the provider.
+    /// Answers tell of the caller's own tenant only, unless it is the provider.
     Tenant,
-    /// The engine's user and root.
+    /// The engine's user and root, or who shows the provider's token.
     Provider,
 }
 
@@ -145,8 +145,10 @@ impl Role {
     pub fn describe(self) -> &'static str {
         match self {
             Role::Anybody => "Anybody may ask.",
-            Role::Tenant => "Tells of the caller's own guests; the provider sees all.",
-            Role::Provider => "For the provider only: the engine's user and root.",
+            Role::Tenant => "Tells of the caller's own tenant only; the provider sees all.",
+            Role::Provider => {
+                "For the provider only: the engine's user and root, or who shows the provider's token."
+            }
         }
     }
 }
@@ -387,7 +389,7 @@ pub(crate) const ROUTES: &[Route] = &[
         path: "/v1/tenants",
         name: "tenants",
         summary: "The tenants, their limits, and what they use",
-        role: Role::Provider,
+        role: Role::Tenant,
         body: None,
         query: &[],
         reply: Some(schema::<Vec<TenantInfo>>),

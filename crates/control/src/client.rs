@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use crate::api::encode;
 use crate::http::{self, Answer};
 use crate::peer::peer_of;
+use crate::wire::{Timed, Wire};
 use crate::{
     ApiError, Attached, GuestInfo, NewCapture, NewGuest, NsmInfo, Request, SocketInfo, SocketQuery, Status,
     TenantChange, TenantInfo, Token, UsageQuery, VersionInfo, token_hex,
@@ -64,8 +65,12 @@ impl std::error::Error for ClientError {}
 /// A connection to an engine.
 #[derive(Debug)]
 pub struct Client {
-    stream: UnixStream,
+    wire: Box<dyn Wire>,
+    /// Whose engine it is, by uid; `None`: the kernel does not say.
+    owner: Option<u32>,
     path: PathBuf,
+    /// Shown with each request.
+    token: Option<String>,
 }
 
 impl Client {
@@ -77,20 +82,29 @@ impl Client {
             io::ErrorKind::PermissionDenied => ClientError::Permission(path.into()),
             _ => ClientError::Io(path.into(), e),
         })?;
-        let io = |e| ClientError::Io(path.into(), e);
-        stream.set_read_timeout(Some(REPLY_TIMEOUT)).map_err(io)?;
-        stream.set_write_timeout(Some(REPLY_TIMEOUT)).map_err(io)?;
-        Ok(Client { stream, path: path.into() })
+        let owner = Some(peer_of(&stream).map_err(|e| ClientError::Io(path.into(), e))?.uid);
+        Ok(Client {
+            wire: Box::new(Timed::new(stream, REPLY_TIMEOUT)),
+            owner,
+            path: path.into(),
+            token: None,
+        })
     }
 
     /// As [`Client::connect`], and only if the engine runs as root or as this user: for paths that nobody named.
     pub fn connect_trusted(path: &Path) -> Result<Client, ClientError> {
         let client = Client::connect(path)?;
-        let uid = peer_of(&client.stream).map_err(|e| ClientError::Io(path.into(), e))?.uid;
-        if uid != 0 && uid != rustix::process::geteuid().as_raw() {
-            return Err(ClientError::Foreign(path.into(), uid));
+        match client.owner {
+            Some(uid) if uid != 0 && uid != rustix::process::geteuid().as_raw() => {
+                Err(ClientError::Foreign(path.into(), uid))
+            }
+            _ => Ok(client),
         }
-        Ok(client)
+    }
+
+    /// Shows a tenant's or the provider's token with each request from now on.
+    pub fn show_token(&mut self, token: String) {
+        self.token = Some(token);
     }
 
     pub fn path(&self) -> &Path {
@@ -192,14 +206,14 @@ impl Client {
         let (method, target, body) = encode(request);
         let body = body.map(|value| value.to_string().into_bytes());
         // An engine that refuses at once answers and closes; its answer counts, not our failed write.
-        let written = http::write_request(&self.stream, method, &target, body.as_deref());
-        let answer = match (http::read_reply(&self.stream), written) {
+        let written = self.write(method, &target, body.as_deref());
+        let answer = match (http::read_reply(&mut *self.wire, REPLY_TIMEOUT), written) {
             (Ok(answer), _) => answer,
             (Err(_), Err(error)) => return Err(self.io(error)),
             (Err(error), Ok(())) => {
                 return Err(match error.kind() {
                     io::ErrorKind::InvalidData => self.garbled(&error.to_string()),
-                    io::ErrorKind::WouldBlock => self.io(io::Error::new(
+                    io::ErrorKind::TimedOut => self.io(io::Error::new(
                         io::ErrorKind::TimedOut,
                         format!("nothing came for {} seconds", REPLY_TIMEOUT.as_secs()),
                     )),
@@ -213,6 +227,11 @@ impl Client {
         let refusal: Refusal =
             serde_json::from_slice(&answer.body).map_err(|e| self.garbled(&e.to_string()))?;
         Err(ClientError::Refused(refusal.error))
+    }
+
+    fn write(&mut self, method: &str, target: &str, body: Option<&[u8]>) -> io::Result<()> {
+        self.wire.allow(REPLY_TIMEOUT);
+        http::write_request(&mut *self.wire, method, target, body, self.token.as_deref())
     }
 
     fn io(&self, error: io::Error) -> ClientError {

@@ -1,12 +1,11 @@
 //! As much of HTTP/1.1 (RFC 9112) as one API on a Unix socket needs: requests and replies with a Content-Length, one after the
 //! other on a connection.
 
-use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::time::Duration;
 
-use netkernel_shm::fds;
+use crate::wire::Wire;
 
 /// Longest head of a message.
 const MAX_HEAD_BYTES: usize = 16 * 1024;
@@ -22,6 +21,8 @@ pub(crate) struct Request {
     /// Path and query.
     pub target: String,
     pub body: Vec<u8>,
+    /// What it shows: `Authorization: Bearer`.
+    pub token: Option<String>,
     /// The connection ends with this request.
     pub last: bool,
 }
@@ -46,23 +47,18 @@ fn refused<T>(status: u16, text: impl Into<String>) -> Result<T, ReadError> {
 /// The next request, or `None` at the end of the stream. `buffer` keeps what came too early. Descriptors that a client sends
 /// are dropped by the kernel. It must be complete within `timeout`.
 pub(crate) fn read_request(
-    mut stream: &UnixStream,
+    wire: &mut dyn Wire,
     buffer: &mut Vec<u8>,
     timeout: Duration,
 ) -> Result<Option<Request>, ReadError> {
-    let deadline = Instant::now() + timeout;
+    wire.allow(timeout);
     loop {
         if let Some((request, used)) = parse_request(buffer)? {
             buffer.drain(..used);
             return Ok(Some(request));
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::Error::from(io::ErrorKind::TimedOut).into());
-        }
-        stream.set_read_timeout(Some(left))?;
         let mut chunk = [0; 4096];
-        match stream.read(&mut chunk) {
+        match wire.read(&mut chunk) {
             Ok(0) => return Ok(None),
             Ok(n) => buffer.extend_from_slice(&chunk[..n]),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -85,6 +81,7 @@ pub(crate) fn parse_request(bytes: &[u8]) -> Result<Option<(Request, usize)>, Re
     };
     let mut length = None;
     let mut last = head.version == Some(0);
+    let mut token = None;
     for header in head.headers.iter() {
         if header.name.eq_ignore_ascii_case("content-length") {
             let parsed = std::str::from_utf8(header.value).ok().and_then(|text| text.trim().parse().ok());
@@ -95,6 +92,12 @@ pub(crate) fn parse_request(bytes: &[u8]) -> Result<Option<(Request, usize)>, Re
             length = parsed;
         } else if header.name.eq_ignore_ascii_case("transfer-encoding") {
             return refused(501, "send the body with a Content-Length; no transfer encodings are understood");
+        } else if header.name.eq_ignore_ascii_case("authorization") {
+            let shown = bearer(header.value);
+            if shown.is_none() || token.is_some() {
+                return refused(401, "Authorization is \"Bearer TOKEN\", once");
+            }
+            token = shown;
         } else if header.name.eq_ignore_ascii_case("connection") {
             last |= header.value.eq_ignore_ascii_case(b"close");
         }
@@ -108,9 +111,17 @@ pub(crate) fn parse_request(bytes: &[u8]) -> Result<Option<(Request, usize)>, Re
         method: head.method.unwrap_or_default().into(),
         target: head.path.unwrap_or_default().into(),
         body: body.to_vec(),
+        token,
         last,
     };
     Ok(Some((request, head_bytes + length)))
+}
+
+/// The token of RFC 6750, 2.1.
+fn bearer(value: &[u8]) -> Option<String> {
+    let (scheme, token) = std::str::from_utf8(value).ok()?.trim().split_once(' ')?;
+    let token = token.trim();
+    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then(|| token.to_owned())
 }
 
 #[derive(Debug)]
@@ -140,13 +151,15 @@ fn reason(status: u16) -> &'static str {
     }
 }
 
-/// Sends a reply; descriptors go with its first byte.
+/// Sends a reply; descriptors go with its first byte. All of it must be taken within `timeout`.
 pub(crate) fn write_reply(
-    mut stream: &UnixStream,
+    wire: &mut dyn Wire,
     reply: &Reply,
     last: bool,
     descriptors: &[RawFd],
+    timeout: Duration,
 ) -> io::Result<()> {
+    wire.allow(timeout);
     let mut message = format!(
         "HTTP/1.1 {} {}\r\nContent-Type: {}\r\nContent-Length: {}\r\n{}\r\n",
         reply.status,
@@ -159,16 +172,18 @@ pub(crate) fn write_reply(
     message.extend_from_slice(&reply.body);
     let mut sent = 0;
     if !descriptors.is_empty() {
-        sent = fds::send(stream.as_raw_fd(), &message, descriptors, 0)?;
+        sent = wire.send_descriptors(&message, descriptors)?;
     }
-    stream.write_all(&message[sent..])
+    wire.write_all(&message[sent..])?;
+    wire.flush()
 }
 
 pub(crate) fn write_request(
-    mut stream: &UnixStream,
+    wire: &mut dyn Wire,
     method: &str,
     target: &str,
     body: Option<&[u8]>,
+    token: Option<&str>,
 ) -> io::Result<()> {
     let mut message = format!("{method} {target} HTTP/1.1\r\nHost: netkernel\r\n").into_bytes();
     if let Some(body) = body {
@@ -176,9 +191,13 @@ pub(crate) fn write_request(
             format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len()).as_bytes(),
         );
     }
+    if let Some(token) = token {
+        message.extend_from_slice(format!("Authorization: Bearer {token}\r\n").as_bytes());
+    }
     message.extend_from_slice(b"\r\n");
     message.extend_from_slice(body.unwrap_or_default());
-    stream.write_all(&message)
+    wire.write_all(&message)?;
+    wire.flush()
 }
 
 /// What came back.
@@ -189,8 +208,8 @@ pub(crate) struct Answer {
     pub descriptors: Vec<OwnedFd>,
 }
 
-/// Reads one reply. Errors of kind InvalidData: what came is no such reply.
-pub(crate) fn read_reply(stream: &UnixStream) -> io::Result<Answer> {
+/// Reads one reply, of which something must come every `timeout`. Errors of kind InvalidData: what came is no such reply.
+pub(crate) fn read_reply(wire: &mut dyn Wire, timeout: Duration) -> io::Result<Answer> {
     let invalid = |text: String| io::Error::new(io::ErrorKind::InvalidData, text);
     let mut bytes: Vec<u8> = Vec::new();
     let mut answer = Answer::default();
@@ -222,7 +241,8 @@ pub(crate) fn read_reply(stream: &UnixStream) -> io::Result<Answer> {
             answer.body.truncate(length);
             return Ok(answer);
         }
-        match fds::receive(stream.as_raw_fd(), &mut chunk, 0) {
+        wire.allow(timeout);
+        match wire.receive(&mut chunk) {
             Ok((0, _)) if bytes.is_empty() => {
                 return Err(io::Error::new(io::ErrorKind::ConnectionReset, "it closed the connection"));
             }
@@ -255,6 +275,8 @@ mod tests {
         for end in 0..used {
             assert!(parse(&text[..end]).unwrap().is_none(), "complete after {end} bytes");
         }
+        let shown = parse("GET / HTTP/1.1\r\nauthorization: bearer  abc \r\n\r\n").unwrap().unwrap().0.token;
+        assert_eq!(shown.as_deref(), Some("abc"));
         assert!(parse("GET / HTTP/1.0\r\n\r\n").unwrap().unwrap().0.last);
         assert!(parse("GET / HTTP/1.1\r\nConnection: Close\r\n\r\n").unwrap().unwrap().0.last);
     }
@@ -265,6 +287,9 @@ mod tests {
             ("{\"version\":1}\n", 400),
             ("GET / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
             ("GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
+            ("GET / HTTP/1.1\r\nAuthorization: Basic eDp5\r\n\r\n", 401),
+            ("GET / HTTP/1.1\r\nAuthorization: Bearer a\r\nAuthorization: Bearer b\r\n\r\n", 401),
+            ("GET / HTTP/1.1\r\nAuthorization: Bearer \r\n\r\n", 401),
             ("GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", 501),
             ("GET / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", 413),
         ] {

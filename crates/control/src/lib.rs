@@ -12,21 +12,26 @@
 //!
 //! The replies that give a guest carry three descriptors (SCM_RIGHTS) with their first byte: region, channel, doorbell, in
 //! this order. Several requests may follow one another on a connection.
-//! Who asks is told by the kernel (SO_PEERCRED), never by the request. An `attach` is allowed to whoever has the token.
+//! Who asks is told by the kernel (SO_PEERCRED, control group, network namespace) or by a token that the request shows
+//! (`Authorization: Bearer`): [`Caller`]. An `attach` is allowed to whoever has the token.
 #![deny(unsafe_code)]
 
 mod api;
+mod caller;
 mod client;
 mod http;
 mod openapi;
 mod paths;
 mod peer;
+mod places;
 mod proto;
 mod server;
+mod wire;
 
 pub use api::{
     NewCapture, NewGuest, PROTOCOL_VERSION, Request, SocketQuery, TenantChange, Token, UsageQuery, examine,
 };
+pub use caller::{Access, Caller};
 pub use client::{Client, ClientError};
 pub use openapi::openapi;
 pub use paths::{
@@ -37,4 +42,4 @@ pub use proto::{
     ApiError, Attached, ErrorCode, GuestInfo, NsmInfo, SocketInfo, Status, TenantInfo, VersionInfo,
     parse_token, token_hex,
 };
-pub use server::{Access, EngineApi, Grant, Server};
+pub use server::{EngineApi, Grant, Server};

@@ -71,8 +71,9 @@ pub fn openapi() -> Value {
         "info": {
             "title": "NetKernel control API",
             "version": PROTOCOL_VERSION.to_string(),
-            "description": "HTTP/1.1 on the engine's Unix socket. Who asks is told by the kernel (SO_PEERCRED), never by the request: \
-                the provider is the engine's user and root; others see and end their own guests. Try: \
+            "description": "HTTP/1.1 on the engine's Unix socket, and over TLS where the configuration says so. Who asks is told by the kernel \
+                (SO_PEERCRED, control group, network namespace), or by a token (Authorization: Bearer), over TLS by nothing else: \
+                the provider is the engine's user and root; tenants see and end their own guests, users without a tenant those that they made. Try: \
                 curl --unix-socket /run/netkernel/engine.sock http://netkernel/v1/status",
             "license": { "name": "MIT OR Apache-2.0" },
         },

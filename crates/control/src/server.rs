@@ -1,10 +1,9 @@
 //! The answering side: a thread per connection, few of them, none for long.
 
-use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -15,18 +14,20 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::api::{self, METRICS_TYPE, Role};
+use crate::caller::{Access, Caller, caller_of, check};
 use crate::http::{self, ReadError, Reply};
 use crate::peer::{Peer, peer_of};
+use crate::places::{Limits, Places};
+use crate::wire::{Timed, Wire};
 use crate::{
     ApiError, Attached, Endpoint, ErrorCode, GuestInfo, NewCapture, NewGuest, NsmInfo, Request, SocketInfo,
     Status, TenantChange, TenantInfo, UsageQuery, VersionInfo, parse_token, token_hex,
 };
 
-/// Connections at a time, in all and of one user who is neither the engine's nor root.
-const MAX_CONNECTIONS: usize = 256;
-const MAX_CONNECTIONS_PER_USER: usize = 32;
-/// A request must be complete this long after its connection or the last reply.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Connections at a time. Two of each tenant or user find a place however many others there are, up to 1,000 of them.
+const LIMITS: Limits = Limits { each: 32, all: 256, kept: 2, most: 2304 };
+/// A request must be complete this long after its connection or the last reply, and its reply taken as soon.
+pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a guest gets.
 #[derive(Debug)]
@@ -48,13 +49,19 @@ pub trait EngineApi: Send + Sync {
     fn attach(&self, token: [u8; 16]) -> Result<Grant, ApiError>;
     fn status(&self) -> Status;
     fn stacks(&self) -> Vec<NsmInfo>;
+    /// The tenant that a process belongs to; without `uid` by its control group and network namespace only.
+    fn tenant_of(&self, pid: i32, uid: Option<u32>) -> Option<String>;
+    /// Whose token it is.
+    fn by_token(&self, token: &str) -> Option<Caller>;
+    /// Names of the NSMs that a tenant may use; `None`: all.
+    fn nsms_of(&self, tenant: &str) -> Option<Vec<String>>;
     /// Sockets of guests; those that ended in between have none.
     fn sockets(&self, guests: &[u32]) -> Result<Vec<SocketInfo>, ApiError>;
     fn end_guest(&self, guest: u32) -> Result<(), ApiError>;
     /// Asks the engine's process to end; returns at once.
     fn stop(&self);
-    /// Usage of the user with this uid, or of all.
-    fn usage(&self, query: &UsageQuery, of: Option<u32>) -> Result<Vec<Row>, ApiError>;
+    /// What the caller may see of the usage.
+    fn usage(&self, query: &UsageQuery, caller: &Caller) -> Result<Vec<Row>, ApiError>;
     /// The end of a pipe with pcapng: of what guests of the user with this uid, or of all, send and receive.
     fn capture(&self, capture: NewCapture, of: Option<u32>) -> Result<OwnedFd, ApiError>;
     fn tenants(&self) -> Vec<TenantInfo>;
@@ -63,26 +70,6 @@ pub trait EngineApi: Send + Sync {
     fn reload(&self) -> Result<(), ApiError>;
     /// Counters in the text format of OpenMetrics.
     fn metrics(&self) -> String;
-}
-
-/// Who may do what. The engine's own user and root may do everything.
-#[derive(Clone, Debug, Default)]
-pub struct Access {
-    /// The engine's user.
-    pub owner: u32,
-    /// Others who may create guests, and see and end their own.
-    pub users: Vec<u32>,
-    pub everybody: bool,
-}
-
-impl Access {
-    pub fn is_operator(&self, uid: u32) -> bool {
-        uid == self.owner || uid == 0
-    }
-
-    pub fn may_create(&self, uid: u32) -> bool {
-        self.is_operator(uid) || self.everybody || self.users.contains(&uid)
-    }
 }
 
 /// A running control server. Dropping it closes the endpoint; replies under way are finished.
@@ -97,7 +84,7 @@ impl Server {
         let stop = fds::eventfd()?;
         let stopped = stop.try_clone()?;
         let acceptor = thread::Builder::new().name("control".into()).spawn(move || {
-            let shared = Arc::new(Shared { api, access, open: Mutex::new(Open::default()) });
+            let shared = Arc::new(Shared { api, access, places: Places::new(LIMITS) });
             accept_loop(&endpoint, &stopped, &shared);
         })?;
         Ok(Server { stop, acceptor: Some(acceptor) })
@@ -116,50 +103,7 @@ impl Drop for Server {
 struct Shared {
     api: Arc<dyn EngineApi>,
     access: Access,
-    open: Mutex<Open>,
-}
-
-#[derive(Default)]
-struct Open {
-    all: usize,
-    by_user: HashMap<u32, usize>,
-}
-
-/// A connection's place in the count.
-struct Place {
-    shared: Arc<Shared>,
-    uid: u32,
-}
-
-impl Shared {
-    fn take_place(self: &Arc<Self>, uid: u32) -> Option<Place> {
-        let mut open = self.open.lock().unwrap_or_else(|e| e.into_inner());
-        let operator = self.access.is_operator(uid);
-        let of_user = open.by_user.get(&uid).copied().unwrap_or(0);
-        // The operator always gets in: nobody else can take the last places.
-        if !operator && (open.all >= MAX_CONNECTIONS || of_user >= MAX_CONNECTIONS_PER_USER) {
-            return None;
-        }
-        if of_user >= MAX_CONNECTIONS {
-            return None;
-        }
-        open.all += 1;
-        *open.by_user.entry(uid).or_default() += 1;
-        Some(Place { shared: self.clone(), uid })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut open = self.shared.open.lock().unwrap_or_else(|e| e.into_inner());
-        open.all -= 1;
-        if let Some(count) = open.by_user.get_mut(&self.uid) {
-            *count -= 1;
-            if *count == 0 {
-                open.by_user.remove(&self.uid);
-            }
-        }
-    }
+    places: Arc<Places<Caller>>,
 }
 
 fn accept_loop(endpoint: &Endpoint, stopped: &OwnedFd, shared: &Arc<Shared>) {
@@ -191,62 +135,84 @@ fn accept_loop(endpoint: &Endpoint, stopped: &OwnedFd, shared: &Arc<Shared>) {
 fn serve_on_thread(stream: UnixStream, shared: &Arc<Shared>) {
     let Ok(peer) = peer_of(&stream) else { return };
     let _ = stream.set_nonblocking(false);
-    let Some(place) = shared.take_place(peer.uid) else {
-        let _ = stream.set_write_timeout(Some(Duration::from_millis(10)));
+    let caller = shared.access.of_peer(peer, &*shared.api);
+    // The provider always gets in: nobody else can take the last places.
+    let always = caller.is_provider();
+    let place = shared.places.take(caller, always);
+    let mut wire = Timed::new(stream, REQUEST_TIMEOUT);
+    let Some(place) = place else {
         let error =
             ApiError::new(ErrorCode::Limit, "the engine serves too many control connections: try again");
-        let _ = http::write_reply(&stream, &error_reply(&error), true, &[]);
+        let _ = http::write_reply(&mut wire, &error_reply(&error), true, &[], Duration::from_millis(10));
         return;
     };
-    let started =
-        thread::Builder::new().name("control-client".into()).stack_size(256 * 1024).spawn(move || {
-            let shared = place.shared.clone();
-            let _ = serve(&stream, peer, &shared);
-            drop(place);
-        });
-    if let Err(e) = started {
+    let shared = shared.clone();
+    spawn(move || {
+        let _ = serve(&mut wire, Some(peer), &*shared.api, &shared.access, |_| Ok(()));
+        drop(place);
+    });
+}
+
+/// Runs a connection on a thread of its own.
+pub(crate) fn spawn(run: impl FnOnce() + Send + 'static) {
+    let thread = thread::Builder::new().name("control-client".into()).stack_size(256 * 1024);
+    if let Err(e) = thread.spawn(run) {
         eprintln!("netkernel: control socket: no thread for a connection: {e}");
     }
 }
 
-fn serve(stream: &UnixStream, peer: Peer, shared: &Shared) -> io::Result<()> {
-    stream.set_write_timeout(Some(REQUEST_TIMEOUT))?;
+/// Answers what comes. `admit` is asked before each answer.
+pub(crate) fn serve(
+    wire: &mut dyn Wire,
+    peer: Option<Peer>,
+    api: &dyn EngineApi,
+    access: &Access,
+    mut admit: impl FnMut(&Caller) -> Result<(), ApiError>,
+) -> io::Result<()> {
     let mut buffer = Vec::new();
     loop {
         let mut stop = false;
-        let request = match http::read_request(stream, &mut buffer, REQUEST_TIMEOUT) {
+        let request = match http::read_request(wire, &mut buffer, REQUEST_TIMEOUT) {
             Ok(Some(request)) => request,
             Ok(None) => return Ok(()),
             Err(ReadError::Io(error)) => return Err(error),
             Err(ReadError::Refused(status, text)) => {
                 let error = ApiError::new(ErrorCode::BadRequest, text);
                 let reply = Reply { status, ..error_reply(&error) };
-                return http::write_reply(stream, &reply, true, &[]);
+                return http::write_reply(wire, &reply, true, &[], REQUEST_TIMEOUT);
             }
         };
-        let answered =
-            api::decode(&request.method, &request.target, &request.body).and_then(|(asked, role)| {
-                stop = asked == Request::Stop;
-                answer(asked, role, peer, shared)
-            });
-        match answered {
-            Ok((reply, descriptors)) => {
-                let fds: Vec<_> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
-                http::write_reply(stream, &reply, request.last, &fds)?;
-            }
-            Err(error) => {
-                stop = false;
-                http::write_reply(stream, &error_reply(&error), request.last, &[])?;
-            }
-        }
+        // Who is not known learns nothing, not even which paths there are.
+        let answered = caller_of(peer, request.token.as_deref(), access, api).and_then(|caller| {
+            admit(&caller)?;
+            let (asked, role) = api::decode(&request.method, &request.target, &request.body)?;
+            stop = asked == Request::Stop;
+            let shown = request.token.filter(|_| !caller.is_provider());
+            answer(asked, role, &Asker { caller, peer, token: shown }, api, access)
+        });
+        let (reply, descriptors) = answered.unwrap_or_else(|error| {
+            stop = false;
+            (error_reply(&error), Vec::new())
+        });
+        let fds: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
+        http::write_reply(wire, &reply, request.last, &fds, REQUEST_TIMEOUT)?;
         if stop {
             // After the answer: the process may be gone at once.
-            shared.api.stop();
+            api.stop();
         }
         if request.last {
             return Ok(());
         }
     }
+}
+
+/// Who asks.
+struct Asker {
+    caller: Caller,
+    /// `None`: over TCP.
+    peer: Option<Peer>,
+    /// What it showed, if that is a tenant's.
+    token: Option<String>,
 }
 
 fn error_reply(error: &ApiError) -> Reply {
@@ -257,48 +223,50 @@ fn error_reply(error: &ApiError) -> Reply {
 fn answer(
     request: Request,
     role: Role,
-    peer: Peer,
-    shared: &Shared,
+    asker: &Asker,
+    api: &dyn EngineApi,
+    access: &Access,
 ) -> Result<(Reply, Vec<OwnedFd>), ApiError> {
-    let Shared { api, access, .. } = shared;
-    let operator = access.is_operator(peer.uid);
-    if role == Role::Provider && !operator {
-        return Err(denied(match request {
-            Request::Stop => "only the engine's user and root may stop it".into(),
-            _ => "this is for the engine's user and root only".into(),
-        }));
-    }
+    let caller = &asker.caller;
+    let text = match request {
+        Request::Stop => "only the engine's user and root may stop it",
+        _ => "this is for the engine's user and root only",
+    };
+    check(role, caller, text)?;
     match request {
         Request::Version => done(&api.version()),
-        Request::CreateGuest(guest) => {
-            if !access.may_create(peer.uid) {
+        Request::CreateGuest(mut guest) => {
+            let peer = asker.peer.ok_or_else(no_descriptors)?;
+            if !access.may_create(caller) {
                 return Err(denied(format!(
                     "uid {} may not create guests on this engine: ask its operator to list you in allow_users, or start \
                      a private engine with `netkernel run --private`",
                     peer.uid
                 )));
             }
+            guest.tenant_token = guest.tenant_token.or_else(|| asker.token.clone());
             granted(api.create_guest(guest, peer)?)
         }
         Request::Attach(token) => {
+            asker.peer.ok_or_else(no_descriptors)?;
             let token = parse_token(&token.token)
                 .ok_or_else(|| ApiError::new(ErrorCode::BadToken, "a token is 32 hexadecimal digits"))?;
             granted(api.attach(token)?)
         }
         Request::Status => {
             let mut status = api.status();
-            status.guests.retain(|g| operator || g.uid == peer.uid);
-            if !operator {
+            status.guests.retain(|guest| caller.sees(guest));
+            if !caller.is_provider() {
                 // Of all tenants together.
-                status.details.remove("stages");
+                status.details.clear();
             }
             done(&status)
         }
-        Request::Stacks => done(&api.stacks()),
+        Request::Stacks => done(&stacks(caller, api)),
         Request::Sockets(query) => {
             let wanted = |g: &GuestInfo| {
                 let tenant = g.details.get("tenant").and_then(Value::as_str);
-                (operator || g.uid == peer.uid)
+                caller.sees(g)
                     && query.guest.is_none_or(|id| id == g.id)
                     && query.nsm.as_ref().is_none_or(|nsm| *nsm == g.stack)
                     && query.tenant.as_deref().is_none_or(|wanted| tenant == Some(wanted))
@@ -313,7 +281,7 @@ fn answer(
             done(&found)
         }
         Request::EndGuest { guest } => {
-            let known = api.status().guests.iter().any(|g| g.id == guest && (operator || g.uid == peer.uid));
+            let known = api.status().guests.iter().any(|g| g.id == guest && caller.sees(g));
             if !known {
                 return Err(unknown_guest(guest));
             }
@@ -322,29 +290,56 @@ fn answer(
         }
         Request::Stop => done(&()),
         Request::Capture(capture) => {
-            if capture.tenant.is_none() && capture.guest.is_none() {
-                return Err(ApiError::new(ErrorCode::BadRequest, "name a tenant or a guest to capture"));
-            }
-            // Only their own guests, whatever they name.
-            let of = (!operator).then_some(peer.uid);
+            asker.peer.ok_or_else(no_descriptors)?;
             if let Some(id) = capture.guest
-                && !api.status().guests.iter().any(|g| g.id == id && of.is_none_or(|uid| uid == g.uid))
+                && !api.status().guests.iter().any(|g| g.id == id && caller.sees(g))
             {
                 return Err(unknown_guest(id));
             }
+            let (capture, of) = caller.captures(capture)?;
             let (reply, _) = done(&())?;
             Ok((reply, vec![api.capture(capture, of)?]))
         }
-        Request::Tenants => done(&api.tenants()),
+        Request::Tenants => {
+            let mut tenants = api.tenants();
+            tenants.retain(|tenant| match caller {
+                Caller::Provider => true,
+                Caller::Tenant(name) => tenant.name == *name,
+                Caller::User(_) => false,
+            });
+            done(&tenants)
+        }
         Request::ChangeTenant { name, change } => done(&api.change_tenant(&name, change)?),
         Request::Reload => done(&api.reload()?),
-        Request::Usage(query) => done(&api.usage(&query, (!operator).then_some(peer.uid))?),
+        Request::Usage(query) => done(&api.usage(&query, caller)?),
         Request::Metrics => {
             let body = api.metrics().into_bytes();
             Ok((Reply { status: 200, content_type: METRICS_TYPE, body }, Vec::new()))
         }
         Request::OpenApi => done(&crate::openapi()),
     }
+}
+
+/// Those that the caller may use, with its own guests counted.
+fn stacks(caller: &Caller, api: &dyn EngineApi) -> Vec<NsmInfo> {
+    let mut stacks = api.stacks();
+    if caller.is_provider() {
+        return stacks;
+    }
+    let own: Vec<GuestInfo> = api.status().guests.into_iter().filter(|g| caller.sees(g)).collect();
+    if let Caller::Tenant(name) = caller
+        && let Some(allowed) = api.nsms_of(name)
+    {
+        stacks.retain(|nsm| allowed.contains(&nsm.name));
+    }
+    for nsm in &mut stacks {
+        nsm.guests = own.iter().filter(|guest| guest.stack == nsm.name).count() as u64;
+    }
+    stacks
+}
+
+fn no_descriptors() -> ApiError {
+    denied("guests and captures are made on the engine's Unix socket only: descriptors do not go over TCP".into())
 }
 
 fn done<T: Serialize>(value: &T) -> Result<(Reply, Vec<OwnedFd>), ApiError> {

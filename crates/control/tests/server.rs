@@ -97,8 +97,24 @@ impl EngineApi for Fake {
         self.stops.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn usage(&self, query: &UsageQuery, of: Option<u32>) -> Result<Vec<netkernel_meter::Row>, ApiError> {
-        assert_eq!((query.from, of), (Some(60), None), "the owner sees all");
+    fn tenant_of(&self, _: i32, _: Option<u32>) -> Option<String> {
+        None
+    }
+
+    fn by_token(&self, token: &str) -> Option<Caller> {
+        match token {
+            "of the provider" => Some(Caller::Provider),
+            "of blue" => Some(Caller::Tenant("blue".into())),
+            _ => None,
+        }
+    }
+
+    fn nsms_of(&self, _: &str) -> Option<Vec<String>> {
+        None
+    }
+
+    fn usage(&self, query: &UsageQuery, caller: &Caller) -> Result<Vec<netkernel_meter::Row>, ApiError> {
+        assert_eq!((query.from, caller), (Some(60), &Caller::Provider), "the owner sees all");
         Ok(Vec::new())
     }
 

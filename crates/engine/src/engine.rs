@@ -536,6 +536,24 @@ impl Engine {
         self.shared.tenants.all().map(|tenant| tenant.status()).collect()
     }
 
+    /// Name of the tenant whose token it is.
+    pub fn tenant_by_token(&self, token: &str) -> Option<String> {
+        self.shared.tenants.by_token(token).map(|tenant| tenant.config().name)
+    }
+
+    /// Name of the tenant that a process belongs to, if it is one of the configuration's. Without `uid` only control group
+    /// and network namespace count.
+    pub fn tenant_of_process(&self, pid: i32, uid: Option<u32>) -> Option<String> {
+        self.shared.tenants.by_process(pid, uid).map(|tenant| tenant.config().name)
+    }
+
+    /// Which NSMs a tenant may use, by name; `None`: all.
+    pub fn nsms_of(&self, tenant: &str) -> Option<Vec<String>> {
+        let found =
+            self.shared.tenants.all().map(|known| known.config()).find(|known| known.name == tenant)?;
+        (!found.nsms.is_empty()).then_some(found.nsms)
+    }
+
     /// New limits for a tenant, at once and for the connections that there are. Nothing changes when they are refused.
     pub fn change_tenant(
         &self,

@@ -36,6 +36,6 @@ pub use netkernel_shm::HugePages;
 pub use netkernel_stack_smoltcp::{Cidr, SmoltcpConfig};
 pub use process::Form;
 pub use status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
-pub use tenants::{Capacity, OTHERS, Rates, Recognise, TenantConfig, TenantStatus, bits};
+pub use tenants::{Capacity, OTHERS, Rates, Recognise, TenantConfig, TenantStatus, bits, same};
 pub use totals::{StageTimes, StagesStatus, Total};
 pub use usage::{GuestUsage, Usage};

@@ -1,5 +1,6 @@
 //! Tenants: who they are, what they may use, and how what is left of a module is shared among them.
 
+use std::cell::OnceCell;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -255,7 +256,9 @@ impl Tenants {
 
     /// The tenant of who asks.
     pub fn of(&self, asker: Asker) -> Result<Arc<Tenant>, EngineError> {
-        let known = self.list.iter().find(|tenant| recognises(&tenant.config().recognise, asker));
+        // Who shows a token means it.
+        let shown = asker.token.and_then(|token| self.by_token(token));
+        let known = shown.or_else(|| self.by_process(asker.pid, Some(asker.uid)));
         match (known, self.list.last()) {
             (Some(tenant), _) => Ok(Arc::clone(tenant)),
             (None, Some(others)) if !self.strict => Ok(Arc::clone(others)),
@@ -264,6 +267,25 @@ impl Tenants {
                 asker.uid, asker.pid
             ))),
         }
+    }
+
+    /// The tenant whose token it is.
+    pub fn by_token(&self, token: &str) -> Option<&Arc<Tenant>> {
+        let own = |tenant: &&Arc<Tenant>| {
+            let config = tenant.config.lock().unwrap_or_else(PoisonError::into_inner);
+            config.recognise.token.as_ref().is_some_and(|own| same(own, token))
+        };
+        self.list.iter().find(own)
+    }
+
+    /// The tenant that a process belongs to by its user, control group or network namespace; without `uid` the user does
+    /// not count.
+    pub fn by_process(&self, pid: i32, uid: Option<u32>) -> Option<&Arc<Tenant>> {
+        let process = Process::new(pid);
+        self.list.iter().find(|tenant| {
+            let config = tenant.config.lock().unwrap_or_else(PoisonError::into_inner);
+            uid.is_some_and(|uid| config.recognise.users.contains(&uid)) || process.is_in(&config.recognise)
+        })
     }
 
     /// Takes a place for a guest; [`Tenants::guest_over`] gives it back.
@@ -479,34 +501,44 @@ pub fn bits(rate: u64) -> String {
     format!("{} {unit}", text.trim_end_matches('0').trim_end_matches('.'))
 }
 
-fn recognises(by: &Recognise, asker: Asker) -> bool {
-    if by.users.contains(&asker.uid) {
-        return true;
-    }
-    if let (Some(own), Some(shown)) = (&by.token, asker.token)
-        && same(own.as_bytes(), shown.as_bytes())
-    {
-        return true;
-    }
-    let in_cgroup = |wanted: &String| {
-        let text = std::fs::read_to_string(format!("/proc/{}/cgroup", asker.pid)).unwrap_or_default();
-        let wanted = wanted.trim_end_matches('/');
-        text.lines()
-            .filter_map(|line| line.splitn(3, ':').nth(2))
-            .any(|path| path == wanted || path.strip_prefix(wanted).is_some_and(|rest| rest.starts_with('/')))
-    };
-    let in_netns = |name: &String| {
-        let path = if name.contains('/') { PathBuf::from(name) } else { format!("/run/netns/{name}").into() };
-        let inode = |path: PathBuf| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
-        let own = inode(format!("/proc/{}/ns/net", asker.pid).into());
-        own.is_some() && own == inode(path)
-    };
-    (!by.cgroups.is_empty() && by.cgroups.iter().any(in_cgroup))
-        || (!by.netns.is_empty() && by.netns.iter().any(in_netns))
+/// Where a process is, looked up once however many tenants are compared with it, and only if one is.
+struct Process {
+    pid: i32,
+    cgroups: OnceCell<String>,
+    netns: OnceCell<Option<(u64, u64)>>,
 }
 
-/// Takes as long for wrong bytes as for right ones.
-fn same(a: &[u8], b: &[u8]) -> bool {
+impl Process {
+    fn new(pid: i32) -> Process {
+        Process { pid, cgroups: OnceCell::new(), netns: OnceCell::new() }
+    }
+
+    fn is_in(&self, by: &Recognise) -> bool {
+        by.cgroups.iter().any(|wanted| self.in_cgroup(wanted))
+            || by.netns.iter().any(|name| self.in_netns(name))
+    }
+
+    fn in_cgroup(&self, wanted: &str) -> bool {
+        let read = || std::fs::read_to_string(format!("/proc/{}/cgroup", self.pid)).unwrap_or_default();
+        let wanted = wanted.trim_end_matches('/');
+        self.cgroups
+            .get_or_init(read)
+            .lines()
+            .filter_map(|line| line.splitn(3, ':').nth(2))
+            .any(|path| path == wanted || path.strip_prefix(wanted).is_some_and(|rest| rest.starts_with('/')))
+    }
+
+    fn in_netns(&self, name: &str) -> bool {
+        let inode = |path: PathBuf| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+        let own = self.netns.get_or_init(|| inode(format!("/proc/{}/ns/net", self.pid).into()));
+        let path = if name.contains('/') { PathBuf::from(name) } else { format!("/run/netns/{name}").into() };
+        own.is_some() && *own == inode(path)
+    }
+}
+
+/// Whether two tokens are the same. Takes as long for wrong bytes as for right ones.
+pub fn same(a: &str, b: &str) -> bool {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
     a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
 }
 
