@@ -14,6 +14,40 @@ executed, 127 the program was not found, 2 wrong usage.";
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
+    #[command(flatten)]
+    pub remote: RemoteArgs,
+}
+
+/// Which engine is asked, as whom.
+#[derive(Clone, Debug, Default, Args)]
+pub struct RemoteArgs {
+    /// Ask the engine at this address over TLS: https://HOST[:PORT]
+    #[arg(
+        long,
+        value_name = "URL",
+        global = true,
+        env = "NETKERNEL_HOST",
+        help_heading = "Which engine, and as whom"
+    )]
+    pub host: Option<String>,
+    /// Show the token in this file, a tenant's or the provider's
+    #[arg(
+        long,
+        value_name = "FILE",
+        global = true,
+        env = "NETKERNEL_TOKEN_FILE",
+        help_heading = "Which engine, and as whom"
+    )]
+    pub token_file: Option<PathBuf>,
+    /// Trust the certificates in this file (PEM) instead of the host's
+    #[arg(
+        long,
+        value_name = "FILE",
+        global = true,
+        requires = "host",
+        help_heading = "Which engine, and as whom"
+    )]
+    pub ca_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]

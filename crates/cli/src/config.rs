@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
+use netkernel_control::TlsListener;
 use netkernel_engine::{Rates, Recognise, TenantConfig};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, Visitor};
@@ -41,6 +42,11 @@ pub struct EngineSection {
     pub usage: Option<PathBuf>,
     /// Tenants, and stacks, that /metrics tells apart.
     pub metrics_labels: Option<usize>,
+    /// Address and port that the control API listens at, with TLS.
+    pub listen: Option<Spanned<std::net::SocketAddr>>,
+    /// PEM.
+    pub tls_certificate: Option<PathBuf>,
+    pub tls_key: Option<PathBuf>,
     /// A file with the provider's token.
     pub provider_token_file: Option<PathBuf>,
     /// Who belongs to no [[tenant]] gets no guest.
@@ -182,6 +188,19 @@ impl Config {
             && !REGION_BYTES.contains(&n.get_ref().0)
         {
             bail!("{}: a region is 64MiB to 64GiB large", at(n.span().start));
+        }
+        if let Some(listen) = &engine.listen {
+            let at = at(listen.span().start);
+            if engine.tls_certificate.is_none() || engine.tls_key.is_none() {
+                bail!(
+                    "{at}: the control API is served over TCP with TLS only: set `tls_certificate` and `tls_key`"
+                );
+            }
+            if engine.provider_token_file.is_none() && self.tenants.iter().all(|t| t.token_file.is_none()) {
+                bail!(
+                    "{at}: over TCP who asks is told by tokens only, and there is none: set `provider_token_file`, or `token_file` of a [[tenant]]"
+                );
+            }
         }
         self.users_at(path, text)?;
         for nsm in &self.nsms {
@@ -331,6 +350,17 @@ impl Config {
             bail!("the provider and tenant '{}' have the same token: give each its own", tenant.name);
         }
         Ok(Some(token))
+    }
+
+    /// Listens where the configuration says.
+    pub fn listen(&self) -> Result<Option<TlsListener>> {
+        let EngineSection {
+            listen: Some(at), tls_certificate: Some(certificate), tls_key: Some(key), ..
+        } = &self.engine
+        else {
+            return Ok(None);
+        };
+        Ok(Some(TlsListener::bind(*at.get_ref(), certificate, key)?))
     }
 
     /// Resolves `allow_users`.

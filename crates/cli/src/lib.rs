@@ -56,7 +56,7 @@ impl std::error::Error for Exit {}
 
 pub fn main() -> i32 {
     let cli = Cli::parse();
-    match dispatch(cli.command) {
+    match locate::remember(cli.remote).and_then(|()| dispatch(cli.command)) {
         Ok(code) => code,
         Err(error) => {
             // A reader that went away (`netkernel ps | head`) is no failure of ours.

@@ -179,6 +179,9 @@ fn guest(args: &RunArgs, name: &str) -> Result<(Attached, [OwnedFd; 3], PathBuf)
         })
     };
     let named = args.socket.clone().or_else(|| std::env::var_os(locate::SOCKET_ENV).map(PathBuf::from));
+    if locate::is_remote() {
+        bail!("a program runs with an engine of its own host: --host is for asking others");
+    }
     if args.private && args.socket.is_some() {
         bail!("--private starts an engine of its own, --socket names one that runs: give one of them");
     }

@@ -57,7 +57,7 @@ pub fn ps(args: &ShowArgs) -> Result<()> {
         match client.status() {
             Ok(status) => found.push(status),
             // A private engine that ended while we looked.
-            Err(e) if args.socket.is_some() => return Err(e.into()),
+            Err(e) if args.socket.is_some() || locate::is_remote() => return Err(e.into()),
             Err(_) => {}
         }
     }

@@ -81,6 +81,28 @@ pub fn adopt(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// The listening socket that a service manager started us with (sd_listen_fds(3)), if it did. To be called once, before there
+/// are threads: programs that we start do not find the variables.
+pub fn inherited_socket() -> io::Result<Option<OwnedFd>> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    let (pid, count) = (number("LISTEN_PID"), number("LISTEN_FDS"));
+    for name in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"] {
+        // SAFETY: there is no other thread that could read the environment meanwhile.
+        unsafe { std::env::remove_var(name) };
+    }
+    if pid != Some(std::process::id()) {
+        return Ok(None);
+    }
+    match count {
+        None | Some(0) => Ok(None),
+        Some(1) => adopt(3).map(Some),
+        Some(n) => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{n} sockets were handed over, but the engine has one control socket"),
+        )),
+    }
+}
+
 /// A pipe: reading end (close-on-exec), writing end (likewise).
 pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut fds = [0; 2];

@@ -30,22 +30,34 @@ pub fn up(args: &UpArgs) -> Result<()> {
     }
     let ready = args.ready_fd.map(sys::adopt).transpose().context("--ready-fd names no open descriptor")?;
     let users = config.users()?;
+    let inherited = sys::inherited_socket().context("socket activation")?;
     // Before there are threads: they must not take the signals.
     let signals = sys::termination_signals().context("cannot take signals")?;
     sys::raise_descriptor_limit();
     crate::logger::start(log::LevelFilter::Info);
     let socket = args.socket.clone().or_else(|| config.engine.socket.clone()).unwrap_or_else(default_socket);
-    let endpoint = Endpoint::bind(&socket)?;
+    let endpoint = match inherited {
+        Some(socket) => Endpoint::inherited(socket)?,
+        None => Endpoint::bind(&socket)?,
+    };
+    let tls = config.listen()?;
+    let address = tls.as_ref().map(|tls| tls.address()).transpose().context("cannot ask for the address")?;
     let socket = endpoint.path().to_owned();
     let engine = Adapter::start(&config, &socket, false)?;
     let access = Access { owner: sys::effective_uid(), users: users.list, everybody: users.everybody };
-    let server = Server::start(endpoint, engine.clone(), access).context("no control thread")?;
+    let servers = (
+        Server::start(endpoint, engine.clone(), access.clone()).context("no control thread")?,
+        tls.map(|tls| Server::start_tls(tls, engine.clone(), access))
+            .transpose()
+            .context("no control thread")?,
+    );
 
     // Nobody may read it.
     let _ = writeln!(
         std::io::stdout(),
-        "netkernel: ready at {} (pid {}, stacks {})",
+        "netkernel: ready at {}{} (pid {}, stacks {})",
         socket.display(),
+        address.map(|address| format!(" and https://{address}")).unwrap_or_default(),
         std::process::id(),
         names(&engine.stacks()).join(", ")
     );
@@ -56,7 +68,7 @@ pub fn up(args: &UpArgs) -> Result<()> {
 
     sys::wait_readable(&[signals.as_fd(), engine.stop_requested()]).context("cannot wait for signals")?;
     notify_service_manager("STOPPING=1");
-    drop(server);
+    drop(servers);
     engine.shutdown();
     Ok(())
 }

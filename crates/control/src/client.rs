@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use crate::api::encode;
 use crate::http::{self, Answer};
 use crate::peer::peer_of;
+use crate::tls;
 use crate::wire::{Timed, Wire};
 use crate::{
     ApiError, Attached, GuestInfo, NewCapture, NewGuest, NsmInfo, Request, SocketInfo, SocketQuery, Status,
@@ -100,6 +101,13 @@ impl Client {
             }
             _ => Ok(client),
         }
+    }
+
+    /// Over TLS, to `https://HOST[:PORT]`. `roots`: a file of the certificates that are trusted, instead of the host's.
+    pub fn connect_tls(url: &str, roots: Option<&Path>) -> Result<Client, ClientError> {
+        let wire =
+            tls::connect(url, roots, REPLY_TIMEOUT).map_err(|e| ClientError::Protocol(e.to_string()))?;
+        Ok(Client { wire: Box::new(wire), owner: None, path: url.into(), token: None })
     }
 
     /// Shows a tenant's or the provider's token with each request from now on.

@@ -26,6 +26,7 @@ mod peer;
 mod places;
 mod proto;
 mod server;
+mod tls;
 mod wire;
 
 pub use api::{
@@ -43,3 +44,4 @@ pub use proto::{
     parse_token, token_hex,
 };
 pub use server::{EngineApi, Grant, Server};
+pub use tls::{TlsError, TlsListener};

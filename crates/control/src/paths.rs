@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -144,7 +145,8 @@ impl std::error::Error for BindError {}
 pub struct Endpoint {
     listener: UnixListener,
     path: PathBuf,
-    inode: (u64, u64),
+    /// Of the file, if it is ours to remove.
+    inode: Option<(u64, u64)>,
     lock: Option<(File, PathBuf)>,
 }
 
@@ -184,7 +186,26 @@ impl Endpoint {
             let _ = fs::remove_file(&temporary);
             io(e)
         })?;
-        Ok(Endpoint { listener, path: path.into(), inode, lock: Some(lock) })
+        Ok(Endpoint { listener, path: path.into(), inode: Some(inode), lock: Some(lock) })
+    }
+
+    /// A socket that somebody else listens on for us (systemd's socket activation). Its file stays when this is dropped.
+    pub fn inherited(socket: OwnedFd) -> Result<Endpoint, BindError> {
+        let unusable = |e| BindError::Io("the inherited descriptor".into(), e);
+        let no_listener = || {
+            unusable(io::Error::new(io::ErrorKind::InvalidInput, "it is no Unix stream socket that listens"))
+        };
+        let is = |option: rustix::io::Result<bool>| option.is_ok_and(|yes| yes);
+        let stream = rustix::net::sockopt::socket_type(&socket) == Ok(rustix::net::SocketType::STREAM);
+        let unix = rustix::net::sockopt::socket_domain(&socket) == Ok(rustix::net::AddressFamily::UNIX);
+        if !stream || !unix || !is(rustix::net::sockopt::socket_acceptconn(&socket)) {
+            return Err(no_listener());
+        }
+        let listener = UnixListener::from(socket);
+        listener.set_nonblocking(true).map_err(unusable)?;
+        let address = listener.local_addr().map_err(unusable)?;
+        let path = address.as_pathname().ok_or_else(no_listener)?.to_owned();
+        Ok(Endpoint { listener, path, inode: None, lock: None })
     }
 
     pub fn path(&self) -> &Path {
@@ -199,7 +220,7 @@ impl Endpoint {
 impl Drop for Endpoint {
     fn drop(&mut self) {
         // Only our own file: somebody may have removed it and started another engine.
-        if fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.inode) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|m| Some((m.dev(), m.ino())) == self.inode) {
             let _ = fs::remove_file(&self.path);
         }
         if let Some((_held, path)) = &self.lock {
@@ -256,6 +277,23 @@ mod tests {
         drop(endpoint);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 0, "socket and lock are gone");
         fs::remove_dir(&dir).unwrap();
+    }
+
+    #[test]
+    fn an_inherited_socket_is_used_and_left_there() {
+        let dir = scratch("inherited");
+        let path = dir.join("e.sock");
+        let endpoint = Endpoint::inherited(UnixListener::bind(&path).unwrap().into()).unwrap();
+        assert_eq!(endpoint.path(), path);
+        UnixStream::connect(&path).unwrap();
+        assert!(matches!(Endpoint::bind(&path), Err(BindError::InUse(_))));
+        drop(endpoint);
+        assert!(path.exists(), "it is not ours to remove");
+        for other in [UnixStream::pair().unwrap().0.into(), File::open("/dev/null").unwrap().into()] {
+            let error = Endpoint::inherited(other).unwrap_err().to_string();
+            assert!(error.contains("no Unix stream socket that listens"), "{error}");
+        }
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

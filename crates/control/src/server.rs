@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Connections at a time. Two of each tenant or user find a place however many others there are, up to 1,000 of them.
-const LIMITS: Limits = Limits { each: 32, all: 256, kept: 2, most: 2304 };
+pub(crate) const LIMITS: Limits = Limits { each: 32, all: 256, kept: 2, most: 2304 };
 /// A request must be complete this long after its connection or the last reply, and its reply taken as soon.
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -81,12 +81,15 @@ pub struct Server {
 
 impl Server {
     pub fn start(endpoint: Endpoint, api: Arc<dyn EngineApi>, access: Access) -> io::Result<Server> {
+        let shared = Arc::new(Shared { api, access, places: Places::new(LIMITS) });
+        Server::run("control", move |stopped| accept_loop(&endpoint, stopped, &shared))
+    }
+
+    /// Runs a loop that ends when the descriptor is readable.
+    pub(crate) fn run(name: &str, accept: impl FnOnce(&OwnedFd) + Send + 'static) -> io::Result<Server> {
         let stop = fds::eventfd()?;
         let stopped = stop.try_clone()?;
-        let acceptor = thread::Builder::new().name("control".into()).spawn(move || {
-            let shared = Arc::new(Shared { api, access, places: Places::new(LIMITS) });
-            accept_loop(&endpoint, &stopped, &shared);
-        })?;
+        let acceptor = thread::Builder::new().name(name.into()).spawn(move || accept(&stopped))?;
         Ok(Server { stop, acceptor: Some(acceptor) })
     }
 }
