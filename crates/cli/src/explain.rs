@@ -7,7 +7,7 @@ use netkernel_control::{GuestInfo, SocketInfo};
 use serde_json::{Value, json};
 
 use crate::args::{ExplainArgs, ShowArgs};
-use crate::show;
+use crate::{locate, show};
 
 pub fn explain(args: &ExplainArgs) -> Result<()> {
     let show = ShowArgs { socket: args.socket.clone(), json: args.json };
@@ -16,7 +16,7 @@ pub fn explain(args: &ExplainArgs) -> Result<()> {
         let status = match client.status() {
             Ok(status) => status,
             // A private engine that ended while we looked.
-            Err(error) if args.socket.is_some() => return Err(error.into()),
+            Err(error) if args.socket.is_some() || locate::is_remote() => return Err(error.into()),
             Err(_) => continue,
         };
         for guest in status.guests {
