@@ -590,6 +590,11 @@ mod tests {
     #[test]
     fn tenants_are_known_by_what_the_kernel_says() {
         let own = Asker { pid: std::process::id() as i32, uid: 1234, token: None };
+        let recognises = |recognise: &Recognise, asker: Asker| {
+            let config = TenantConfig { recognise: recognise.clone(), ..TenantConfig::new("a") };
+            let tenants = Tenants::new(&[config], true, &[]).unwrap();
+            tenants.of(asker).is_ok()
+        };
         let by = |recognise: Recognise| recognises(&recognise, own);
         assert!(!by(Recognise::default()));
         assert!(by(Recognise { users: vec![7, 1234], ..Recognise::default() }));
