@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use netkernel_control::{
-    ApiError, Caller, EngineApi, ErrorCode, Grant, NewCapture, NewGuest, NsmInfo, PROTOCOL_VERSION, Peer, SocketInfo,
-    Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
+    ApiError, Caller, EngineApi, ErrorCode, Grant, NewCapture, NewGuest, NsmInfo, PROTOCOL_VERSION, Peer,
+    SocketInfo, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
 };
 use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec, Target};
 

@@ -342,7 +342,10 @@ fn stacks(caller: &Caller, api: &dyn EngineApi) -> Vec<NsmInfo> {
 }
 
 fn no_descriptors() -> ApiError {
-    denied("guests and captures are made on the engine's Unix socket only: descriptors do not go over TCP".into())
+    denied(
+        "guests and captures are made on the engine's Unix socket only: descriptors do not go over TCP"
+            .into(),
+    )
 }
 
 fn done<T: Serialize>(value: &T) -> Result<(Reply, Vec<OwnedFd>), ApiError> {

@@ -12,6 +12,9 @@ use serde_json::{Value, json};
 
 const WATCHDOG: Duration = Duration::from_secs(30);
 
+/// Tenant, guest and user.
+type Capture = (Option<String>, Option<u32>, Option<u32>);
+
 /// Two tenants: guest 1 is blue's, guests 2 and 3 are red's, guest 4 is of a user that made it as nobody's.
 #[derive(Default)]
 struct Fake {
@@ -19,6 +22,7 @@ struct Fake {
     confined: Mutex<Option<String>>,
     ended: Mutex<Vec<u32>>,
     made: Mutex<Vec<NewGuest>>,
+    captured: Mutex<Vec<Capture>>,
 }
 
 fn guest(id: u32, tenant: &str, uid: u32, nsm: &str) -> GuestInfo {
@@ -128,6 +132,12 @@ impl EngineApi for Fake {
         })
     }
 
+    fn capture(&self, capture: NewCapture, of: Option<u32>) -> Result<std::os::fd::OwnedFd, ApiError> {
+        assert_ne!(capture.tenant.as_deref(), Some("red"), "nobody but the provider may");
+        self.captured.lock().unwrap().push((capture.tenant, capture.guest, of));
+        Ok(std::fs::File::open("/dev/null").unwrap().into())
+    }
+
     fn tenants(&self) -> Vec<TenantInfo> {
         let one = |name: &str| TenantInfo {
             name: name.into(),
@@ -210,6 +220,7 @@ const ROUTES: &[(&str, &str, &str, &str, u16)] = &[
     ("POST", "/v1/attach", "/v1/attach", r#"{"token":"08080808080808080808080808080808"}"#, 401),
     ("DELETE", "/v1/guests/{guest}", "/v1/guests/2", "", 404),
     ("POST", "/v1/stop", "/v1/stop", "", 403),
+    ("POST", "/v1/captures", "/v1/captures", r#"{"guest":2}"#, 404),
     ("GET", "/v1/usage", "/v1/usage?by=tenant", "", 200),
     ("GET", "/v1/tenants", "/v1/tenants", "", 200),
     ("PATCH", "/v1/tenants/{tenant}", "/v1/tenants/red", r#"{"weight":2}"#, 403),
@@ -325,6 +336,36 @@ fn a_wrong_token_is_refused_everywhere_whoever_shows_it() {
         place.ask("token-of-blu", "GET", "/v1/nothing", "").0,
         401,
         "which paths there are is told to nobody"
+    );
+}
+
+/// Also where one user is several tenants.
+#[test]
+fn captures_are_of_the_callers_own_guests() {
+    let place = Place::new("captures");
+    let ask = |token: &str, body: &str| place.ask(token, "POST", "/v1/captures", body);
+    for token in ["token-of-blue", "token-of-a-user"] {
+        let of = |name: &str| {
+            let (status, reply) = ask(token, &format!(r#"{{"tenant":"{name}"}}"#));
+            (status, reply.replace(name, "N"))
+        };
+        assert_eq!(of("red"), of("nobody"), "{token}");
+        assert_eq!(of("red").0, 400);
+        assert_eq!(ask(token, r#"{"guest":2}"#).0, 404);
+        assert_eq!(
+            ask(token, r#"{"guest":1,"tenant":"red"}"#).0,
+            if token == "token-of-blue" { 400 } else { 404 }
+        );
+        assert_eq!(ask(token, "{}").0, 400);
+    }
+    assert!(place.fake.captured.lock().unwrap().is_empty());
+    assert_eq!(ask("token-of-blue", r#"{"guest":1}"#).0, 200);
+    assert_eq!(ask("token-of-a-user", r#"{"guest":4}"#).0, 200);
+    let own = |tenant: &str, guest, uid| (Some(tenant.to_owned()), Some(guest), uid);
+    assert_eq!(
+        *place.fake.captured.lock().unwrap(),
+        [own("blue", 1, None), own("others", 4, Some(1000))],
+        "later guests of the number cannot be another's either"
     );
 }
 

@@ -84,6 +84,10 @@ impl EngineApi for Fake {
         nothing()
     }
 
+    fn capture(&self, _: NewCapture, _: Option<u32>) -> Result<std::os::fd::OwnedFd, ApiError> {
+        panic!("descriptors do not go over TCP")
+    }
+
     fn tenants(&self) -> Vec<TenantInfo> {
         Vec::new()
     }
@@ -164,6 +168,8 @@ fn who_shows_a_token_is_served_and_nobody_else() {
         assert_eq!(code(client.stop()), ErrorCode::Permission);
         assert_eq!(code(client.create_guest(NewGuest::default())), ErrorCode::Permission);
         assert_eq!(code(client.attach(&[7; 16])), ErrorCode::Permission);
+        let capture = NewCapture { tenant: Some("blue".into()), ..NewCapture::default() };
+        assert_eq!(code(client.capture(capture)), ErrorCode::Permission);
     }
     drop(server);
     TcpStream::connect(address).expect_err("it listens no more");
