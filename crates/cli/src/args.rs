@@ -103,6 +103,8 @@ pub enum Command {
     PrivateEngine(PrivateEngineArgs),
     #[command(hide = true)]
     NsmProcess(NsmProcessArgs),
+    #[command(hide = true)]
+    Heir(HeirArgs),
 }
 
 #[derive(Debug, Args)]
@@ -407,6 +409,13 @@ pub struct PrivateEngineArgs {
     /// Keep standard error for the log.
     #[arg(long)]
     pub log: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct HeirArgs {
+    /// The engine is at its other end.
+    #[arg(long)]
+    pub control_fd: i32,
 }
 
 #[derive(Debug, Args)]

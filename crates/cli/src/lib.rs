@@ -101,5 +101,6 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         }
         Command::PrivateEngine(args) => private::serve(&args),
         Command::NsmProcess(args) => nsm::process(&args),
+        Command::Heir(args) => nsm::heir(&args),
     }
 }

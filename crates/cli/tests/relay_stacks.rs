@@ -143,10 +143,15 @@ fn an_engine_that_is_killed_ends_borrowed_sockets() {
     let program = program(&place);
     let engine = up(&place, "[[nsm]]\nname = \"memory\"\nstack = \"shm\"\n");
     let mut server = Stopped(
-        guest(&place, &["--attach", "relay"], &[program.to_str().unwrap(), "echo"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap(),
+        guest(
+            &place,
+            &["--attach", "relay"],
+            &[program.to_str().unwrap(), "echo", "wait", "socket", "flood"],
+        )
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap(),
     );
     let mut lines = BufReader::new(server.0.stdout.take().unwrap()).lines();
     let port = lines.next().unwrap().unwrap().strip_prefix("listen ").unwrap().parse::<u16>().unwrap();
@@ -157,6 +162,10 @@ fn an_engine_that_is_killed_ends_borrowed_sockets() {
     let _ = engine.wait();
     let over = lines.next().unwrap().unwrap();
     assert!(over == "over 0 0" || over == format!("over -1 {}", libc::ECONNRESET), "{over}");
+    // The heir answers, as long as somebody asks.
+    drop(server.0.stdin.take());
+    assert_eq!(lines.next().unwrap().unwrap(), format!("socket -{}", libc::ENETDOWN));
+    assert_eq!(lines.next().unwrap().unwrap(), "flood 0 0");
     assert!(common::wait(&mut server.0, "the server").success());
 }
 

@@ -14,6 +14,7 @@ use netkernel_shm::{Region, fds};
 
 use crate::capture::Captures;
 use crate::direct::{self, Direct};
+use crate::heir::Heirs;
 use crate::process::Form;
 use crate::process::remote::Remote;
 use crate::process::wire;
@@ -56,6 +57,7 @@ pub(crate) struct Shared {
     pub ledgers: Arc<direct::Ledgers>,
     pub captures: Captures,
     watches: Vec<Arc<Watch>>,
+    pub heirs: Heirs,
 }
 
 pub(crate) type OverHook = Box<dyn Fn(u32, Usage, bool) + Send + Sync>;
@@ -183,6 +185,7 @@ impl Engine {
             stopping: AtomicBool::new(false),
             counters: SharedCounters::default(),
             over: Mutex::default(),
+            heirs: Heirs::default(),
             finished: Finished::default(),
             ledgers: Arc::default(),
             captures: Captures::default(),

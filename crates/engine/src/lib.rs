@@ -12,6 +12,7 @@ mod config;
 mod direct;
 mod engine;
 mod handed;
+pub mod heir;
 mod keeper;
 mod kinds;
 mod poller;

@@ -1118,8 +1118,10 @@ impl Worker {
             fail_open: message.a == 1 && !queued_only,
             no_streams: queued_only,
         };
-        // What goes wrong here ends the listener: the guest's sockets fail with ENOSYS, and nothing waits.
+        // What goes wrong here ends the listener: the guest's sockets fail with ENETDOWN (ENOSYS without an heir), and nothing waits.
         let behind_preload = message.b == 1;
+        let binary = self.shared.config.process_binary.as_deref();
+        self.shared.heirs.remember(binary, guest.id, &listener);
         let started = if message.c == 1 {
             relay::start(&self.shared, guest.id, slot, nsm, listener, settings, behind_preload)
         } else {
@@ -1130,6 +1132,7 @@ impl Worker {
             Ok(started) => started,
             Err(error) => {
                 log::error!("guest {}: its agent cannot start: {error}", guest.id);
+                self.shared.heirs.answer(guest.id);
                 return Ok(());
             }
         };
@@ -1230,6 +1233,9 @@ impl Worker {
     fn process_over(&mut self, slot: u32, number: u32) {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
         let Some(process) = guest.processes.get_mut(number as usize).and_then(Option::take) else { return };
+        if process.tag == 0 {
+            self.shared.heirs.answer(guest.id);
+        }
         let Some(module) = &mut self.modules[guest.nsm] else { return };
         if let Err(violation) = guest.service.end_process(&mut *module.stack, process.tag) {
             return self.violation(slot, violation);
@@ -1286,6 +1292,9 @@ impl Worker {
     fn remove(&mut self, slot: u32) {
         let Some(mut guest) = self.guests.get_mut(slot as usize).and_then(Option::take) else { return };
         self.hot.retain(|&hot| hot != slot);
+        if guest.has_agent {
+            self.shared.heirs.answer(guest.id);
+        }
         if let Some(module) = &mut self.modules[guest.nsm] {
             if let Some(lender) = &mut guest.lender {
                 self.poller.remove(lender.bell());
