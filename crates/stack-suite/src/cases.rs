@@ -465,7 +465,10 @@ fn datagrams_have_a_largest_size(rig: &mut Rig) {
 }
 
 fn an_ipv6_socket_serves_both_families(rig: &mut Rig) {
-    let Some(v6) = rig.v6 else { return };
+    let Some(v6) = rig.v6 else {
+        eprintln!("NOT RUN: this stack has no IPv6 address here");
+        return;
+    };
     let listener = rig.open(AF_INET6, SOCK_STREAM);
     rig.bind(listener, "[::]:0".parse().unwrap()).unwrap();
     rig.stack.listen(listener, 8).unwrap();
@@ -483,12 +486,16 @@ fn an_ipv6_socket_serves_both_families(rig: &mut Rig) {
     rig.connect(mapped, (v4.to_ipv6_mapped(), address.port()).into()).unwrap();
     assert_eq!(rig.accept(listener).1.ip(), IpAddr::V4(v4));
     assert_eq!(rig.peer(mapped).ip(), IpAddr::V6(v4.to_ipv6_mapped()));
-    // One for IPv6 only leaves the port to IPv4.
-    let only = rig.open(AF_INET6, SOCK_STREAM);
-    rig.set_option(only, IPPROTO_IPV6, IPV6_V6ONLY, 1).unwrap();
-    rig.bind(only, "[::]:0".parse().unwrap()).unwrap();
-    let (other, port) = (rig.stream(), rig.local(only).port());
-    assert_eq!(rig.bind(other, (Ipv4Addr::UNSPECIFIED, port).into()), Ok(()));
+    // One for IPv6 only leaves the port to IPv4, where somebody else on this host may have it.
+    let mut bind_beside = || {
+        let only = rig.open(AF_INET6, SOCK_STREAM);
+        rig.set_option(only, IPPROTO_IPV6, IPV6_V6ONLY, 1).unwrap();
+        rig.bind(only, "[::]:0".parse().unwrap()).unwrap();
+        let (other, port) = (rig.stream(), rig.local(only).port());
+        rig.bind(other, (Ipv4Addr::UNSPECIFIED, port).into())
+    };
+    let tries: Vec<_> = (0..8).map(|_| bind_beside()).collect();
+    assert!(tries.contains(&Ok(())), "{tries:?}");
 }
 
 fn a_closed_handle_is_nothing(rig: &mut Rig) {
