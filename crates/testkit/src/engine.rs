@@ -12,6 +12,11 @@ use serde_json::Value;
 
 use crate::process::{self, Signal};
 
+/// Descriptors that idle threads of the control API may keep.
+const IDLE_CONTROL: usize = 4;
+/// Opened once, with the first agent: the ledger of direct sockets in its network namespace, and the way to the heir.
+const WITH_FIRST_AGENT: usize = 5;
+
 #[derive(Debug)]
 pub struct Engine {
     child: Child,
@@ -146,8 +151,7 @@ impl Engine {
             }
             let sockets: u64 = guests.iter().map(|g| g.sockets).sum();
             let descriptors = process::open_descriptors(self.pid()).unwrap_or(0);
-            // Idle threads of the control API may keep a few.
-            let room = self.descriptors + 4;
+            let room = self.descriptors + IDLE_CONTROL + WITH_FIRST_AGENT;
             if guests.is_empty() && descriptors <= room {
                 return Ok(());
             }
