@@ -23,10 +23,9 @@ use bench::Benchmark;
 use report::{Outcome, Record, Results};
 use session::{Attach, Placement, Session, Settings, Side, find_program};
 
-/// Measure NetKernel beside the plain kernel: a table with a verdict for each promise.
-#[derive(Args, Debug)]
-#[command(args_conflicts_with_subcommands = true)]
-pub struct BenchArgs {
+/// What every comparison takes.
+#[derive(Args, Debug, Clone)]
+pub struct Common {
     /// The netkernel to measure [default: this program]
     #[arg(long, value_name = "PATH")]
     pub netkernel: Option<PathBuf>,
@@ -35,13 +34,48 @@ pub struct BenchArgs {
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     pub only: Vec<String>,
 
-    /// How often each is measured on each side [default: 5, with --quick 2]
+    /// How often each is measured, on each side [default: 5, with --quick 2]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub rounds: Option<u32>,
 
     /// Seconds of one measurement [default: 3, with --quick 1]
     #[arg(long, value_name = "S", value_parser = parse_seconds)]
     pub seconds: Option<f64>,
+
+    /// List the benchmarks, and measure nothing
+    #[arg(long)]
+    pub list: bool,
+
+    #[command(flatten)]
+    pub output: Output,
+}
+
+/// What every benchmark does with its results.
+#[derive(Args, Debug, Clone)]
+pub struct Output {
+    /// Write the raw series, the results and the facts about the machine to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// Draw the results to this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+
+    /// Fewer, shorter measurements: a look, not a result
+    #[arg(long)]
+    pub quick: bool,
+
+    /// Exit with 1 unless every promise is kept and nothing was left out
+    #[arg(long)]
+    pub check: bool,
+}
+
+/// Measure NetKernel beside the plain kernel: a table with a verdict for each promise.
+#[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub common: Common,
 
     /// Idle connections whose memory is measured [default: 15000, with --quick 2000]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=50_000))]
@@ -58,26 +92,6 @@ pub struct BenchArgs {
     /// How guests are attached to the stack
     #[arg(long, value_enum, value_name = "HOW", default_value = "queued")]
     pub attach: Attach,
-
-    /// Write the raw series, the results and the facts about the machine to this file
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-
-    /// Draw the ratios to this file, as SVG
-    #[arg(long, value_name = "FILE")]
-    pub plot: Option<PathBuf>,
-
-    /// List the benchmarks, and measure nothing
-    #[arg(long)]
-    pub list: bool,
-
-    /// Fewer, shorter measurements: a look, not a result
-    #[arg(long)]
-    pub quick: bool,
-
-    /// Exit with 1 unless every promise is kept and nothing was left out
-    #[arg(long)]
-    pub check: bool,
 
     #[command(subcommand)]
     pub part: Option<Part>,
@@ -119,21 +133,8 @@ pub enum Part {
 /// Measure what tenants get beside each other: caps, shares, guarantees, a paced request beside floods, the cost of policing.
 #[derive(Args, Debug)]
 pub struct IsolationArgs {
-    /// The netkernel to measure [default: this program]
-    #[arg(long, value_name = "PATH")]
-    pub netkernel: Option<PathBuf>,
-
-    /// Only these benchmarks (see --list); caps, for example, stands for all of caps-*
-    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
-    pub only: Vec<String>,
-
-    /// How often each is measured [default: 5, with --quick 2]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub rounds: Option<u32>,
-
-    /// Seconds of one measurement [default: 3, with --quick 1]
-    #[arg(long, value_name = "S", value_parser = parse_seconds)]
-    pub seconds: Option<f64>,
+    #[command(flatten)]
+    pub common: Common,
 
     /// The guests' stack; a congestion control of the kernel
     #[arg(long, value_name = "NAME", default_value = "cubic")]
@@ -142,126 +143,36 @@ pub struct IsolationArgs {
     /// The cores: the guests and the engine on one, or what the scheduler likes
     #[arg(long, value_enum, value_name = "WHICH", default_value = "free")]
     pub placement: Placement,
-
-    /// Write the raw series, the results and the facts about the machine to this file
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-
-    /// Draw the figures to this file, as SVG
-    #[arg(long, value_name = "FILE")]
-    pub plot: Option<PathBuf>,
-
-    /// List the benchmarks, and measure nothing
-    #[arg(long)]
-    pub list: bool,
-
-    /// Fewer, shorter measurements: a look, not a result
-    #[arg(long)]
-    pub quick: bool,
-
-    /// Exit with 1 unless every promise is kept and nothing was left out
-    #[arg(long)]
-    pub check: bool,
 }
 
 /// Measure guests that are joined in memory, both ends of each connection, beside loopback TCP and a Unix socket.
 #[derive(Args, Debug)]
 pub struct MemoryArgs {
-    /// The netkernel to measure [default: this program]
-    #[arg(long, value_name = "PATH")]
-    pub netkernel: Option<PathBuf>,
-
-    /// Only these benchmarks (see --list); redis, for example, stands for all of redis-*
-    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
-    pub only: Vec<String>,
-
-    /// How often each is measured on each side [default: 5, with --quick 2]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub rounds: Option<u32>,
-
-    /// Seconds of one measurement [default: 3, with --quick 1]
-    #[arg(long, value_name = "S", value_parser = parse_seconds)]
-    pub seconds: Option<f64>,
+    #[command(flatten)]
+    pub common: Common,
 
     /// The cores: one for the server and the engine and one for its client, or what the scheduler likes
     #[arg(long, value_enum, value_name = "WHICH", default_value = "split")]
     pub placement: Placement,
+}
 
-    /// Write the raw series, the results and the facts about the machine to this file
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-
-    /// Draw the ratios to this file, as SVG
-    #[arg(long, value_name = "FILE")]
-    pub plot: Option<PathBuf>,
-
-    /// List the benchmarks, and measure nothing
-    #[arg(long)]
-    pub list: bool,
-
-    /// Fewer, shorter measurements: a look, not a result
-    #[arg(long)]
-    pub quick: bool,
-
-    /// Exit with 1 unless every promise is kept and nothing was left out
-    #[arg(long)]
-    pub check: bool,
+impl BenchArgs {
+    /// Those of a comparison with a catalog of its own.
+    fn of(common: Common, stack: String, placement: Placement) -> BenchArgs {
+        BenchArgs { common, connections: None, stack, placement, attach: Attach::Queued, part: None }
+    }
 }
 
 impl From<MemoryArgs> for BenchArgs {
     fn from(args: MemoryArgs) -> BenchArgs {
-        let MemoryArgs { netkernel, only, rounds, seconds, placement, json, plot, list, quick, check } = args;
-        BenchArgs {
-            netkernel,
-            only,
-            rounds,
-            seconds,
-            connections: None,
-            stack: "shm".into(),
-            placement,
-            attach: Attach::Queued,
-            json,
-            plot,
-            list,
-            quick,
-            check,
-            part: None,
-        }
+        BenchArgs::of(args.common, "shm".into(), args.placement)
     }
 }
 
 impl From<IsolationArgs> for BenchArgs {
     fn from(args: IsolationArgs) -> BenchArgs {
-        let IsolationArgs {
-            netkernel,
-            only,
-            rounds,
-            seconds,
-            stack,
-            placement,
-            json,
-            plot,
-            list,
-            quick,
-            check,
-        } = args;
-        BenchArgs {
-            netkernel,
-            only,
-            rounds,
-            seconds,
-            connections: None,
-            stack,
-            placement,
-            // Tenants with limits get no direct sockets.
-            attach: Attach::Queued,
-            json,
-            plot,
-            list,
-            quick,
-            check,
-            part: None,
-        }
+        // Tenants with limits get no direct sockets.
+        BenchArgs::of(args.common, args.stack, args.placement)
     }
 }
 
@@ -305,14 +216,14 @@ fn compare(args: BenchArgs, prefix: &[&str], catalog: fn(&Settings) -> Vec<Bench
     });
     settings.connections = settings.connections.min(most);
 
-    let chosen = choose(catalog(&settings), &args.only)?;
-    if args.list {
+    let chosen = choose(catalog(&settings), &args.common.only)?;
+    if args.common.list {
         for benchmark in &chosen {
             println!("{:17} {}", benchmark.id, benchmark.about);
         }
         return Ok(());
     }
-    for file in args.json.iter().chain(&args.plot) {
+    for file in args.common.output.json.iter().chain(&args.common.output.plot) {
         // Found out now, not after ten minutes.
         std::fs::OpenOptions::new()
             .append(true)
@@ -321,7 +232,7 @@ fn compare(args: BenchArgs, prefix: &[&str], catalog: fn(&Settings) -> Vec<Bench
             .with_context(|| format!("cannot write {}", file.display()))?;
     }
 
-    let rounds = args.rounds.unwrap_or(if args.quick { 2 } else { 5 });
+    let rounds = args.common.rounds.unwrap_or(if args.common.output.quick { 2 } else { 5 });
     let mut session = Session::begin(settings)?;
     session.surroundings.warnings.extend(fewer);
     for warning in &session.surroundings.warnings {
@@ -346,22 +257,22 @@ fn compare(args: BenchArgs, prefix: &[&str], catalog: fn(&Settings) -> Vec<Bench
     drop(session);
 
     print!("{}", results.table());
-    if let Some(file) = &args.json {
+    if let Some(file) = &args.common.output.json {
         let text = serde_json::to_string_pretty(&results.json())? + "\n";
         std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
     }
-    if let Some(file) = &args.plot {
+    if let Some(file) = &args.common.output.plot {
         std::fs::write(file, plot::svg(&results))
             .with_context(|| format!("cannot write {}", file.display()))?;
     }
-    if args.check && !results.all_kept() {
+    if args.common.output.check && !results.all_kept() {
         bail!("not every promise was shown to be kept");
     }
     Ok(())
 }
 
 fn settings(args: &BenchArgs, prefix: &[&str]) -> Result<Settings> {
-    let netkernel = match &args.netkernel {
+    let netkernel = match &args.common.netkernel {
         Some(path) => {
             std::fs::canonicalize(path).with_context(|| format!("no netkernel at {}", path.display()))?
         }
@@ -370,11 +281,12 @@ fn settings(args: &BenchArgs, prefix: &[&str]) -> Result<Settings> {
     Ok(Settings {
         netkernel,
         stack: args.stack.clone(),
-        seconds: args.seconds.unwrap_or(if args.quick { 1.0 } else { 3.0 }),
-        connections: args.connections.unwrap_or(if args.quick { 2_000 } else { 15_000 }) as usize,
+        seconds: args.common.seconds.unwrap_or(if args.common.output.quick { 1.0 } else { 3.0 }),
+        connections: args.connections.unwrap_or(if args.common.output.quick { 2_000 } else { 15_000 })
+            as usize,
         placement: args.placement,
         attach: args.attach,
-        quick: args.quick,
+        quick: args.common.output.quick,
         helper: prefix.iter().map(|&word| word.to_owned()).collect(),
     })
 }
@@ -519,7 +431,7 @@ mod tests {
     fn a_name_stands_for_itself_or_a_family() {
         let args = parse(&["--only", "redis,nginx-close"]);
         let settings = settings(&parse(&["--quick"]), &[]).unwrap();
-        let chosen = choose(bench::catalog(&settings), &args.only).unwrap();
+        let chosen = choose(bench::catalog(&settings), &args.common.only).unwrap();
         let names: Vec<&str> = chosen.iter().map(|benchmark| benchmark.id).collect();
         assert_eq!(names, ["redis-p1", "redis-p16", "redis-c1", "nginx-close"]);
         assert_eq!(choose(bench::catalog(&settings), &["redis-p1".into()]).unwrap().len(), 1);

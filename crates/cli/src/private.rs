@@ -14,6 +14,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use log::LevelFilter;
 use netkernel_abi::control::env;
 use netkernel_control::{Access, Endpoint, RuntimeDir, Server};
+use netkernel_shm::fds;
 
 use crate::args::PrivateEngineArgs;
 use crate::config::Config;
@@ -29,7 +30,7 @@ pub fn start(log: bool) -> Result<PathBuf> {
     locate::sweep();
     let socket = dir.private_socket(&format!("{}-{:08x}", std::process::id(), random()?));
     let executable = std::env::current_exe().context("cannot find the netkernel executable")?;
-    let (answer, handshake) = sys::pipe().context("cannot make a pipe")?;
+    let (answer, handshake) = fds::pipe(libc::O_CLOEXEC, None).context("cannot make a pipe")?;
     sys::set_close_on_exec(handshake.as_raw_fd(), false)?;
     let mut command = Command::new(&executable);
     command.arg("private-engine").arg("--socket").arg(&socket);

@@ -103,15 +103,6 @@ pub fn inherited_socket() -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// A pipe: reading end (close-on-exec), writing end (likewise).
-pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    let mut fds = [0; 2];
-    // SAFETY: fds is valid for two descriptors.
-    check(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) })?;
-    // SAFETY: both are new and owned by nobody else.
-    Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
-}
-
 /// Closes every descriptor from 3 on, except `keep`.
 pub fn close_inherited(keep: RawFd) {
     let range = |first: u32, last: u32| {

@@ -1,7 +1,7 @@
 //! Captures of what guests send and receive: who reads them gets the end of a pipe.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use netkernel_capture::{Known, Session, Target, write};
@@ -9,6 +9,7 @@ use netkernel_service::{
     Accepted, Close, Connect, Datagram, Errno, Handle, Ready, Received, ReceivedDatagram, Segments,
     SendFlags, Shutdown, SocketAddress, SocketInfo, Stack, TakeDatagram,
 };
+use netkernel_shm::fds;
 
 use crate::EngineError;
 use crate::engine::{Engine, lock};
@@ -47,7 +48,9 @@ impl Engine {
     /// from the descriptor; the capture is over when it is closed.
     pub fn capture(&self, target: Target, snap: usize) -> Result<OwnedFd, EngineError> {
         let resource = |e: std::io::Error| EngineError::Resource(format!("no capture: {e}"));
-        let (reader, writer) = pipe().map_err(resource)?;
+        // As large as it may be: fewer switches between the two.
+        let (reader, writer) = fds::pipe(libc::O_CLOEXEC, Some(1 << 20)).map_err(resource)?;
+        let writer = File::from(writer);
         let session = Arc::new(Session::new(target, snap.clamp(64, MAX_SNAP)));
         let shared = Arc::clone(self.shared());
         shared.captures.add(&session)?;
@@ -73,20 +76,6 @@ impl Engine {
             session.end();
         }
     }
-}
-
-fn pipe() -> std::io::Result<(OwnedFd, File)> {
-    let mut fds = [0; 2];
-    // SAFETY: fds is valid for writes of two numbers.
-    if unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) } < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    // SAFETY: both are new and owned by nobody else.
-    let (reader, writer) = unsafe { (OwnedFd::from_raw_fd(fds[0]), File::from_raw_fd(fds[1])) };
-    // Fewer switches between the two; what is refused changes nothing.
-    // SAFETY: plain system call.
-    unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, 1 << 20) };
-    Ok((reader, writer))
 }
 
 /// Nobody reads any more.

@@ -1,9 +1,10 @@
 //! Who answers for an engine that died.
 //!
 //! The kernel fails a notified call with ENOSYS when nobody has the listener any more, on every descriptor of the program.
-//! So an engine with agents has an *heir*: a small process that holds a duplicate of each listener and does nothing, until the
-//! engine's end of a pair hangs up, or the engine says that a guest's agent is over. From then on it tells programs what is true: new sockets fail with ENETDOWN; any other
-//! call goes on in the kernel, which knows what became of the descriptor. It ends with the last program that has a filter.
+//! So an engine with agents has an *heir*: a small process that holds a duplicate of each listener and does nothing, until
+//! the engine's end of a pair hangs up, or the engine says that a guest's agent is over. From then on it tells programs what
+//! is true: new sockets fail with ENETDOWN; any other call goes on in the kernel, which knows what became of the descriptor.
+//! It ends with the last program that has a filter.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

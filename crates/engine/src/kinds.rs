@@ -3,7 +3,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 
 use netkernel_agent::Sockets;
-use netkernel_service::Stack;
+use netkernel_service::{Stack, namespace_path};
 use netkernel_stack_shm::{Hub, Network, Settings, ShmStack};
 
 use crate::NsmConfig;
@@ -150,8 +150,7 @@ impl Default for StackKinds {
 fn network(netns: Option<&str>) -> Result<Network, String> {
     let path = match netns {
         None => "/proc/self/ns/net".into(),
-        Some(path) if path.contains('/') => path.to_owned(),
-        Some(name) => format!("/run/netns/{name}"),
+        Some(name) => namespace_path(name),
     };
     let file = std::fs::metadata(&path).map_err(|e| format!("network namespace {path}: {e}"))?;
     Ok(Network(file.dev(), file.ino()))

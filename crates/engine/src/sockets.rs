@@ -1,10 +1,12 @@
 //! One list of the sockets of guests, whatever their attachment and stack.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 
-use netkernel_agent::{Census, Processes, TCP_INFO_BYTES, TcpInfo, process_name};
+use netkernel_agent::{Census, Processes, process_name};
 use netkernel_service::{Handle, SocketAddress, SocketInfo, Stack};
+
+use netkernel_shm::fds;
 
 use crate::status::SocketStatus;
 
@@ -42,48 +44,19 @@ pub(crate) fn queued(guest: u32, socket: SocketInfo, stack: &mut dyn Stack) -> S
     status
 }
 
-/// Asks the stack for TCP_INFO and for what waits in it. Stacks that do not know leave it open.
+/// Asks the stack what it knows.
 fn ask(status: &mut SocketStatus, stack: &mut dyn Stack, handle: Handle) {
     if handle == Handle::NONE {
         return;
     }
-    if status.kind != "datagram" {
-        let mut bytes = [0; TCP_INFO_BYTES];
-        let told = stack.option(handle, libc::IPPROTO_TCP, libc::TCP_INFO, &mut bytes);
-        status.tcp = told.ok().and_then(|n| TcpInfo::parse(&bytes[..n]));
-        let mut name = [0; 16];
-        if let Ok(n) = stack.option(handle, libc::IPPROTO_TCP, libc::TCP_CONGESTION, &mut name) {
-            let name = name[..n].split(|&byte| byte == 0).next().unwrap_or_default();
-            status.congestion_control = Some(String::from_utf8_lossy(name).into_owned());
-        }
-    }
-    if status.kind == "listener" {
-        if let Some(tcp) = &status.tcp {
-            (status.receive_queue, status.send_queue) = (tcp.unacknowledged, tcp.selectively_acknowledged);
-        }
-        return;
-    }
-    let mut bytes =
-        |request| stack.ioctl(handle, request).map_or(0, |n| u32::try_from(n).unwrap_or(u32::MAX));
-    status.receive_queue = bytes(libc::FIONREAD);
-    status.send_queue = bytes(libc::TIOCOUTQ);
+    let asked = netkernel_relay::ask(stack, handle, status.kind);
+    (status.tcp, status.congestion_control) = (asked.tcp, asked.congestion_control);
+    (status.receive_queue, status.send_queue) = (asked.receive_queue, asked.send_queue);
 }
 
 /// Who made the process's pair, and so the process, as the kernel says.
 pub(crate) fn process_of(pair: &OwnedFd) -> Option<u32> {
-    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
-    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: peer and len are valid for writes; len is peer's size.
-    let r = unsafe {
-        libc::getsockopt(
-            pair.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut peer).cast(),
-            &mut len,
-        )
-    };
-    u32::try_from(peer.pid).ok().filter(|&pid| r == 0 && pid != 0)
+    fds::peer(pair.as_fd()).ok().and_then(|peer| u32::try_from(peer.pid).ok()).filter(|&pid| pid != 0)
 }
 
 /// Says which process holds each socket: the first of its guest's that has a descriptor with its inode. What a guest claims

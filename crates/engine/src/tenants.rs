@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use netkernel_service::{Bucket, Limits, Police, Quota, UNLIMITED};
+use netkernel_service::{Bucket, Limits, Police, Quota, UNLIMITED, namespace_path};
 
 use crate::{EngineError, NsmConfig};
 
@@ -531,8 +531,7 @@ impl Process {
     fn in_netns(&self, name: &str) -> bool {
         let inode = |path: PathBuf| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
         let own = self.netns.get_or_init(|| inode(format!("/proc/{}/ns/net", self.pid).into()));
-        let path = if name.contains('/') { PathBuf::from(name) } else { format!("/run/netns/{name}").into() };
-        own.is_some() && *own == inode(path)
+        own.is_some() && *own == inode(namespace_path(name).into())
     }
 }
 

@@ -20,7 +20,7 @@ use netkernel_agent::{Counters, Settings};
 use netkernel_capture::{Session, Tap, Taps};
 use netkernel_ring::spin::{Polling, Spin};
 use netkernel_service::{
-    Host, Limits, Member, Observed, RELAYED, Ready, Service, Stack, Stages, Table, Violation,
+    Host, Limits, Member, Observed, RELAYED, Ready, Service, Stack, Stages, Table, Violation, now_ns,
 };
 use netkernel_shm::{Region, fds};
 use netkernel_stack_lent::Lender;
@@ -1404,13 +1404,6 @@ fn vacancy<T>(list: &mut Vec<Option<T>>) -> usize {
             list.len() - 1
         }
     }
-}
-
-pub(crate) fn now_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: time is valid for writes.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 fn descriptor_limit() -> usize {

@@ -1,9 +1,10 @@
 //! Bulk data between two sockets of the kernel: by splice, without a copy in the relay.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use netkernel_service::Errno;
+use netkernel_shm::fds;
 
 use crate::sys;
 
@@ -23,15 +24,8 @@ struct Pipe {
 
 impl Pipe {
     fn new() -> io::Result<Pipe> {
-        let mut fds = [0; 2];
-        // SAFETY: fds is valid for two descriptors.
-        if unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: both are new and owned by nobody else.
-        let (reader, writer) = unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) };
-        // SAFETY: plain system call. A smaller pipe moves less at once.
-        unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETPIPE_SZ, 2 * PIECE as libc::c_int) };
+        // A smaller pipe moves less at once.
+        let (reader, writer) = fds::pipe(libc::O_CLOEXEC | libc::O_NONBLOCK, Some(2 * PIECE))?;
         Ok(Pipe { reader, writer })
     }
 }

@@ -5,12 +5,12 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use netkernel_agent::Policy;
 use netkernel_agent::notify::Notification;
-use netkernel_service::{Close, Connect, Errno, Handle, Shutdown, SocketAddress};
+use netkernel_service::{Close, Connect, Errno, Handle, Shutdown, SocketAddress, now_ns};
 
 use crate::caller::{self, MessageHeader};
 use crate::relay::{Answer, Answered, CHUNK, PROGRAM_BUFFER, Relay};
 use crate::socket::State;
-use crate::sys::{self, now_ns};
+use crate::sys;
 
 const I386: u32 = 0x4000_0003;
 /// The type proper, without SOCK_NONBLOCK and SOCK_CLOEXEC.

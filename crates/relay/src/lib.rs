@@ -13,12 +13,14 @@
 //! | `stream` | bytes between the two ends |
 //! | `bulk` | large ones, by splice |
 //! | `datagram` | datagrams, and who sent them |
+//! | `asked` | what a stack says of a socket |
 //! | `caller` | memory and descriptors of the thread that asks |
 //!
 //! Everything here is driven by what a guest does: numbers, addresses and lengths are read once and checked, descriptors
 //! are told by the inode of a duplicate, and what may block at a guest's will (its memory, its descriptors) blocks the
 //! thread of that guest alone.
 
+mod asked;
 mod bulk;
 mod caller;
 mod calls;
@@ -28,5 +30,6 @@ mod socket;
 mod stream;
 mod sys;
 
+pub use asked::{Asked, ask};
 pub use relay::{Link, Relay, Start};
 pub use socket::RelaySocket;

@@ -8,15 +8,16 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use netkernel_agent::notify::{Listener, Notification};
-use netkernel_agent::{Counters, Settings, TCP_INFO_BYTES, TcpInfo};
+use netkernel_agent::{Counters, Settings};
 use netkernel_ring::spin::{Polling, Spin};
-use netkernel_service::{Close, Errno, Handle, Readiness, Ready, Stack, key};
+use netkernel_service::{Close, Errno, Handle, Readiness, Ready, Stack, key, now_ns};
 use netkernel_shm::fds;
 
+use crate::asked::ask;
 use crate::bulk::Pipes;
 use crate::caller::Threads;
 use crate::socket::{RelaySocket, Socket, State};
-use crate::sys::{self, Poll, now_ns};
+use crate::sys::{self, Poll};
 
 /// Calls that are answered between two looks at the sockets.
 const CALL_BATCH: usize = 32;
@@ -702,30 +703,14 @@ fn describe(stack: &mut dyn Stack, socket: &mut Socket) -> RelaySocket {
         State::Connected => "connected",
         State::Over => "over",
     };
-    let mut name = [0u8; 16];
-    let congestion_control = socket
-        .is_stream()
-        .then(|| stack.option(socket.handle, libc::IPPROTO_TCP, libc::TCP_CONGESTION, &mut name).ok())
-        .flatten()
-        .map(|n| String::from_utf8_lossy(name[..n].split(|&b| b == 0).next().unwrap_or_default()).into());
-    let mut bytes = [0; TCP_INFO_BYTES];
-    let tcp = socket
-        .is_stream()
-        .then(|| stack.option(socket.handle, libc::IPPROTO_TCP, libc::TCP_INFO, &mut bytes).ok())
-        .flatten()
-        .and_then(|n| TcpInfo::parse(&bytes[..n]));
-    let mut waits =
-        |request| stack.ioctl(socket.handle, request).map_or(0, |n| n.min(u64::from(u32::MAX)) as u32);
-    let (receive_queue, send_queue) = if kind == "listener" {
-        tcp.as_ref().map_or((0, 0), |tcp| (tcp.unacknowledged, tcp.selectively_acknowledged))
-    } else {
+    let asked = ask(stack, socket.handle, kind);
+    let (mut receive_queue, mut send_queue) = (asked.receive_queue, asked.send_queue);
+    if kind != "listener" {
         // What stands in the program's end for it to read, the kernel does not tell in bytes.
         let written = socket.end.as_ref().map_or(0, sys::unread) as u32;
-        (
-            waits(libc::FIONREAD) + socket.down.len() as u32,
-            waits(libc::TIOCOUTQ) + socket.up.len() as u32 + written,
-        )
-    };
+        receive_queue += socket.down.len() as u32;
+        send_queue += socket.up.len() as u32 + written;
+    }
     RelaySocket {
         inode: socket.inode,
         pid: socket.holder.0,
@@ -734,7 +719,7 @@ fn describe(stack: &mut dyn Stack, socket: &mut Socket) -> RelaySocket {
         state,
         local: stack.local_name(socket.handle).ok().filter(|name| name.port() != 0),
         peer: stack.peer_name(socket.handle).ok(),
-        congestion_control,
+        congestion_control: asked.congestion_control,
         bytes_in: socket.bytes_in,
         bytes_out: socket.bytes_out,
         way: stack.way(socket.handle),
@@ -742,7 +727,7 @@ fn describe(stack: &mut dyn Stack, socket: &mut Socket) -> RelaySocket {
         unsent_bytes: socket.up.len() as u32,
         receive_queue,
         send_queue,
-        tcp,
+        tcp: asked.tcp,
     }
 }
 

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 
 use netkernel_service::{Errno, Handle, SocketAddress};
 
-use crate::bulk::Piped;
+use crate::bulk::{Piped, Pipes};
 
 /// Where a socket is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,11 +55,15 @@ impl Buffer {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// The first `n` bytes were taken. An empty buffer holds no memory.
-    pub fn take(&mut self, n: usize) {
-        self.from += n;
-        if self.from >= self.bytes.len() {
-            self.clear();
+    /// The first `n` bytes were taken, which a pipe knows by itself. An empty buffer holds no memory and no pipe.
+    pub fn given(&mut self, n: usize, pipes: &mut Pipes) {
+        if self.piped.is_none() {
+            self.from += n;
+            if self.from >= self.bytes.len() {
+                self.clear();
+            }
+        } else if let Some(piped) = self.piped.take_if(|piped| piped.is_empty()) {
+            pipes.take_back(piped);
         }
     }
 

@@ -1,12 +1,12 @@
 //! Bytes between a program's Unix socket and its stack's connection.
 
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 
-use netkernel_service::{Close, Errno, SendFlags, Shutdown, Stack};
+use netkernel_service::{Close, Errno, Handle, SendFlags, Shutdown, Stack};
 
 use crate::bulk::{BULK, Pipes};
 use crate::relay::{CHUNK, Relay};
-use crate::socket::{Socket, State};
+use crate::socket::{Buffer, Socket, State};
 use crate::sys;
 
 /// Bytes of one socket in one turn, before others are looked at.
@@ -126,7 +126,7 @@ impl Relay {
     }
 
     /// Looks for the descriptor in all of the guest's processes.
-    fn find_holder(&mut self, inode: u64) -> Result<std::os::fd::OwnedFd, Errno> {
+    fn find_holder(&mut self, inode: u64) -> Result<OwnedFd, Errno> {
         let census = netkernel_agent::Census::of(self.start.counters.processes());
         let &(pid, number) = census.inodes().get(&inode).ok_or(Errno(libc::ENOENT))?;
         self.threads.descriptor(pid, number, inode)
@@ -138,6 +138,41 @@ fn has_unread(socket: &Socket, stack: &mut dyn Stack) -> bool {
     socket.stack_readable
         && !socket.down_ended
         && stack.recv(socket.handle, &sys::segments(&mut byte)).is_ok_and(|received| received.bytes > 0)
+}
+
+/// Gives the stack what waits for it: how much it took.
+fn give_stack(
+    up: &mut Buffer,
+    urgent: &mut bool,
+    (stack, handle): (&mut dyn Stack, Handle),
+    pipes: &mut Pipes,
+) -> Result<usize, Errno> {
+    let given = match (&mut up.piped, stack.descriptor(handle)) {
+        (Some(piped), Some(to)) => {
+            let n = piped.pour(to)?;
+            stack.moved(0, n as u64);
+            n
+        }
+        _ => {
+            up.unpipe();
+            let flags = SendFlags { more: false, urgent: *urgent };
+            let n = stack.send(handle, &sys::segments(up.pending()), flags)?;
+            *urgent &= n == 0;
+            n
+        }
+    };
+    up.given(given, pipes);
+    Ok(given)
+}
+
+/// Gives the program's end what waits for it.
+fn give_program(down: &mut Buffer, end: &OwnedFd, pipes: &mut Pipes) -> Result<(), Errno> {
+    let given = match &mut down.piped {
+        Some(piped) => piped.pour(end.as_raw_fd())?,
+        None => sys::send(end, down.pending())?,
+    };
+    down.given(given, pipes);
+    Ok(())
 }
 
 /// From the program to the stack.
@@ -153,47 +188,14 @@ fn up(
         if *budget == 0 {
             return Moved::More;
         }
-        if let Some(piped) = &mut socket.up.piped {
-            if !socket.stack_writable {
-                return Moved::AsFarAsItGoes;
-            }
-            let Some(to) = stack.descriptor(socket.handle) else {
-                socket.up.unpipe();
-                continue;
-            };
-            match piped.pour(to) {
-                Ok(n) => {
-                    stack.moved(0, n as u64);
-                    socket.bytes_out += n as u64;
-                    socket.stack_writable = piped.is_empty();
-                    if piped.is_empty()
-                        && let Some(piped) = socket.up.piped.take()
-                    {
-                        pipes.take_back(piped);
-                    }
-                }
-                Err(errno) if errno.would_block() => socket.stack_writable = false,
-                Err(errno) => {
-                    socket.broken = Some(errno);
-                    socket.stack_readable = true;
-                    return Moved::AsFarAsItGoes;
-                }
-            }
-            continue;
-        }
         if !socket.up.is_empty() {
             if !socket.stack_writable {
                 return Moved::AsFarAsItGoes;
             }
-            let pending = socket.up.pending();
-            let length = pending.len();
-            let flags = SendFlags { more: false, urgent: socket.up_urgent };
-            match stack.send(socket.handle, &sys::segments(pending), flags) {
+            match give_stack(&mut socket.up, &mut socket.up_urgent, (stack, socket.handle), pipes) {
                 Ok(n) => {
-                    socket.up_urgent &= n == 0;
-                    socket.stack_writable = n == length;
                     socket.bytes_out += n as u64;
-                    socket.up.take(n);
+                    socket.stack_writable = socket.up.is_empty();
                 }
                 Err(errno) if errno.would_block() => socket.stack_writable = false,
                 Err(errno) => {
@@ -294,17 +296,12 @@ fn down(
         if *budget == 0 {
             return Moved::More;
         }
-        if let Some(piped) = &mut socket.down.piped {
+        if !socket.down.is_empty() {
             if !socket.end_writable {
                 return Moved::AsFarAsItGoes;
             }
-            match piped.pour(end.as_raw_fd()) {
-                Ok(_) if piped.is_empty() => {
-                    if let Some(piped) = socket.down.piped.take() {
-                        pipes.take_back(piped);
-                    }
-                }
-                Ok(_) => socket.end_writable = false,
+            match give_program(&mut socket.down, end, pipes) {
+                Ok(()) => socket.end_writable = socket.down.is_empty(),
                 Err(errno) if errno.would_block() => socket.end_writable = false,
                 Err(_) => {
                     socket.down_closed = true;
@@ -312,28 +309,6 @@ fn down(
                         return Moved::AsFarAsItGoes;
                     }
                     socket.down.clear();
-                }
-            }
-            continue;
-        }
-        if !socket.down.is_empty() {
-            if !socket.end_writable {
-                return Moved::AsFarAsItGoes;
-            }
-            let pending = socket.down.pending();
-            match sys::send(end, pending) {
-                Ok(n) => {
-                    socket.end_writable = n == pending.len();
-                    socket.down.take(n);
-                }
-                Err(errno) if errno.would_block() => socket.end_writable = false,
-                Err(_) => {
-                    socket.down_closed = true;
-                    if !socket.end_hung_up {
-                        socket.down.clear();
-                    } else {
-                        return Moved::AsFarAsItGoes;
-                    }
                 }
             }
             continue;

@@ -188,13 +188,6 @@ pub fn segments(buffer: &mut [u8]) -> Segments {
     Segments { first, second: GuestBytes::EMPTY }
 }
 
-pub fn now_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: time is valid for writes.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
-}
-
 /// An edge-triggered epoll instance.
 pub struct Poll {
     epoll: OwnedFd,

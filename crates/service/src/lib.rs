@@ -14,6 +14,7 @@ mod blocks;
 mod events;
 #[allow(unsafe_code)]
 mod memory;
+mod namespace;
 mod observed;
 mod police;
 mod policed;
@@ -25,9 +26,10 @@ mod turn;
 
 pub use address::SocketAddress;
 pub use events::{MAX_WAKE, URGENT_WAKE};
-pub use memory::{GuestBytes, Segments};
+pub use memory::{GuestBytes, Segments, now_ns};
+pub use namespace::namespace_path;
 pub use observed::{Event, Held, Observed, Observer, Payload, Timer};
-pub use police::{Bucket, Limits, Police, Quota, UNLIMITED, now_ns};
+pub use police::{Bucket, Limits, Police, Quota, UNLIMITED};
 pub use policed::Policed;
 pub use service::{Drained, Host, Service, SocketInfo, Stats, Violation};
 pub use stack::{

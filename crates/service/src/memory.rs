@@ -31,10 +31,12 @@ impl GuestBytes {
     }
 }
 
-/// CLOCK_MONOTONIC.
-pub(crate) fn monotonic(time: &mut libc::timespec) {
+/// Nanoseconds of CLOCK_MONOTONIC, the clock of everything in an engine.
+pub fn now_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: time is valid for writes.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, time) };
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 /// At most two runs: a piece of a byte ring that may wrap once. What a [`crate::Stack`] sends from and receives into.

@@ -178,7 +178,7 @@ impl Police {
     /// As [`Police::take`], now.
     pub fn charge(&self, units: u64) {
         if !self.0.is_empty() {
-            self.take(units, if self.is_idle() { 0 } else { now_ns() });
+            self.take(units, if self.is_idle() { 0 } else { crate::memory::now_ns() });
         }
     }
 }
@@ -198,13 +198,6 @@ impl Limits {
     pub fn are_idle(&self) -> bool {
         [&self.send, &self.receive, &self.operations].into_iter().all(Police::is_idle)
     }
-}
-
-/// CLOCK_MONOTONIC.
-pub fn now_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    crate::memory::monotonic(&mut time);
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 #[cfg(test)]

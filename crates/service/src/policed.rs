@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::os::fd::RawFd;
 
-use crate::police::{Limits, now_ns};
+use crate::memory::now_ns;
+use crate::police::Limits;
 use crate::{
     Accepted, Close, Connect, Datagram, Errno, Handle, Readiness, Ready, Received, ReceivedDatagram,
     Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,

@@ -15,8 +15,9 @@ use netkernel_shm::Region;
 
 use crate::blocks::{Block, Blocks, CLASSES};
 use crate::events::Events;
+use crate::memory::now_ns;
 use crate::memory::ring_segments;
-use crate::police::{Limits, now_ns};
+use crate::police::Limits;
 use crate::stack::{
     Close, Connect, Datagram, Errno, Handle, Peeked, Readiness, Received, SendFlags, Shutdown, Stack, key,
 };

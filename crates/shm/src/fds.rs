@@ -1,7 +1,7 @@
 //! Passing descriptors over Unix sockets (SCM_RIGHTS), pairs and eventfds.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// Most descriptors in one message here.
 pub const MAX_FDS: usize = 8;
@@ -70,6 +70,40 @@ pub fn receive(socket: RawFd, data: &mut [u8], flags: i32) -> io::Result<(usize,
         }
     }
     Ok((received as usize, fds))
+}
+
+/// A pipe: its reading and its writing end. `flags`: O_CLOEXEC, O_NONBLOCK. `bytes`: how much it should hold, if not what the
+/// kernel gives; a refusal of that (`/proc/sys/fs/pipe-max-size`) changes nothing.
+pub fn pipe(flags: i32, bytes: Option<usize>) -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut fds = [0; 2];
+    // SAFETY: fds is valid for two descriptors.
+    if unsafe { libc::pipe2(fds.as_mut_ptr(), flags) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if let Some(bytes) = bytes {
+        // SAFETY: plain system call.
+        unsafe { libc::fcntl(fds[1], libc::F_SETPIPE_SZ, bytes as libc::c_int) };
+    }
+    // SAFETY: both are new and owned by nobody else.
+    Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
+}
+
+/// Who connected the Unix socket at the other end, or made the pair, as the kernel says (SO_PEERCRED). The pid is 0 for a
+/// process of a PID namespace that is not seen from here.
+pub fn peer(socket: BorrowedFd<'_>) -> io::Result<libc::ucred> {
+    let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: peer and len are valid for writes; len is peer's size.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &mut len,
+        )
+    };
+    if result != 0 { Err(io::Error::last_os_error()) } else { Ok(peer) }
 }
 
 /// A connected pair of Unix sockets; `kind`: SOCK_STREAM or SOCK_SEQPACKET, with SOCK_NONBLOCK or SOCK_CLOEXEC as wanted.

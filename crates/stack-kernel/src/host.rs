@@ -4,6 +4,8 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use netkernel_service::namespace_path;
+
 use crate::KernelConfig;
 
 /// The congestion controls that the host's kernel has, in its own order. Some may be refused to unprivileged users; see
@@ -136,7 +138,7 @@ pub(crate) struct Namespace {
 impl Namespace {
     pub fn open(name: Option<&str>) -> Result<Namespace, String> {
         let Some(name) = name else { return Ok(Namespace { there_and_back: None }) };
-        let path = if name.contains('/') { name.to_owned() } else { format!("/run/netns/{name}") };
+        let path = namespace_path(name);
         let there = open(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => {
                 format!("there is no network namespace `{name}` ({path} does not exist): make it with `ip netns add`")

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
-use netkernel_service::{Readiness, Stack};
+use netkernel_service::{Readiness, Stack, now_ns};
 use netkernel_stack_kernel::{KernelConfig, KernelStack};
 use netkernel_stack_lent::{Lender, Lent, lend};
 use netkernel_stack_shm::{Hub, Settings, ShmStack};
@@ -146,11 +146,4 @@ fn sockets_of_a_lender_that_ends_are_told_as_broken() {
     lent.poll(&mut ready, 8);
     assert_eq!(ready.len(), 1);
     assert!(ready[0].key == 1 << 32 | 5 && ready[0].readiness.has(Readiness::ERROR));
-}
-
-fn now_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: time is valid for writes.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }

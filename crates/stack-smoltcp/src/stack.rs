@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use netkernel_service::{
     Accepted, Close, Connect, Datagram, Errno, Handle, Readiness, Ready, Received, ReceivedDatagram,
-    Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
+    Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram, now_ns,
 };
 use smoltcp::iface::{Config, Interface, PollResult, SocketSet};
 use smoltcp::socket::tcp::{self, State};
@@ -90,7 +90,7 @@ impl SmoltcpStack {
         let mut device = Device::new(wire, own, own_addresses, usize::from(config.mtu));
         let mut interface_config = Config::new(own.into());
         interface_config.random_seed = seed;
-        let mut interface = Interface::new(interface_config, &mut device, instant(tap::now_ns()));
+        let mut interface = Interface::new(interface_config, &mut device, instant(now_ns()));
         interface.update_ip_addrs(|list| {
             for cidr in &addresses {
                 // The configuration was checked: there is room.
@@ -126,7 +126,7 @@ impl SmoltcpStack {
     }
 
     fn now_ns(&self) -> u64 {
-        tap::now_ns() + self.ahead_ns
+        now_ns() + self.ahead_ns
     }
 
     fn socket(&mut self, handle: Handle) -> Result<&mut Socket, Errno> {
@@ -1013,7 +1013,7 @@ impl Stack for SmoltcpStack {
                     tcp.abort();
                     // Its RST goes out now or never.
                     self.streams.remove(&(stream.local, stream.remote));
-                    let now = instant(tap::now_ns() + self.ahead_ns);
+                    let now = instant(now_ns() + self.ahead_ns);
                     self.interface.poll_egress(now, &mut self.device, &mut self.set);
                     self.set.remove(stream.socket);
                 }

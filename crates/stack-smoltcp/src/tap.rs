@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use netkernel_service::{namespace_path, now_ns};
+
 const TUN: &str = "/dev/net/tun";
 
 /// Opens the device `name` in the network namespace `netns`, makes it if there is none, and sets it up. Errors are
@@ -54,7 +56,7 @@ fn tun() -> Result<File, String> {
 /// Runs `f` on a thread of its own, in the network namespace: that of the caller's thread must not change.
 fn within<R: Send>(netns: Option<&str>, f: impl FnOnce() -> Result<R, String> + Send) -> Result<R, String> {
     let Some(name) = netns else { return f() };
-    let path = if name.contains('/') { name.to_owned() } else { format!("/run/netns/{name}") };
+    let path = namespace_path(name);
     std::thread::scope(|scope| {
         let inside = || {
             let namespace = File::open(&path).map_err(|error| {
@@ -114,14 +116,6 @@ fn up(name: &str) -> io::Result<()> {
     request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
     // SAFETY: as in attach.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw mut request) })
-}
-
-/// Nanoseconds of CLOCK_MONOTONIC, the engine's clock.
-pub fn now_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: time is valid for writes.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 pub fn random() -> u64 {

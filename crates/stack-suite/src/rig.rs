@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use netkernel_service::{
     Connect, Datagram, Errno, GuestBytes, Handle, Readiness, Received, ReceivedDatagram, Segments, SendFlags,
-    SocketAddress, Stack,
+    SocketAddress, Stack, now_ns,
 };
 
 use crate::Subject;
@@ -398,14 +398,6 @@ impl Drop for Scribbler {
             let _ = thread.join();
         }
     }
-}
-
-/// CLOCK_MONOTONIC.
-fn now_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: time is valid for writes.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 /// The bytes as guest memory, in two runs, as a ring that wraps has them.

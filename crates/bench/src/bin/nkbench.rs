@@ -15,9 +15,9 @@ struct Cli {
 
 fn main() -> ExitCode {
     let mut args = Cli::parse().bench;
-    if args.netkernel.is_none() {
+    if args.common.netkernel.is_none() {
         // `netkernel` itself measures itself; this program measures the one that was built with it.
-        args.netkernel = std::env::current_exe()
+        args.common.netkernel = std::env::current_exe()
             .ok()
             .map(|own| own.with_file_name("netkernel"))
             .filter(|path| path.exists());

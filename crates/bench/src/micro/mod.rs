@@ -11,11 +11,11 @@ mod plot;
 mod table;
 
 use std::fs::OpenOptions;
-use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use crate::Output;
 use crate::machine::Machine;
 use crate::report::{Outcome, Summary, Verdict};
 use crate::sys;
@@ -31,21 +31,8 @@ pub struct MicroArgs {
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(8..=16384))]
     pub pool: u32,
 
-    /// Write the raw series, the results and the facts about the machine to this file
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-
-    /// Draw chunks and switching to this file, as SVG
-    #[arg(long, value_name = "FILE")]
-    pub plot: Option<PathBuf>,
-
-    /// Fewer, shorter measurements: a look, not a result
-    #[arg(long)]
-    pub quick: bool,
-
-    /// Exit with 1 unless every promise is kept and nothing was left out
-    #[arg(long)]
-    pub check: bool,
+    #[command(flatten)]
+    pub output: Output,
 }
 
 /// What a row has to be. All that is there must hold.
@@ -126,25 +113,25 @@ pub(crate) struct Results {
 }
 
 pub fn run(args: MicroArgs) -> Result<()> {
-    for file in args.json.iter().chain(&args.plot) {
+    for file in args.output.json.iter().chain(&args.output.plot) {
         // Found out now, not after a minute.
         let opened = OpenOptions::new().append(true).create(true).open(file);
         opened.with_context(|| format!("cannot write {}", file.display()))?;
     }
     sys::note_interrupts();
-    let rounds = args.rounds.unwrap_or(if args.quick { 3 } else { 15 });
+    let rounds = args.rounds.unwrap_or(if args.output.quick { 3 } else { 15 });
     let program = std::env::current_exe().context("this program's own file")?;
     let machine = Machine::look(&program);
     let cores = sys::two_cores();
     if let Some([core, _]) = cores {
         sys::stay_on(core).context("cannot stay on one core")?;
     }
-    let mut cases: Vec<Box<dyn Case>> = chunks::cases(args.pool, args.quick)?;
-    cases.push(Box::new(elements::Elements::new(args.quick)?));
+    let mut cases: Vec<Box<dyn Case>> = chunks::cases(args.pool, args.output.quick)?;
+    cases.push(Box::new(elements::Elements::new(args.output.quick)?));
     if let Some([_, other]) = cores {
-        cases.push(Box::new(elements::Across::new(other, args.quick)?));
+        cases.push(Box::new(elements::Across::new(other, args.output.quick)?));
     }
-    cases.push(Box::new(bells::Bells::new(cores.map(|[_, other]| other), args.quick)?));
+    cases.push(Box::new(bells::Bells::new(cores.map(|[_, other]| other), args.output.quick)?));
     for round in 0..rounds {
         eprint!("\rround {}/{rounds} ", round + 1);
         for case in &mut cases {
@@ -159,16 +146,16 @@ pub fn run(args: MicroArgs) -> Result<()> {
     let results = Results { machine, rounds, pool_mib: args.pool, rows };
 
     print!("{}", table::table(&results));
-    if let Some(file) = &args.json {
+    if let Some(file) = &args.output.json {
         let text = serde_json::to_string_pretty(&table::json(&results))? + "\n";
         std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
     }
-    if let Some(file) = &args.plot {
+    if let Some(file) = &args.output.plot {
         std::fs::write(file, plot::svg(&results))
             .with_context(|| format!("cannot write {}", file.display()))?;
     }
     let kept = |row: &Row| matches!(row.verdict(), Verdict::Pass | Verdict::Told);
-    if args.check && !results.rows.iter().all(kept) {
+    if args.output.check && !results.rows.iter().all(kept) {
         bail!("not every promise was shown to be kept");
     }
     Ok(())
