@@ -6,7 +6,7 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::io::{BufRead as _, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -15,7 +15,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{Engine, Place, WATCHDOG, until, wait};
+use common::{Engine, Place, WATCHDOG, lines, until, wait};
 
 /// What a dead engine or a dead guest may take to be noticed.
 const PROMPT: Duration = Duration::from_secs(3);
@@ -36,15 +36,7 @@ impl Guest {
         let mut command = place.netkernel(&["run", "--name", program[0], "--", "python3", script]);
         command.args(program).process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
-        let out = BufReader::new(child.stdout.take().unwrap());
-        let (sender, lines) = channel();
-        std::thread::spawn(move || {
-            for line in out.lines().map_while(Result::ok) {
-                if sender.send(line).is_err() {
-                    break;
-                }
-            }
-        });
+        let lines = lines(child.stdout.take().unwrap());
         Guest { stdin: child.stdin.take(), child, lines, program: program.join(" ") }
     }
 

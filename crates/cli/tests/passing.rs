@@ -320,6 +320,18 @@ fn converse(port: u16, first: bool, what: &str) {
     assert_eq!(lines.read_line(&mut line).unwrap_or_else(|e| panic!("{what}: {e}")), 0, "{what}: {line}");
 }
 
+/// A datagram socket that answers, which its program has just given away or taken through an exec.
+fn echoes(port: u16, what: &str) {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.set_read_timeout(Some(WATCHDOG)).unwrap();
+    // That may still be on its way; a datagram that comes before it would be received into the queues.
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    socket.send_to(b"ping", ("127.0.0.1", port)).unwrap();
+    let mut bytes = [0; 16];
+    let n = socket.recv(&mut bytes).unwrap_or_else(|e| panic!("{what}: {e}"));
+    assert_eq!(&bytes[..n], b"ping");
+}
+
 #[test]
 fn a_listener_is_inherited_as_descriptor_three() {
     let p = Programs::new("listen-fds");
@@ -419,14 +431,7 @@ fn sockets_are_passed_to_programs_with_the_library_and_without() {
 
         let mut run = p.launch(&[], &[launcher, "pass-datagram", server, "take-datagram"]);
         let port = run.port();
-        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-        socket.set_read_timeout(Some(WATCHDOG)).unwrap();
-        // As above: it may not be received into the queues.
-        std::thread::sleep(std::time::Duration::from_millis(100));
-        socket.send_to(b"ping", ("127.0.0.1", port)).unwrap();
-        let mut bytes = [0; 16];
-        let n = socket.recv(&mut bytes).unwrap_or_else(|e| panic!("{launcher} {server}: {e}"));
-        assert_eq!(&bytes[..n], b"ping");
+        echoes(port, &format!("{launcher} {server}"));
         assert_eq!(run.succeeds(), "");
     }
 }
@@ -474,14 +479,7 @@ fn a_connection_and_a_datagram_socket_live_through_exec() {
 
         let mut run = p.launch(&[], &[launcher, "udp", server, "datagram"]);
         let port = run.port();
-        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-        socket.set_read_timeout(Some(WATCHDOG)).unwrap();
-        // The exec may still be on its way; a datagram before it would be received into the queues.
-        std::thread::sleep(std::time::Duration::from_millis(100));
-        socket.send_to(b"ping", ("127.0.0.1", port)).unwrap();
-        let mut bytes = [0; 16];
-        let n = socket.recv(&mut bytes).unwrap_or_else(|e| panic!("{launcher} {server}: {e}"));
-        assert_eq!(&bytes[..n], b"ping");
+        echoes(port, &format!("{launcher} {server}"));
         assert_eq!(run.succeeds(), "");
     }
 }

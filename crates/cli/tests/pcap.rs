@@ -3,11 +3,11 @@
 mod common;
 
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, UdpSocket};
+use std::net::UdpSocket;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Engine, Place, finish, until};
+use common::{Engine, Place, echo, finish, until};
 
 /// Says its word to a TCP and a UDP server, which say it again, and a lot of bytes to the first.
 const CLIENT: &str = "import socket, sys
@@ -26,24 +26,15 @@ assert u.recv(100) == word
 ";
 
 fn servers() -> (String, String) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let ports = (listener.local_addr().unwrap().port(), udp.local_addr().unwrap().port());
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let mut bytes = Vec::new();
-            stream.read_to_end(&mut bytes).unwrap();
-            stream.write_all(&bytes).unwrap();
-        }
-    });
+    let port = udp.local_addr().unwrap().port();
     std::thread::spawn(move || {
         let mut bytes = [0; 100];
         while let Ok((n, from)) = udp.recv_from(&mut bytes) {
             udp.send_to(&bytes[..n], from).unwrap();
         }
     });
-    (ports.0.to_string(), ports.1.to_string())
+    (echo().to_string(), port.to_string())
 }
 
 /// The packets of a pcapng file, from their IP headers on.

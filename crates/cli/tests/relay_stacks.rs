@@ -5,8 +5,9 @@ mod common;
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
+use common::namespace::{Namespace, can_run};
 use common::{Done, Engine, Place, finish, until};
 
 const PROGRAM: &str = include_str!("relay/program.c");
@@ -101,38 +102,38 @@ fn a_static_program_meets_another_guest_in_memory() {
     // A relayed server, and a client that is served by queues; then the client is relayed, too.
     for options in [&["--attach", "queued"][..], &["--attach", "relay"]] {
         let server = [program.to_str().unwrap(), "echo"];
-        let mut server = Stopped(
+        let mut server = Engine::of(
             guest(&place, &["--attach", "relay"], &server)
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()
                 .unwrap(),
         );
-        let mut lines = BufReader::new(server.0.stdout.take().unwrap()).lines();
+        let mut lines = BufReader::new(server.child().stdout.take().unwrap()).lines();
         let port = lines.next().unwrap().unwrap().strip_prefix("listen ").unwrap().to_owned();
         let script = "import socket, sys\n\
                       s = socket.create_connection(('127.0.0.1', int(sys.argv[1])), 20)\n\
                       s.sendall(bytes(100000)); n = 0\n\
                       while n < 100000: n += len(s.recv(65536))\n\
                       print('back', flush=True); sys.stdin.readline()\n";
-        let mut client = Stopped(
+        let mut client = Engine::of(
             guest(&place, options, &["python3", "-c", script, &port])
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .spawn()
                 .unwrap(),
         );
-        let mut said = BufReader::new(client.0.stdout.take().unwrap()).lines();
+        let mut said = BufReader::new(client.child().stdout.take().unwrap()).lines();
         assert_eq!(said.next().unwrap().unwrap(), "back");
         let text = explain(&place);
         let line = text.lines().find(|line| line.contains("connected, relay")).unwrap_or_default();
         assert!(line.contains("in memory, accepted from a guest"), "{text}");
         // Each byte once, in the guest's totals.
         assert!(text.contains("payload by queues and relay: 100000 bytes in, 100000 bytes out"), "{text}");
-        client.0.stdin.take().unwrap().write_all(b"\n").unwrap();
+        client.child().stdin.take().unwrap().write_all(b"\n").unwrap();
         assert_eq!(lines.next().unwrap().unwrap(), "over 0 0");
-        assert!(common::wait(&mut client.0, "the client").success());
-        assert!(common::wait(&mut server.0, "the server").success());
+        assert!(common::wait(client.child(), "the client").success());
+        assert!(common::wait(server.child(), "the server").success());
     }
     engine.end();
 }
@@ -142,7 +143,7 @@ fn an_engine_that_is_killed_ends_borrowed_sockets() {
     let place = Place::new("relay-killed");
     let program = program(&place);
     let engine = up(&place, "[[nsm]]\nname = \"memory\"\nstack = \"shm\"\n");
-    let mut server = Stopped(
+    let mut server = Engine::of(
         guest(
             &place,
             &["--attach", "relay"],
@@ -153,7 +154,7 @@ fn an_engine_that_is_killed_ends_borrowed_sockets() {
         .spawn()
         .unwrap(),
     );
-    let mut lines = BufReader::new(server.0.stdout.take().unwrap()).lines();
+    let mut lines = BufReader::new(server.child().stdout.take().unwrap()).lines();
     let port = lines.next().unwrap().unwrap().strip_prefix("listen ").unwrap().parse::<u16>().unwrap();
     let mut peer = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
     peer.write_all(b"hello").unwrap();
@@ -163,74 +164,13 @@ fn an_engine_that_is_killed_ends_borrowed_sockets() {
     let over = lines.next().unwrap().unwrap();
     assert!(over == "over 0 0" || over == format!("over -1 {}", libc::ECONNRESET), "{over}");
     // The heir answers, as long as somebody asks.
-    drop(server.0.stdin.take());
+    drop(server.child().stdin.take());
     assert_eq!(lines.next().unwrap().unwrap(), format!("socket -{}", libc::ENETDOWN));
     assert_eq!(lines.next().unwrap().unwrap(), "flood 0 0");
-    assert!(common::wait(&mut server.0, "the server").success());
+    assert!(common::wait(server.child(), "the server").success());
 }
 
 // ---- smoltcp
-
-/// A network namespace with one end of the cable, 10.9.0.1.
-struct Namespace(String);
-
-impl Namespace {
-    fn new(name: &str) -> Namespace {
-        let namespace = Namespace(format!("nkr-{}-{name}", std::process::id()));
-        let at = namespace.0.clone();
-        ip(&["netns", "add", &at]);
-        ip(&["-n", &at, "link", "set", "lo", "up"]);
-        ip(&["-n", &at, "tuntap", "add", "dev", "nk0", "mode", "tap"]);
-        ip(&["-n", &at, "address", "add", "10.9.0.1/24", "dev", "nk0"]);
-        ip(&["-n", &at, "link", "set", "nk0", "up"]);
-        namespace
-    }
-
-    /// A native command in the namespace.
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.0]).args(words).stdin(Stdio::null());
-        command
-    }
-
-    fn config(&self) -> String {
-        format!(
-            "[[nsm]]\nname = \"small\"\nstack = \"smoltcp\"\ntap = \"nk0\"\nnetns = \"{}\"\n\
-             addresses = [\"10.9.0.2/24\"]\ngateways = [\"10.9.0.1\"]\n",
-            self.0
-        )
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
-    }
-}
-
-/// A child that is killed with the value.
-struct Stopped(Child);
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn ip(words: &[&str]) {
-    let status = Command::new("ip").args(words).status().expect("the command `ip` (Debian: iproute2)");
-    assert!(status.success(), "ip {words:?}: {status}");
-}
-
-fn can_run() -> bool {
-    // SAFETY: geteuid has no preconditions and cannot fail.
-    let root = unsafe { libc::geteuid() } == 0;
-    if !root {
-        println!("not run: network namespaces need root");
-    }
-    root
-}
 
 /// More than any buffer holds.
 fn page(place: &Place) -> String {
@@ -249,7 +189,7 @@ fn static_and_go_programs_fetch_a_page_by_smoltcp() {
     let page = page(&place);
     let mut server = namespace.command(&["python3", "-m", "http.server", "--bind", "10.9.0.1", "8080"]);
     server.current_dir(&place.dir).stdout(Stdio::null()).stderr(Stdio::null());
-    let _server = Stopped(server.spawn().unwrap());
+    let _server = Engine::of(server.spawn().unwrap());
     until("the server listens", || {
         !finish(namespace.command(&["ss", "-Hltn", "sport", "=", ":8080"])).out.is_empty()
     });
@@ -286,7 +226,7 @@ fn static_servers_share_one_smoltcp_and_explain_says_why_they_are_relayed() {
     let dir = place.dir.to_str().unwrap().to_owned();
     let serve = |port: &str| {
         let words = ["busybox", "httpd", "-f", "-p", port, "-h", &dir];
-        Stopped(guest(&place, &[], &words).stderr(Stdio::null()).spawn().unwrap())
+        Engine::of(guest(&place, &[], &words).stderr(Stdio::null()).spawn().unwrap())
     };
     // Two guests, each with a relay, and one device between them.
     let servers = [serve("8081"), serve("8082")];

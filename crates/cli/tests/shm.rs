@@ -3,14 +3,14 @@
 
 mod common;
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::Write as _;
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use common::{Place, WATCHDOG, until};
+use common::{Place, WATCHDOG, lines, until};
 
 /// A guest on the shared-memory stack; its process tree is killed with the value.
 struct Peer {
@@ -25,15 +25,7 @@ impl Peer {
         let mut command = place.netkernel(&["run", "--stack", "shm", "--", "python3", script]);
         command.args(args).process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
-        let out = BufReader::new(child.stdout.take().unwrap());
-        let (sender, lines) = channel();
-        std::thread::spawn(move || {
-            for line in out.lines().map_while(Result::ok) {
-                if sender.send(line).is_err() {
-                    break;
-                }
-            }
-        });
+        let lines = lines(child.stdout.take().unwrap());
         Peer { stdin: child.stdin.take().unwrap(), child, lines }
     }
 

@@ -6,58 +6,19 @@ mod common;
 use std::io::{Read as _, Write as _};
 use std::process::{Command, Stdio};
 
+use common::namespace::{Namespace, can_run, ip};
 use common::{Done, Engine, Place, finish, until};
 
-/// A network namespace with one end of the cable, 10.9.0.1 and fd00:9::1.
-struct Namespace(String);
-
-impl Namespace {
-    fn new(name: &str) -> Namespace {
-        let namespace = Namespace(format!("nks-{}-{name}", std::process::id()));
-        let at = namespace.0.clone();
-        ip(&["netns", "add", &at]);
-        ip(&["-n", &at, "link", "set", "lo", "up"]);
-        ip(&["-n", &at, "tuntap", "add", "dev", "nk0", "mode", "tap"]);
-        ip(&["-n", &at, "address", "add", "10.9.0.1/24", "dev", "nk0"]);
-        ip(&["-n", &at, "-6", "address", "add", "fd00:9::1/64", "dev", "nk0", "nodad"]);
-        ip(&["-n", &at, "link", "set", "nk0", "up"]);
-        namespace
-    }
-
-    /// A native command in the namespace.
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.0]).args(words).stdin(Stdio::null());
-        command
-    }
-
-    /// A native server in the namespace, ended with the value.
-    fn server(&self, place: &Place, words: &[&str]) -> Engine {
-        let mut command = self.command(words);
-        command.current_dir(&place.dir).stdout(Stdio::null()).stderr(Stdio::null());
-        Engine::of(command.spawn().unwrap())
-    }
-
-    fn engine(&self, place: &Place) -> Engine {
-        let config = format!(
-            "[[nsm]]\nname = \"small\"\nstack = \"smoltcp\"\ntap = \"nk0\"\nnetns = \"{}\"\n\
-             addresses = [\"10.9.0.2/24\", \"fd00:9::2/64\"]\ngateways = [\"10.9.0.1\"]\n",
-            self.0
-        );
-        let config = place.file("engine.toml", &config);
-        place.up(&["--config", config.to_str().unwrap(), "--socket", place.socket().to_str().unwrap()])
-    }
+/// A native server in the namespace, ended with the value.
+fn server(namespace: &Namespace, place: &Place, words: &[&str]) -> Engine {
+    let mut command = namespace.command(words);
+    command.current_dir(&place.dir).stdout(Stdio::null()).stderr(Stdio::null());
+    Engine::of(command.spawn().unwrap())
 }
 
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
-    }
-}
-
-fn ip(words: &[&str]) {
-    let status = Command::new("ip").args(words).status().expect("the command `ip` (Debian: iproute2)");
-    assert!(status.success(), "ip {words:?}: {status}");
+fn up(namespace: &Namespace, place: &Place) -> Engine {
+    let config = place.file("engine.toml", &namespace.config());
+    place.up(&["--config", config.to_str().unwrap(), "--socket", place.socket().to_str().unwrap()])
 }
 
 fn guest(place: &Place, words: &[&str]) -> Command {
@@ -65,15 +26,6 @@ fn guest(place: &Place, words: &[&str]) -> Command {
     let mut all = vec!["run", "--attach", "queued", "--socket", socket.to_str().unwrap(), "--"];
     all.extend(words);
     place.netkernel(&all)
-}
-
-fn can_run() -> bool {
-    // SAFETY: geteuid has no preconditions and cannot fail.
-    let root = unsafe { libc::geteuid() } == 0;
-    if !root {
-        println!("not run: network namespaces need root");
-    }
-    root
 }
 
 fn python(script: &str) -> [&str; 3] {
@@ -105,9 +57,9 @@ fn a_guest_fetches_a_page_from_the_namespace() {
     }
     let (place, namespace) = (Place::new("smol-client"), Namespace::new("client"));
     let page = page(&place);
-    let _server = namespace.server(&place, &["python3", "-m", "http.server", "--bind", "::", "8080"]);
+    let _server = server(&namespace, &place, &["python3", "-m", "http.server", "--bind", "::", "8080"]);
     listens(&namespace, ":8080");
-    let engine = namespace.engine(&place);
+    let engine = up(&namespace, &place);
     for url in ["http://10.9.0.1:8080/page", "http://[fd00:9::1]:8080/page"] {
         let done: Done = finish(guest(&place, &curl(url)));
         assert_eq!((done.code, done.out == page), (Some(0), true), "{url}: {}", done.err);
@@ -122,7 +74,7 @@ fn a_guest_serves_the_namespace() {
     }
     let (place, namespace) = (Place::new("smol-server"), Namespace::new("server"));
     let page = page(&place);
-    let engine = namespace.engine(&place);
+    let engine = up(&namespace, &place);
     let mut server = guest(&place, &["python3", "-m", "http.server", "--bind", "0.0.0.0", "8081"]);
     server.current_dir(&place.dir).stdout(Stdio::null()).stderr(Stdio::null());
     let _server = Engine::of(server.spawn().unwrap());
@@ -143,7 +95,7 @@ fn who_is_not_there_is_told_as_by_linux() {
         return;
     }
     let (place, namespace) = (Place::new("smol-errors"), Namespace::new("errors"));
-    let engine = namespace.engine(&place);
+    let engine = up(&namespace, &place);
     let script = r#"
 import errno, socket
 def attempt(family, address):
@@ -175,7 +127,7 @@ fn a_peer_that_is_lost_ends_the_connection() {
         return;
     }
     let (place, namespace) = (Place::new("smol-lost"), Namespace::new("lost"));
-    let engine = namespace.engine(&place);
+    let engine = up(&namespace, &place);
     let server =
         "import socket; s = socket.create_server(('10.9.0.1', 8082)); c, _ = s.accept(); c.recv(1); input()";
     let mut server = namespace.command(&python(server));
@@ -216,13 +168,13 @@ fn a_device_that_cannot_be_had_is_told() {
         return;
     }
     let (place, namespace) = (Place::new("smol-busy"), Namespace::new("busy"));
-    let engine = namespace.engine(&place);
+    let engine = up(&namespace, &place);
     // The first guest makes the engine open the device.
     let mut command = guest(&place, &["sh", "-c", "echo up; cat"]);
     let mut first = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     first.stdout.as_mut().unwrap().read_exact(&mut [0; 3]).unwrap();
     let other = Place::new("smol-busy2");
-    let second = namespace.engine(&other);
+    let second = up(&namespace, &other);
     finish(guest(&other, &["true"])).fails(125, &["`nk0` is busy"]);
     drop(first.stdin.take());
     assert!(common::wait(&mut first, "the first guest").success());

@@ -2,10 +2,7 @@
 
 mod common;
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpListener;
-
-use common::{Place, until};
+use common::{Place, echo, until};
 use serde_json::Value;
 
 /// Sends as many bytes to the port, reads as many back.
@@ -19,21 +16,6 @@ while data := s.recv(65536):
     got += len(data)
 assert got == n, got
 ";
-
-/// Answers connections with what they sent.
-fn echo() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let mut bytes = Vec::new();
-            stream.read_to_end(&mut bytes).unwrap();
-            stream.write_all(&bytes).unwrap();
-        }
-    });
-    port
-}
 
 fn usage(place: &Place, more: &[&str]) -> String {
     let socket = place.socket();

@@ -1,16 +1,15 @@
 //! What each route of the API tells a tenant: itself, and nothing of others, not even that they are there.
 
+mod common;
+
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::Mutex;
 
+use common::{Place, WATCHDOG};
 use netkernel_control::*;
 use serde_json::{Value, json};
-
-const WATCHDOG: Duration = Duration::from_secs(30);
 
 /// Tenant, guest and user.
 type Capture = (Option<String>, Option<u32>, Option<u32>);
@@ -162,26 +161,7 @@ impl EngineApi for Fake {
     }
 }
 
-struct Place {
-    dir: PathBuf,
-    socket: PathBuf,
-    fake: Arc<Fake>,
-    server: Option<Server>,
-}
-
-impl Place {
-    fn new(name: &str) -> Place {
-        let dir = PathBuf::from(format!("/tmp/netkernel-roles-{}-{name}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&dir);
-        std::fs::create_dir_all(&dir).unwrap();
-        let socket = dir.join("e.sock");
-        let fake = Arc::new(Fake::default());
-        let owner = std::fs::metadata(&dir).map(|m| std::os::unix::fs::MetadataExt::uid(&m)).unwrap();
-        let access = Access { owner, ..Access::default() };
-        let server = Server::start(Endpoint::bind(&socket).unwrap(), fake.clone(), access).unwrap();
-        Place { dir, socket, fake, server: Some(server) }
-    }
-
+impl Place<Fake> {
     /// Status and body of the reply. `token` is what stands in the header; empty: none does.
     fn ask(&self, token: &str, method: &str, target: &str, body: &str) -> (u16, String) {
         let mut stream = UnixStream::connect(&self.socket).unwrap();
@@ -198,13 +178,6 @@ impl Place {
         let reply = String::from_utf8(reply).unwrap();
         let (head, body) = reply.split_once("\r\n\r\n").expect("a whole reply");
         (head[9..12].parse().unwrap(), body.to_owned())
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        drop(self.server.take());
-        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 
@@ -232,7 +205,7 @@ const ROUTES: &[(&str, &str, &str, &str, u16)] = &[
 
 #[test]
 fn no_route_tells_a_tenant_of_others() {
-    let place = Place::new("routes");
+    let place = Place::<Fake>::new("routes");
     for (method, _, target, body, status) in ROUTES {
         let (got, reply) = place.ask("token-of-blue", method, target, body);
         assert_eq!(got, *status, "{method} {target}: {reply}");
@@ -265,7 +238,7 @@ fn no_route_tells_a_tenant_of_others() {
 
 #[test]
 fn what_is_not_there_and_what_is_anothers_look_the_same() {
-    let place = Place::new("same");
+    let place = Place::<Fake>::new("same");
     for (method, target) in [("GET", "/v1/guests/N/sockets"), ("DELETE", "/v1/guests/N")] {
         let of = |id: &str| {
             let (status, reply) = place.ask("token-of-blue", method, &target.replace('N', id), "");
@@ -284,7 +257,7 @@ fn what_is_not_there_and_what_is_anothers_look_the_same() {
 
 #[test]
 fn a_tenant_sees_and_ends_its_own() {
-    let place = Place::new("own");
+    let place = Place::<Fake>::new("own");
     let json = |token: &str, target: &str| -> Value {
         let (status, reply) = place.ask(token, "GET", target, "");
         assert_eq!(status, 200, "{target}: {reply}");
@@ -324,7 +297,7 @@ fn a_tenant_sees_and_ends_its_own() {
 
 #[test]
 fn a_wrong_token_is_refused_everywhere_whoever_shows_it() {
-    let place = Place::new("wrong");
+    let place = Place::<Fake>::new("wrong");
     for (method, _, target, body, _) in ROUTES {
         for token in ["token-of-blu", "token-of-blue2", "x", "token-of-red"] {
             let (status, reply) = place.ask(token, method, target, body);
@@ -342,7 +315,7 @@ fn a_wrong_token_is_refused_everywhere_whoever_shows_it() {
 /// Also where one user is several tenants.
 #[test]
 fn captures_are_of_the_callers_own_guests() {
-    let place = Place::new("captures");
+    let place = Place::<Fake>::new("captures");
     let ask = |token: &str, body: &str| place.ask(token, "POST", "/v1/captures", body);
     for token in ["token-of-blue", "token-of-a-user"] {
         let of = |name: &str| {
@@ -372,7 +345,7 @@ fn captures_are_of_the_callers_own_guests() {
 /// Containers run as root: what confines them counts.
 #[test]
 fn the_engines_user_in_a_tenants_place_is_that_tenant() {
-    let place = Place::new("confined");
+    let place = Place::<Fake>::new("confined");
     assert_eq!(place.ask("", "GET", "/v1/tenants", "").1.matches("name").count(), 3);
     *place.fake.confined.lock().unwrap() = Some("red".into());
     let (_, tenants) = place.ask("", "GET", "/v1/tenants", "");
@@ -386,7 +359,7 @@ fn the_engines_user_in_a_tenants_place_is_that_tenant() {
 /// Each connection is kept open and silent; the one that comes from elsewhere is served all the same.
 #[test]
 fn a_tenants_flood_takes_no_places_of_others() {
-    let place = Place::new("flood");
+    let place = Place::<Fake>::new("flood");
     *place.fake.confined.lock().unwrap() = Some("red".into());
     let crowd: Vec<UnixStream> = (0..200)
         .map(|_| {

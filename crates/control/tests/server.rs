@@ -1,15 +1,14 @@
 //! The control server against clients that do not behave.
 
+mod common;
+
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use common::{Place, WATCHDOG};
 use netkernel_control::*;
-
-const WATCHDOG: Duration = Duration::from_secs(30);
 
 /// An engine of descriptors without meaning.
 #[derive(Default)]
@@ -141,26 +140,7 @@ impl EngineApi for Fake {
     }
 }
 
-struct Place {
-    dir: PathBuf,
-    socket: PathBuf,
-    fake: Arc<Fake>,
-    server: Option<Server>,
-}
-
-impl Place {
-    fn new(name: &str) -> Place {
-        let dir = PathBuf::from(format!("/tmp/netkernel-control-{}-{name}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&dir);
-        std::fs::create_dir_all(&dir).unwrap();
-        let socket = dir.join("e.sock");
-        let fake = Arc::new(Fake::default());
-        let owner = std::fs::metadata(&dir).map(|m| std::os::unix::fs::MetadataExt::uid(&m)).unwrap();
-        let access = Access { owner, ..Access::default() };
-        let server = Server::start(Endpoint::bind(&socket).unwrap(), fake.clone(), access).unwrap();
-        Place { dir, socket, fake, server: Some(server) }
-    }
-
+impl Place<Fake> {
     fn connect(&self) -> UnixStream {
         let stream = UnixStream::connect(&self.socket).unwrap();
         stream.set_read_timeout(Some(WATCHDOG)).unwrap();
@@ -174,17 +154,9 @@ impl Place {
     }
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        drop(self.server.take());
-        assert!(!self.socket.exists(), "the socket file goes with the server");
-        let _ = std::fs::remove_dir_all(&self.dir);
-    }
-}
-
 #[test]
 fn requests_are_answered_one_after_the_other_on_one_connection() {
-    let place = Place::new("requests");
+    let place = Place::<Fake>::new("requests");
     let mut client = Client::connect(&place.socket).unwrap();
     let (made, fds) =
         client.create_guest(NewGuest { name: Some("a".into()), ..NewGuest::default() }).unwrap();
@@ -226,7 +198,7 @@ fn requests_are_answered_one_after_the_other_on_one_connection() {
 }
 
 /// Sends bytes, and returns the whole reply to a request that is the connection's last.
-fn exchange(place: &Place, bytes: &[u8]) -> String {
+fn exchange(place: &Place<Fake>, bytes: &[u8]) -> String {
     let mut stream = place.connect();
     stream.write_all(bytes).unwrap();
     let mut reply = String::new();
@@ -242,7 +214,7 @@ fn request(method: &str, target: &str, body: &str) -> Vec<u8> {
 
 #[test]
 fn nonsense_is_refused_with_a_reason() {
-    let place = Place::new("nonsense");
+    let place = Place::<Fake>::new("nonsense");
     for (bytes, status, code) in [
         (b"{\"version\":1,\"request\":\"status\"}\n".to_vec(), 400, "bad_request"),
         (b"\xff\xfe\x00\r\n\r\n".to_vec(), 400, "bad_request"),
@@ -267,7 +239,7 @@ fn nonsense_is_refused_with_a_reason() {
 /// `curl --unix-socket` and Prometheus speak to it.
 #[test]
 fn other_programs_can_ask() {
-    let place = Place::new("plain");
+    let place = Place::<Fake>::new("plain");
     let reply = exchange(&place, b"GET /v1/stacks HTTP/1.0\r\nHost: x\r\nAccept: */*\r\n\r\n");
     assert!(reply.starts_with("HTTP/1.1 200 OK\r\n") && reply.ends_with("\r\n\r\n[]"), "{reply}");
     let reply = exchange(&place, &request("GET", "/metrics", ""));
@@ -279,7 +251,7 @@ fn other_programs_can_ask() {
 
 #[test]
 fn several_requests_may_arrive_at_once() {
-    let place = Place::new("pipelined");
+    let place = Place::<Fake>::new("pipelined");
     let mut bytes = b"GET /v1/stacks HTTP/1.1\r\n\r\n".repeat(3);
     bytes.extend(request("GET", "/v1/version", ""));
     let reply = exchange(&place, &bytes);
@@ -288,7 +260,7 @@ fn several_requests_may_arrive_at_once() {
 
 #[test]
 fn a_request_without_an_end_is_cut_off() {
-    let place = Place::new("endless");
+    let place = Place::<Fake>::new("endless");
     let mut stream = place.connect();
     let chunk = vec![b'x'; 4096];
     // The server answers and closes; then writes fail.
@@ -301,7 +273,7 @@ fn a_request_without_an_end_is_cut_off() {
 
 #[test]
 fn a_client_that_says_nothing_is_sent_away() {
-    let place = Place::new("silent");
+    let place = Place::<Fake>::new("silent");
     let mut stream = place.connect();
     stream.write_all(b"GET /v1/sta").unwrap();
     let mut reply = Vec::new();
@@ -311,7 +283,7 @@ fn a_client_that_says_nothing_is_sent_away() {
 
 #[test]
 fn clients_that_go_away_in_the_middle_do_no_harm() {
-    let place = Place::new("gone");
+    let place = Place::<Fake>::new("gone");
     for _ in 0..50 {
         place.connect().write_all(b"GET /v1/status HTTP/1.1\r\n").unwrap();
         let mut stream = place.connect();
@@ -322,7 +294,7 @@ fn clients_that_go_away_in_the_middle_do_no_harm() {
 
 #[test]
 fn too_many_connections_are_refused_and_the_rest_goes_on() {
-    let place = Place::new("many");
+    let place = Place::<Fake>::new("many");
     let mut first = Client::connect(&place.socket).unwrap();
     first.version().unwrap();
     let crowd: Vec<UnixStream> = (0..300).map(|_| place.connect()).collect();
@@ -355,7 +327,7 @@ fn random_bytes_never_stop_the_server() {
         state ^= state << 17;
         state
     };
-    let place = Place::new("random");
+    let place = Place::<Fake>::new("random");
     let good = request("POST", "/v1/attach", r#"{"token":"07070707070707070707070707070707"}"#);
     for _ in 0..300 {
         let mut line = good.clone();

@@ -1,10 +1,14 @@
 //! What the tests of the command share. Every wait has a watchdog.
 #![allow(dead_code)]
 
-use std::io::Read as _;
+pub mod namespace;
+
+use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::net::TcpListener;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 pub const WATCHDOG: Duration = Duration::from_secs(30);
@@ -104,6 +108,10 @@ impl Engine {
     /// Takes care of a child's end.
     pub fn of(child: Child) -> Engine {
         Engine { child: Some(child), line: String::new() }
+    }
+
+    pub fn child(&mut self) -> &mut Child {
+        self.child.as_mut().unwrap()
     }
 
     pub fn pid(&self) -> i32 {
@@ -214,6 +222,34 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "never: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// The lines of `out` as they come, so that waiting for one can end.
+pub fn lines(out: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, lines) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(out).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    lines
+}
+
+/// A native server that answers each connection with all that it sent; its port on 127.0.0.1.
+pub fn echo() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut bytes = Vec::new();
+            stream.read_to_end(&mut bytes).unwrap();
+            stream.write_all(&bytes).unwrap();
+        }
+    });
+    port
 }
 
 pub fn is_root() -> bool {
