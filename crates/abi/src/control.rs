@@ -69,6 +69,10 @@ pub mod env {
     /// In the environment given to exec: the new program is no part of the guest (an engine that is started from inside
     /// a guest). The variable is only for the exec; it says nothing to programs that this one starts without it.
     pub const BYPASS: &str = "NETKERNEL_BYPASS";
+    /// What a program does that has these variables and cannot attach (a library of another version, an engine that is gone,
+    /// a sandbox): `refuse` (the default) fails its INET sockets with ENETDOWN and says why; `warn` says why, and the host
+    /// serves them (fail-open); `agent` leaves them to the agent behind the library.
+    pub const UNATTACHED: &str = "NETKERNEL_UNATTACHED";
     /// Trace level of GuestLib: `0` silent, `1` what is bypassed and why, `2` every call.
     pub const TRACE: &str = "NETKERNEL_TRACE";
 }

@@ -18,7 +18,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     let name = &args.program[0];
     let program = program::resolve(name)?;
     let mut environment: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
-    for name in [env::FDS, env::SOCKET, env::TOKEN, env::LIBRARY, env::TRACE] {
+    for name in [env::FDS, env::SOCKET, env::TOKEN, env::LIBRARY, env::UNATTACHED, env::TRACE] {
         environment.remove(OsStr::new(name));
     }
     let report = program::inspect(&program);
@@ -54,10 +54,12 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         }
         (Attach::Auto, Ok(())) => {
             let (attached, channel) = queued(args, made()?, &mut environment)?;
-            if let Err(why) = filtered(args, channel.as_fd(), true, agent_watch(&attached)) {
-                eprintln!(
+            match filtered(args, channel.as_fd(), true, agent_watch(&attached)) {
+                // Programs that cannot attach have the agent.
+                Ok(()) => _ = environment.insert(env::UNATTACHED.into(), "agent".into()),
+                Err(why) => eprintln!(
                     "netkernel: warning: {why}; sockets that the preloaded library does not see are not served"
-                );
+                ),
             }
         }
         (Attach::Auto | Attach::Direct | Attach::Relay, verdict) => {
@@ -159,6 +161,9 @@ fn queued(
     set(env::FDS, numbers.map(|n| n.to_string()).join(",").into());
     set(env::SOCKET, socket.into());
     set(env::TOKEN, attached.token.clone().into());
+    if args.fail_open {
+        set(env::UNATTACHED, "warn".into());
+    }
     if let Some(level) = args.trace {
         set(env::TRACE, level.to_string().into());
     }

@@ -3,9 +3,13 @@
 mod common;
 
 use std::io::{Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::process::Stdio;
 
 use common::{Place, finish, until, wait};
+use netkernel_abi::control::env;
+use netkernel_abi::{ABI_VERSION, Limits};
+use netkernel_shm::{HugePages, Region, fds};
 
 #[test]
 fn the_exit_code_is_the_programs_own() {
@@ -193,4 +197,64 @@ fn a_run_inside_a_run_is_a_guest_of_its_own() {
     assert_ne!(lines[0][0], lines[1][0], "two guests");
     assert_eq!(lines[0][1], lines[1][1], "the library is preloaded once");
     until("both engines are gone", || place.engine_files().is_empty());
+}
+
+/// Says what becomes of an INET socket, twice.
+const SOCKETS: &str = "
+import os, socket
+for _ in range(2):
+    try:
+        socket.socket().close()
+        print('made')
+    except OSError as error:
+        print(error.errno)
+";
+
+#[test]
+fn a_program_that_cannot_attach_gets_no_socket_in_silence() {
+    let place = Place::new("unattached");
+    let inside = "exec env NETKERNEL_FDS=0,0,0 NETKERNEL_SOCKET=/nowhere python3 -c \"$0\"";
+    let attempt = |words: &[&str]| {
+        let mut all = vec!["run"];
+        all.extend(words);
+        all.extend(["--", "sh", "-c", inside, SOCKETS]);
+        let done = place.run(&all);
+        (done.succeeds().out.replace('\n', " "), done.err)
+    };
+    let refused = format!("{0} {0} ", libc::ENETDOWN);
+    let (out, err) = attempt(&["--attach", "queued"]);
+    assert_eq!(out, refused);
+    assert!(err.contains("no INET sockets (ENETDOWN): the engine at /nowhere does not answer"), "{err}");
+    assert_eq!(err.lines().count(), 1, "it is said once: {err}");
+    let (out, err) = attempt(&["--attach", "queued", "--fail-open"]);
+    assert_eq!(out, "made made ");
+    assert!(err.contains("warning: this program's sockets are the host's own"), "{err}");
+    assert_eq!(err.lines().count(), 1, "it is said once: {err}");
+    // The agent serves them.
+    assert_eq!(attempt(&["--attach", "auto"]), ("made made ".into(), String::new()));
+}
+
+#[test]
+fn a_library_of_another_version_says_so() {
+    let region = Region::create(Limits::default(), 1, 0, HugePages::Off).unwrap();
+    let (channel, _theirs) = fds::pair(libc::SOCK_SEQPACKET).unwrap();
+    let doorbell = fds::eventfd().unwrap();
+    let inherited = |fd: i32| {
+        // SAFETY: a duplicate that the program inherits; it is closed with this process.
+        let copy = unsafe { libc::dup(fd) };
+        assert!(copy >= 0);
+        copy.to_string()
+    };
+    let numbers = [region.fd(), channel.as_raw_fd(), doorbell.as_raw_fd()].map(inherited).join(",");
+    let attempt = || {
+        let mut command = std::process::Command::new("python3");
+        let library = std::path::Path::new(env!("CARGO_BIN_EXE_netkernel")).with_file_name("libnetkernel.so");
+        command.args(["-c", SOCKETS]).env("LD_PRELOAD", library).env(env::FDS, &numbers);
+        finish(command)
+    };
+    region.header().abi_version.store(ABI_VERSION + 1, std::sync::atomic::Ordering::Relaxed);
+    let done = attempt();
+    assert_eq!(done.succeeds().out, format!("{0}\n{0}\n", libc::ENETDOWN));
+    let words = format!("the engine speaks region ABI {}, this library {ABI_VERSION}", ABI_VERSION + 1);
+    assert!(done.err.contains(&words), "{}", done.err);
 }

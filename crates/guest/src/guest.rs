@@ -1,7 +1,7 @@
 //! The process's view of its guest: region, channel, doorbell, and what of it a fork invalidates.
 
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use netkernel_abi::control::{Message, env, kind};
@@ -194,34 +194,96 @@ pub fn random32() -> u32 {
     if r == 4 { value } else { (sys::now_ns() as u32) ^ (raw!(libc::SYS_getpid) as u32).rotate_left(16) }
 }
 
+/// What becomes of INET sockets of a program that should be a guest's and could not attach ([`env::UNATTACHED`]).
+static UNATTACHED: AtomicU8 = AtomicU8::new(NO);
+static WHY: Lock<String> = Lock::new(String::new());
+const NO: u8 = 0;
+const REFUSE: u8 = 1;
+const WARN: u8 = 2;
+/// As [`WARN`], and it was said.
+const WARNED: u8 = 3;
+
+/// Whether a program without a guest may make an INET socket. It is said once in a program that it may not, or should not.
+#[inline]
+pub fn may_be_unserved() -> Result<(), i32> {
+    match UNATTACHED.load(Ordering::Relaxed) {
+        NO | WARNED => Ok(()),
+        state => say_unattached(state),
+    }
+}
+
+#[cold]
+fn say_unattached(state: u8) -> Result<(), i32> {
+    let what = match state {
+        WARN => "warning: this program's sockets are the host's own (--fail-open)",
+        _ => "this program gets no INET sockets (ENETDOWN)",
+    };
+    let why = core::mem::take(&mut *WHY.lock());
+    if !why.is_empty() {
+        say(&format!("{what}: {why}"));
+    }
+    if state != WARN {
+        return Err(libc::ENETDOWN);
+    }
+    UNATTACHED.store(WARNED, Ordering::Relaxed);
+    Ok(())
+}
+
+/// The program should be a guest's: nobody but the agent, if there is one, may serve it in silence.
+fn cannot_attach(why: String) {
+    trace(1, &format!("not attached: {why}"));
+    let state = match variable(env::UNATTACHED) {
+        Some("agent") => return,
+        Some("warn") => WARN,
+        _ => REFUSE,
+    };
+    *WHY.lock() = why;
+    UNATTACHED.store(state, Ordering::Relaxed);
+}
+
+/// The guest's region and its three descriptors.
+type Parts = (Region, [i32; 3]);
+
+/// What the environment's numbers lead to; nothing if the program was started without them, or closed them.
+fn inherited() -> Result<Option<Parts>, String> {
+    let Some(list) = variable(env::FDS) else { return Ok(None) };
+    let mut numbers = list.split(',').map_while(|n| n.parse::<i32>().ok());
+    let (Some(region), Some(channel), Some(doorbell)) = (numbers.next(), numbers.next(), numbers.next())
+    else {
+        return Ok(None);
+    };
+    if !is_channel(channel) || !is_memfd(region) || !is_eventfd(doorbell) {
+        return Ok(None);
+    }
+    let copy = raw!(libc::SYS_fcntl, region, libc::F_DUPFD_CLOEXEC, 3) as i32;
+    if copy < 0 {
+        return Err(format!("no descriptor is left (errno {})", -copy));
+    }
+    // SAFETY: a descriptor that was just made for us.
+    let attached = Region::attach(unsafe { OwnedFd::from_raw_fd(copy) });
+    attached.map(|attached| Some((attached, [region, channel, doorbell]))).map_err(|error| error.to_string())
+}
+
 /// Reads the environment and joins the guest. Called once by the constructor.
 pub fn attach() {
     if let Some(level) = variable(env::TRACE) {
         TRACE.store(level.parse().unwrap_or(0), Ordering::Relaxed);
     }
-    let inherited = variable(env::FDS).and_then(|list| {
-        let mut numbers = list.split(',').map(|n| n.parse::<i32>().ok());
-        Some((numbers.next()??, numbers.next()??, numbers.next()??))
-    });
-    let attached = inherited.and_then(|(region, channel, doorbell)| {
-        if !is_channel(channel) || !is_memfd(region) || !is_eventfd(doorbell) {
-            return None;
+    let attached = match inherited() {
+        Ok(None) if variable(env::TOKEN).is_some() => attach_by_token().map(Some),
+        Ok(None) if variable(env::FDS).is_some() => {
+            Err("its descriptors are closed, and it has no token to ask for new ones".to_owned())
         }
-        let copy = raw!(libc::SYS_fcntl, region, libc::F_DUPFD_CLOEXEC, 3) as i32;
-        if copy < 0 {
-            return None;
-        }
-        // SAFETY: a descriptor that was just made for us.
-        Region::attach(unsafe { OwnedFd::from_raw_fd(copy) }).ok().map(|r| (r, region, channel, doorbell))
-    });
-    let attached = match attached {
-        Some(attached) => Some(attached),
-        None if variable(env::TOKEN).is_some() => attach_by_token(),
-        None => None,
+        attached => attached,
     };
-    let Some((region, region_fd, channel, doorbell)) = attached else {
-        return;
-    };
+    match attached {
+        Ok(Some(parts)) => join(parts),
+        Ok(None) => {}
+        Err(why) => cannot_attach(why),
+    }
+}
+
+fn join((region, [region_fd, channel, doorbell]): Parts) {
     let page = raw!(
         libc::SYS_mmap,
         0,
@@ -232,7 +294,7 @@ pub fn attach() {
         0
     );
     if page < 0 {
-        return;
+        return cannot_attach(format!("no memory (errno {})", -page));
     }
     raw!(libc::SYS_madvise, page, 4096, libc::MADV_WIPEONFORK);
     PER_PROCESS.store(page as usize, Ordering::Relaxed);
@@ -288,27 +350,29 @@ fn is_eventfd(fd: i32) -> bool {
 }
 
 /// A process whose descriptors were closed asks the engine for new ones.
-fn attach_by_token() -> Option<(Region, i32, i32, i32)> {
-    let path = variable(env::SOCKET)?;
-    let token = variable(env::TOKEN)?;
+fn attach_by_token() -> Result<Parts, String> {
+    use std::os::fd::AsRawFd;
+    let token = variable(env::TOKEN).unwrap_or_default();
+    let path = variable(env::SOCKET).ok_or("the engine's socket is not named (NETKERNEL_SOCKET)")?;
     let fd = raw!(libc::SYS_socket, libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) as i32;
     if fd < 0 {
-        return None;
+        return Err(format!("no socket to ask the engine with (errno {})", -fd));
     }
     // SAFETY: a descriptor that was just made for us.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    use std::os::fd::AsRawFd;
     // SAFETY: an all-zero sockaddr_un is a valid value of that plain C struct.
     let mut address: libc::sockaddr_un = unsafe { core::mem::zeroed() };
     address.sun_family = libc::AF_UNIX as u16;
     if path.len() >= address.sun_path.len() {
-        return None;
+        return Err(format!("{path} is too long for a socket's path"));
     }
     for (to, from) in address.sun_path.iter_mut().zip(path.bytes()) {
         *to = from as _;
     }
-    if raw!(libc::SYS_connect, fd.as_raw_fd(), &address as *const _, size_of::<libc::sockaddr_un>()) < 0 {
-        return None;
+    let connected =
+        raw!(libc::SYS_connect, fd.as_raw_fd(), &address as *const _, size_of::<libc::sockaddr_un>());
+    if connected < 0 {
+        return Err(format!("the engine at {path} does not answer (errno {})", -connected));
     }
     // docs/openapi.json: attach.
     let body = format!("{{\"token\":\"{token}\"}}");
@@ -316,27 +380,36 @@ fn attach_by_token() -> Option<(Region, i32, i32, i32)> {
         "POST /v1/attach HTTP/1.1\r\nHost: netkernel\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     );
-    fds::send(fd.as_raw_fd(), request.as_bytes(), &[], 0).ok()?;
+    let gone = |_| format!("the engine at {path} ended");
+    fds::send(fd.as_raw_fd(), request.as_bytes(), &[], 0).map_err(gone)?;
     let mut reply = [0u8; 4096];
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     if raw!(libc::SYS_poll, &mut poll as *mut libc::pollfd, 1, 5000) != 1 {
-        return None;
+        return Err(format!("the engine at {path} did not answer for five seconds"));
     }
-    let (_, received) = fds::receive(fd.as_raw_fd(), &mut reply, 0).ok()?;
+    let (n, received) = fds::receive(fd.as_raw_fd(), &mut reply, 0).map_err(gone)?;
     let mut received = received.into_iter();
-    let (region_fd, channel, doorbell) = (received.next()?, received.next()?, received.next()?);
-    let region_copy = region_fd.try_clone().ok()?;
-    let region = Region::attach(region_copy).ok()?;
+    let (Some(region_fd), Some(channel), Some(doorbell)) =
+        (received.next(), received.next(), received.next())
+    else {
+        let status = reply[..n].split(|&byte| byte == b'\r').next().unwrap_or_default();
+        return Err(format!(
+            "the engine at {path} does not know this guest (any more): {}",
+            String::from_utf8_lossy(status)
+        ));
+    };
+    let region_copy = region_fd.try_clone().map_err(|error| error.to_string())?;
+    let region = Region::attach(region_copy).map_err(|error| error.to_string())?;
     let keep = |fd: OwnedFd| {
         let high = table::move_high(fd);
         raw!(libc::SYS_fcntl, high, libc::F_SETFD, 0);
         high
     };
-    let numbers = (keep(region_fd), keep(channel), keep(doorbell));
-    let list = format!("{},{},{}\0", numbers.0, numbers.1, numbers.2);
+    let numbers = [region_fd, channel, doorbell].map(keep);
+    let list = format!("{},{},{}\0", numbers[0], numbers[1], numbers[2]);
     // SAFETY: both are C strings; the constructor runs before the program has threads.
     unsafe { libc::setenv(c"NETKERNEL_FDS".as_ptr(), list.as_ptr().cast(), 1) };
-    Some((region, numbers.0, numbers.1, numbers.2))
+    Ok((region, numbers))
 }
 
 /// An environment variable, read without std's lock.
@@ -423,7 +496,12 @@ impl<T> Drop for LockGuard<'_, T> {
 /// Says something on stderr when NETKERNEL_TRACE is at least `level`.
 pub fn trace(level: u32, text: &str) {
     if TRACE.load(Ordering::Relaxed) >= level {
-        let line = format!("netkernel[{}]: {text}\n", raw!(libc::SYS_getpid));
-        raw!(libc::SYS_write, 2, line.as_ptr(), line.len());
+        say(text);
     }
+}
+
+/// Says something on stderr.
+fn say(text: &str) {
+    let line = format!("netkernel[{}]: {text}\n", raw!(libc::SYS_getpid));
+    raw!(libc::SYS_write, 2, line.as_ptr(), line.len());
 }

@@ -12,8 +12,15 @@ use crate::{guest, options, passing, socket, sys, table};
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
+    let inet = domain == libc::AF_INET || domain == libc::AF_INET6;
+    if inet
+        && guest::guest().is_none()
+        && let Err(errno) = guest::may_be_unserved()
+    {
+        return finish_int(Err(errno));
+    }
     if let Some(guest) = guest::guest()
-        && (domain == libc::AF_INET || domain == libc::AF_INET6)
+        && inet
     {
         let served = matches!(
             (kind & 0xf, protocol),

@@ -22,8 +22,8 @@ unsafe fn complete(envp: Strings) -> Option<(Vec<*mut c_char>, Vec<Vec<u8>>)> {
     guest::guest()?;
     let mut list = Vec::new();
     let mut preload: Option<(usize, &CStr)> = None;
-    let names = [env::FDS, env::SOCKET, env::TOKEN, env::LIBRARY];
-    let mut present = [false; 4];
+    let names = [env::FDS, env::SOCKET, env::TOKEN, env::LIBRARY, env::UNATTACHED];
+    let mut present = [false; 5];
     let mut at = envp;
     // SAFETY: the caller vouches for the array.
     unsafe {
