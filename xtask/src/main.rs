@@ -80,9 +80,7 @@ fn ci(arguments: &[String]) -> Result<bool> {
     steps.push(("apps", Box::new(|| apps(&[]))));
     let direct = ["--attach", "direct", "--mode", "both", "--skip", "soak"].map(String::from);
     steps.push(("apps direct", Box::new(move || apps(&direct))));
-    // All of them: `cargo xtask apps --attach relay --mode both --skip soak`.
-    let some = "busybox,go,curl,wget,redis,python";
-    let relay = ["--attach", "relay", "--mode", "both", "--only", some].map(String::from);
+    let relay = ["--attach", "relay", "--mode", "both", "--skip", "soak"].map(String::from);
     steps.push(("apps relay", Box::new(move || apps(&relay))));
 
     let started = Instant::now();

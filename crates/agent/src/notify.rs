@@ -2,6 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering::Relaxed;
+
+use netkernel_shm::Word;
 
 /// One call that waits for its answer.
 #[repr(C)]
@@ -50,7 +53,14 @@ const _: () =
 
 /// The descriptor that [`crate::filter::install`] gives.
 #[derive(Debug)]
-pub struct Listener(OwnedFd);
+pub struct Listener {
+    fd: OwnedFd,
+    /// The number of the call that was received last, for who comes after this process.
+    last: Option<Word>,
+}
+
+/// How far back [`Listener::settle`] looks: some seconds of work.
+const MAX_SETTLED: u64 = 1 << 24;
 
 impl Listener {
     /// Gives the descriptor back that is no seccomp listener: a guest could hand over anything, also what blocks for ever.
@@ -61,11 +71,18 @@ impl Listener {
         }
         // SAFETY: takes an integer. Older kernels refuse it, and lose some microseconds for each call.
         unsafe { libc::ioctl(fd.as_raw_fd(), SET_FLAGS, SYNC_WAKE_UP) };
-        Ok(Listener(fd))
+        Ok(Listener { fd, last: None })
     }
 
     pub fn fd(&self) -> i32 {
-        self.0.as_raw_fd()
+        self.fd.as_raw_fd()
+    }
+
+    /// From now on, the number of the call that was received last stands where another process can read it.
+    pub fn share(&mut self) -> io::Result<OwnedFd> {
+        let (word, fd) = Word::create()?;
+        self.last = Some(word);
+        Ok(fd)
     }
 
     /// The next call. ENOENT: its thread died meanwhile.
@@ -73,14 +90,39 @@ impl Listener {
         let mut notification = Notification::default();
         // SAFETY: the kernel writes a struct seccomp_notif, which is what `notification` is; it must be all zero before.
         check(unsafe { libc::ioctl(self.fd(), RECEIVE, &raw mut notification) })?;
+        if let Some(last) = &self.last {
+            last.store(notification.id, Relaxed);
+        }
         Ok(notification)
     }
 
     /// Whether [`Listener::receive`] would not wait.
     pub fn has_call(&self) -> bool {
-        let mut poll = libc::pollfd { fd: self.fd(), events: libc::POLLIN, revents: 0 };
+        self.is_ready(libc::POLLIN)
+    }
+
+    fn is_ready(&self, event: libc::c_short) -> bool {
+        let mut poll = libc::pollfd { fd: self.fd(), events: event, revents: 0 };
         // SAFETY: one entry, valid for reads and writes.
-        unsafe { libc::poll(&mut poll, 1, 0) == 1 && poll.revents & libc::POLLIN != 0 }
+        unsafe { libc::poll(&mut poll, 1, 0) == 1 && poll.revents & event != 0 }
+    }
+
+    /// Ends the calls that a process received that is dead, and never answered: they fail. Nobody knows their numbers, but
+    /// the kernel counts them up (kernel/seccomp.c, `seccomp_next_notify_id`), says whether there are any, and refuses what
+    /// is none. `last`: the number of a call received late, perhaps the last one.
+    pub fn settle(&self, last: u64, errno: i32) {
+        // One may have been received and not been noted.
+        let mut id = last.wrapping_add(1);
+        let mut unanswered = self.is_ready(libc::POLLOUT);
+        for _ in 0..MAX_SETTLED {
+            if !unanswered {
+                return;
+            }
+            if self.answer(Response { id, error: -errno, ..Response::default() }).is_ok() {
+                unanswered = self.is_ready(libc::POLLOUT);
+            }
+            id = id.wrapping_sub(1);
+        }
     }
 
     /// Whether the thread still waits for this answer: what was read of its memory before is its own.

@@ -3,11 +3,12 @@
 mod common;
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use common::{Done, Place, finish, until};
+use common::{Done, Engine, Place, WATCHDOG, finish, lines, until};
 
 const PROGRAM: &str = include_str!("relay/program.c");
 
@@ -204,4 +205,46 @@ fn a_guest_that_never_reads_takes_bounded_memory_and_disturbs_nobody() {
     assert_eq!(peer.read(&mut buffer).unwrap(), 0);
     assert!(child.wait().unwrap().success());
     engine.end();
+}
+
+/// Says when it is about to wait, and how that ended.
+const WAITS: &str = "
+import socket, sys
+print('go', flush=True)
+try:
+    socket.socket().connect(('127.0.0.1', int(sys.argv[1])))
+    print('connected')
+except OSError as error:
+    print(error.errno, flush=True)
+";
+
+#[test]
+fn a_call_that_waits_ends_with_the_engine() {
+    let place = Place::new("relay-waits");
+    // Nobody accepts, and there is room for one.
+    let full = TcpListener::bind("127.0.0.1:0").unwrap();
+    // SAFETY: plain system call on an open descriptor.
+    assert_eq!(unsafe { libc::listen(full.as_raw_fd(), 0) }, 0);
+    let address = full.local_addr().unwrap();
+    let _first = TcpStream::connect(address).unwrap();
+    let socket = place.socket();
+    let socket = socket.to_str().unwrap();
+    let engine = place.up(&["--socket", socket]);
+    let port = address.port().to_string();
+    let mut child = Engine::of(
+        place
+            .netkernel(&["run", "--socket", socket, "--attach", "relay", "--", "python3", "-c", WAITS, &port])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
+    let lines = lines(child.child().stdout.take().unwrap());
+    assert_eq!(lines.recv_timeout(WATCHDOG).unwrap(), "go");
+    let notified = format!("/proc/{}/wchan", child.pid());
+    until("it waits for the agent", || std::fs::read_to_string(&notified).unwrap().contains("notification"));
+    // Not only until the call was received.
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    engine.signal(libc::SIGKILL);
+    let _ = engine.wait();
+    assert_eq!(lines.recv_timeout(WATCHDOG).unwrap(), libc::ENETDOWN.to_string());
 }

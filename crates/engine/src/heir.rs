@@ -3,8 +3,8 @@
 //! The kernel fails a notified call with ENOSYS when nobody has the listener any more, on every descriptor of the program.
 //! So an engine with agents has an *heir*: a small process that holds a duplicate of each listener and does nothing, until
 //! the engine's end of a pair hangs up, or the engine says that a guest's agent is over. From then on it tells programs what
-//! is true: new sockets fail with ENETDOWN; any other call goes on in the kernel, which knows what became of the descriptor.
-//! It ends with the last program that has a filter.
+//! is true: new sockets, and calls that the engine had received and not answered, fail with ENETDOWN; any other call goes on
+//! in the kernel, which knows what became of the descriptor. It ends with the last program that has a filter.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -12,9 +12,10 @@ use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
+use std::sync::atomic::Ordering::Relaxed;
 
 use netkernel_agent::notify::{Listener, Notification};
-use netkernel_shm::fds;
+use netkernel_shm::{Word, fds};
 
 use crate::engine::lock;
 
@@ -48,7 +49,7 @@ struct Heir {
 impl Heirs {
     /// When nobody answers this guest's listener any more, the heir will. `binary` is the program whose hidden subcommand
     /// calls [`main`]; without one there is no heir.
-    pub fn remember(&self, binary: Option<&Path>, guest: u32, listener: &Listener) {
+    pub fn remember(&self, binary: Option<&Path>, guest: u32, listener: &mut Listener) {
         let Some(binary) = binary else { return };
         let mut state = lock(&self.0);
         if matches!(*state, State::None) {
@@ -60,7 +61,12 @@ impl Heirs {
                 }
             };
         }
-        tell(&mut state, REMEMBER, guest, &[listener.fd()]);
+        match listener.share() {
+            Ok(last) => tell(&mut state, REMEMBER, guest, &[listener.fd(), last.as_raw_fd()]),
+            Err(error) => {
+                log::warn!("nobody will answer the programs of guest {guest} if this engine dies: {error}")
+            }
+        }
     }
 
     /// The guest's agent answers no more: the heir does, as long as there is somebody to answer.
@@ -106,8 +112,28 @@ impl Heir {
 struct Inherited {
     guest: u32,
     listener: Listener,
+    /// The call that its agent received last.
+    last: Word,
     /// Its agent is gone.
     answered: bool,
+    /// And what it left is, too.
+    settled: bool,
+}
+
+impl Inherited {
+    /// The descriptors of a message. Nothing that is not what it should be is kept.
+    fn new(guest: u32, sent: Vec<OwnedFd>) -> Option<Inherited> {
+        let mut sent = sent.into_iter();
+        let listener = Listener::new(sent.next()?).ok()?;
+        let last = Word::open(&sent.next()?).ok()?;
+        Some(Inherited { guest, listener, last, answered: false, settled: false })
+    }
+
+    fn settle(&mut self) {
+        if !std::mem::replace(&mut self.settled, true) {
+            self.listener.settle(self.last.load(Relaxed), libc::ENETDOWN);
+        }
+    }
 }
 
 /// The process; returns its exit code.
@@ -116,7 +142,8 @@ pub fn main(control: OwnedFd) -> i32 {
     let mut listeners: Vec<Inherited> = Vec::new();
     while control.is_some() || !listeners.is_empty() {
         let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
-        let wanted = |one: &Inherited| if control.is_none() || one.answered { libc::POLLIN } else { 0 };
+        listeners.iter_mut().filter(|one| control.is_none() || one.answered).for_each(Inherited::settle);
+        let wanted = |one: &Inherited| if one.settled { libc::POLLIN } else { 0 };
         let mut polled: Vec<libc::pollfd> =
             listeners.iter().map(|one| entry(one.listener.fd(), wanted(one))).collect();
         polled.push(entry(control.as_ref().map_or(-1, OwnedFd::as_raw_fd), libc::POLLIN));
@@ -132,6 +159,8 @@ pub fn main(control: OwnedFd) -> i32 {
                 // An error: the thread that asked is dead, or was interrupted.
                 if let Ok(call) = one.listener.receive() {
                     let _ = answer(&one.listener, &call);
+                    // An agent that died of its first call had noted none.
+                    one.listener.settle(call.id.wrapping_sub(1), libc::ENETDOWN);
                 }
                 return true;
             }
@@ -145,8 +174,7 @@ pub fn main(control: OwnedFd) -> i32 {
             match fds::receive(from.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) {
                 Ok((MESSAGE, sent)) => {
                     let guest = u32::from_le_bytes([message[1], message[2], message[3], message[4]]);
-                    let sent = sent.into_iter().filter_map(|fd| Listener::new(fd).ok());
-                    listeners.extend(sent.map(|listener| Inherited { guest, listener, answered: false }));
+                    listeners.extend(Inherited::new(guest, sent));
                     if message[0] == ANSWER {
                         let own = listeners.iter_mut().filter(|one| one.guest == guest);
                         own.for_each(|one| one.answered = true);

@@ -1100,11 +1100,10 @@ impl Worker {
         Ok(())
     }
 
-    /// Holds the engine's end of a placeholder until the guest's last descriptor for it is closed.
     /// Starts the agent of a guest. It holds the guest as a process does.
     fn agent(&mut self, slot: u32, message: Message, fd: OwnedFd) -> Result<(), Violation> {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
-        let listener = Listener::new(fd).map_err(|fd| {
+        let mut listener = Listener::new(fd).map_err(|fd| {
             bury(fd);
             Violation("agent without a seccomp listener")
         })?;
@@ -1121,7 +1120,7 @@ impl Worker {
         // What goes wrong here ends the listener: the guest's sockets fail with ENETDOWN (ENOSYS without an heir), and nothing waits.
         let behind_preload = message.b == 1;
         let binary = self.shared.config.process_binary.as_deref();
-        self.shared.heirs.remember(binary, guest.id, &listener);
+        self.shared.heirs.remember(binary, guest.id, &mut listener);
         let started = if message.c == 1 {
             relay::start(&self.shared, guest.id, slot, nsm, listener, settings, behind_preload)
         } else {
@@ -1152,6 +1151,7 @@ impl Worker {
         Ok(())
     }
 
+    /// Holds the engine's end of a placeholder until the guest's last descriptor for it is closed.
     fn keep_placeholder(&mut self, slot: u32, id: u32, fd: OwnedFd) -> Result<(), Violation> {
         let end = if self.ends_here < self.most_ends_here {
             match self.poller.add_hangup(fd.as_raw_fd(), Source::Placeholder(slot, id)) {

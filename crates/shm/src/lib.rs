@@ -8,7 +8,9 @@ mod bytes;
 pub mod fds;
 mod pair;
 mod region;
+mod word;
 
 pub use bytes::Bytes;
 pub use pair::{PairMemory, PairView};
 pub use region::{HugePages, Region, RegionError};
+pub use word::Word;

@@ -375,6 +375,12 @@ fn try_once(
     }
     if let Some(guests) = &mut ctx.guests {
         let after = guests.engine.check_empty().and_then(|()| guests.engine.stop());
+        // What was the engine's own, such as its heir.
+        let left = process::sweep(&[], grace);
+        let after = after.and_then(|()| match left.is_empty() {
+            true => Ok(()),
+            false => bail!("left running by the engine:\n{}", left.join("\n")),
+        });
         result = match (result, after) {
             (Ok(()), after) => after,
             (Err(e), Ok(())) => Err(e),
