@@ -166,6 +166,7 @@ impl Agent {
         };
         if count.fetch_add(1, Relaxed) == 0 {
             log::warn!(
+                guest = self.guest, process = call.pid;
                 "guest {}: process {} is a 32-bit program; its sockets cannot be served, and what it asks for {said}",
                 self.guest,
                 call.pid
@@ -224,6 +225,7 @@ impl Agent {
             let count = self.counters.let_through.fetch_add(1, Relaxed);
             if count == 0 {
                 log::warn!(
+                    guest = self.guest, errno = failed;
                     "guest {}: a socket could not be served (errno {failed}) and is the host's own now (--fail-open)",
                     self.guest
                 );

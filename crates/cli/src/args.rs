@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::logger::Levels;
+
 const EXIT_CODES: &str = "Exit codes: the program's own with `run`; 125 netkernel itself failed, 126 the program cannot be \
 executed, 127 the program was not found, 2 wrong usage.";
 
@@ -127,6 +129,33 @@ pub struct UpArgs {
     /// Only check the configuration
     #[arg(long)]
     pub check: bool,
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// What is logged to standard error, and how.
+#[derive(Clone, Debug, Args)]
+pub struct LogArgs {
+    /// What to log: off, error, warn, info, debug or trace; more for parts of the program as in info,netkernel_agent=debug
+    /// [default: info]
+    #[arg(long, value_name = "LEVEL", env = "NETKERNEL_LOG")]
+    pub log_level: Option<Levels>,
+    /// text: a line for each record; json: an object with time, level, target, pid, message and fields on each line
+    #[arg(
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        env = "NETKERNEL_LOG_FORMAT",
+        default_value = "text",
+        ignore_case = true
+    )]
+    pub log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
 }
 
 #[derive(Debug, Args)]

@@ -205,7 +205,7 @@ impl EngineApi for Adapter {
             tenant.weight = change.weight.unwrap_or(tenant.weight);
         };
         self.engine.change_tenant(name, apply).map_err(refusal)?;
-        log::info!("the limits of tenant {name} were changed");
+        log::info!(tenant = name; "the limits of tenant {name} were changed");
         Ok(())
     }
 
@@ -222,7 +222,7 @@ impl EngineApi for Adapter {
             meter.set_prices(&config);
         }
         *self.offers.lock().unwrap_or_else(|e| e.into_inner()) = offers(&config);
-        log::info!("the configuration was read again");
+        log::info!(file:% = file.display(); "the configuration was read again");
         Ok(())
     }
 

@@ -66,7 +66,11 @@ pub fn main() -> i32 {
             {
                 return 0;
             }
-            let _ = writeln!(std::io::stderr(), "netkernel: {error:#}");
+            if logger::is_json() {
+                log::error!("{error:#}");
+            } else {
+                let _ = writeln!(std::io::stderr(), "netkernel: {error:#}");
+            }
             error.downcast_ref::<Exit>().map_or(exit::FAILED, |e| e.0)
         }
     }

@@ -9,7 +9,7 @@ use crate::sys;
 pub fn process(args: &NsmProcessArgs) -> Result<i32> {
     let control = sys::adopt(args.control_fd).context("bad --control-fd")?;
     sys::raise_descriptor_limit();
-    crate::logger::start(log::LevelFilter::Info);
+    crate::logger::start_inherited(log::LevelFilter::Info);
     Ok(netkernel_engine::process::main(control))
 }
 

@@ -109,7 +109,7 @@ fn start_detached(args: &PrivateEngineArgs) -> Result<Running> {
     let signals = sys::termination_signals().context("cannot take signals")?;
     let log = if args.log { None } else { Some(open_log(&args.socket)?) };
     sys::raise_descriptor_limit();
-    crate::logger::start(if args.log { LevelFilter::Info } else { LevelFilter::Warn });
+    crate::logger::start_inherited(if args.log { LevelFilter::Info } else { LevelFilter::Warn });
     let endpoint = Endpoint::bind(&args.socket)?;
     let config = Config::default();
     let engine = Adapter::start(&config, &args.socket, true)?;

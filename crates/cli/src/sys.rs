@@ -116,6 +116,12 @@ pub fn close_inherited(keep: RawFd) {
     range(keep + 1, u32::MAX);
 }
 
+/// For this process and those that it starts. To be called before there are threads.
+pub fn set_environment(name: &str, value: &str) {
+    // SAFETY: nobody reads the environment meanwhile, as there are no other threads.
+    unsafe { std::env::set_var(name, value) };
+}
+
 /// Makes standard error go to `file`.
 pub fn redirect_stderr(file: &std::fs::File) -> io::Result<()> {
     // SAFETY: both are open; what was standard error is closed by this, and nobody owns it.

@@ -15,6 +15,7 @@ use crate::engine::Adapter;
 use crate::sys;
 
 pub fn up(args: &UpArgs) -> Result<()> {
+    crate::logger::start(&args.log);
     let config = match &args.config {
         Some(path) => Config::read(path)?,
         None => Config::default(),
@@ -34,7 +35,6 @@ pub fn up(args: &UpArgs) -> Result<()> {
     // Before there are threads: they must not take the signals.
     let signals = sys::termination_signals().context("cannot take signals")?;
     sys::raise_descriptor_limit();
-    crate::logger::start(log::LevelFilter::Info);
     let socket = args.socket.clone().or_else(|| config.engine.socket.clone()).unwrap_or_else(default_socket);
     let endpoint = match inherited {
         Some(socket) => Endpoint::inherited(socket)?,
@@ -52,6 +52,10 @@ pub fn up(args: &UpArgs) -> Result<()> {
             .context("no control thread")?,
     );
 
+    if crate::logger::is_json() {
+        // In text, it would be said twice.
+        log::info!(socket:% = socket.display(); "ready");
+    }
     // Nobody may read it.
     let _ = writeln!(
         std::io::stdout(),
@@ -68,6 +72,7 @@ pub fn up(args: &UpArgs) -> Result<()> {
 
     sys::wait_readable(&[signals.as_fd(), engine.stop_requested()]).context("cannot wait for signals")?;
     notify_service_manager("STOPPING=1");
+    log::debug!("ends");
     drop(servers);
     engine.shutdown();
     Ok(())

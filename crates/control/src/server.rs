@@ -116,7 +116,7 @@ fn accept_loop(endpoint: &Endpoint, stopped: &OwnedFd, shared: &Arc<Shared>) {
         match poll(&mut waiting, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => {
-                eprintln!("netkernel: control socket: poll: {e}; no more requests are taken");
+                log::error!("control socket: poll: {e}; no more requests are taken");
                 return;
             }
         }
@@ -128,7 +128,7 @@ fn accept_loop(endpoint: &Endpoint, stopped: &OwnedFd, shared: &Arc<Shared>) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => {
                 // Out of descriptors or memory: the connection waits in the backlog; do not spin on it.
-                eprintln!("netkernel: control socket: accept: {e}");
+                log::error!("control socket: accept: {e}");
                 thread::sleep(Duration::from_millis(100));
             }
         }
@@ -160,7 +160,7 @@ fn serve_on_thread(stream: UnixStream, shared: &Arc<Shared>) {
 pub(crate) fn spawn(run: impl FnOnce() + Send + 'static) {
     let thread = thread::Builder::new().name("control-client".into()).stack_size(256 * 1024);
     if let Err(e) = thread.spawn(run) {
-        eprintln!("netkernel: control socket: no thread for a connection: {e}");
+        log::error!("control socket: no thread for a connection: {e}");
     }
 }
 

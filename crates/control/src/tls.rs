@@ -98,7 +98,7 @@ fn accept_loop(listener: &TcpListener, stopped: &OwnedFd, shared: &Arc<Shared>) 
         match poll(&mut waiting, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => {
-                eprintln!("netkernel: control over TLS: poll: {e}; no more requests are taken");
+                log::error!("control over TLS: poll: {e}; no more requests are taken");
                 return;
             }
         }
@@ -113,7 +113,7 @@ fn accept_loop(listener: &TcpListener, stopped: &OwnedFd, shared: &Arc<Shared>) 
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
                 ) => {}
             Err(e) => {
-                eprintln!("netkernel: control over TLS: accept: {e}");
+                log::error!("control over TLS: accept: {e}");
                 std::thread::sleep(Duration::from_millis(100));
             }
         }

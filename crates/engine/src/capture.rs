@@ -60,7 +60,7 @@ impl Engine {
         let thread = std::thread::Builder::new().name("nk-capture".into()).spawn(move || {
             let result = write(&own, &nsms, &writer, || is_gone(&writer));
             if let Ok(written) = result {
-                log::info!("a capture ended: {} packets, {} lost", written.packets, written.lost);
+                log::info!(packets = written.packets, lost = written.lost; "a capture ended: {} packets, {} lost", written.packets, written.lost);
             }
         });
         thread.map(drop).map_err(|error| {

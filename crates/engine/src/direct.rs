@@ -41,7 +41,7 @@ impl Ledgers {
             match opened {
                 Some(Ok(ledger)) => Some(Arc::new(ledger)),
                 other => {
-                    log::warn!("{nsm}: what direct sockets carry is not counted: {other:?}");
+                    log::warn!(nsm:%; "{nsm}: what direct sockets carry is not counted: {other:?}");
                     None
                 }
             }
@@ -96,9 +96,11 @@ pub(crate) fn start(
         match kinds.direct(&nsm) {
             Some(Ok(sockets)) => agent.run(sockets),
             Some(Err(reason)) => log::error!(
+                guest;
                 "guest {guest}: no sockets for programs that the preloaded library cannot serve: {reason}"
             ),
             None => log::error!(
+                guest, nsm:% = nsm.name;
                 "guest {guest}: stack {} cannot serve programs that the preloaded library cannot: use a kernel stack",
                 nsm.name
             ),
@@ -127,7 +129,7 @@ pub(crate) fn sockets(
     let mut found = Vec::new();
     maker.within(&mut || match census.sockets() {
         Ok(sockets) => found = sockets,
-        Err(error) => log::warn!("guest {guest}: the kernel's list of sockets: {error}"),
+        Err(error) => log::warn!(guest; "guest {guest}: the kernel's list of sockets: {error}"),
     });
     let reason = if direct.behind_preload {
         "made past the preloaded library"

@@ -788,7 +788,8 @@ impl Shared {
         };
         let gone: Vec<u32> = lock(&self.registry).guests.iter().filter_map(of_nsm).collect();
         for id in gone {
-            log::info!("guest {id} ({}) is over: the process of its stack is gone", self.name(id));
+            let name = self.name(id);
+            log::info!(guest = id, name:%; "guest {id} ({name}) is over: the process of its stack is gone");
             self.guest_over(id, Usage::default());
         }
     }

@@ -84,7 +84,7 @@ pub(crate) fn start(
         });
         match relay {
             Ok(relay) => relay.run(),
-            Err(reason) => log::error!("guest {guest}: no relay, so that it has no sockets: {reason}"),
+            Err(reason) => log::error!(guest; "guest {guest}: no relay, so that it has no sockets: {reason}"),
         }
     })?;
     Ok((ours, Direct { counters, behind_preload, relay: Some(link), taps }, lender))

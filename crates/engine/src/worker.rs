@@ -783,7 +783,8 @@ impl Worker {
             }
             Command::End(id) => {
                 if let Some(slot) = self.slot(id) {
-                    log::info!("guest {id} ({}) was ended on request", self.shared.name(id));
+                    let name = self.shared.name(id);
+                    log::info!(guest = id, name:%; "guest {id} ({name}) was ended on request");
                     self.remove(slot);
                 }
             }
@@ -1130,7 +1131,7 @@ impl Worker {
         let (end, agent, lender) = match started {
             Ok(started) => started,
             Err(error) => {
-                log::error!("guest {}: its agent cannot start: {error}", guest.id);
+                log::error!(guest = guest.id; "guest {}: its agent cannot start: {error}", guest.id);
                 self.shared.heirs.answer(guest.id);
                 return Ok(());
             }
@@ -1262,11 +1263,8 @@ impl Worker {
         let Some(module) = &mut self.modules[guest.nsm] else { return };
         if guest.over_since.is_none() {
             guest.over_since = Some(self.now_ns);
-            log::info!(
-                "guest {} ({}) is over: nobody holds it any more",
-                guest.id,
-                self.shared.name(guest.id)
-            );
+            let (id, name) = (guest.id, self.shared.name(guest.id));
+            log::info!(guest = id, name:%; "guest {id} ({name}) is over: nobody holds it any more");
             // Accepted connections that nobody took.
             if let Err(violation) = guest.service.close_all(&mut *module.stack) {
                 return self.violation(slot, violation);
@@ -1283,7 +1281,8 @@ impl Worker {
     fn violation(&mut self, slot: u32, violation: Violation) {
         let Some(Some(guest)) = self.guests.get(slot as usize) else { return };
         let id = guest.id;
-        log::warn!("guest {id} ({}) broke the protocol and was ended: {}", self.shared.name(id), violation.0);
+        let name = self.shared.name(id);
+        log::warn!(guest = id, name:%; "guest {id} ({name}) broke the protocol and was ended: {}", violation.0);
         self.shared.counters.violations.fetch_add(1, Relaxed);
         self.remove(slot);
     }

@@ -198,6 +198,7 @@ impl Relay {
         if start.settings.fail_open && (shortage || call.arch == I386) {
             if start.counters.let_through.fetch_add(1, Relaxed) == 0 {
                 log::warn!(
+                    guest = start.guest, errno = errno.0;
                     "guest {}: a socket could not be served (errno {}) and is the host's own now (--fail-open)",
                     start.guest,
                     errno.0
@@ -207,6 +208,7 @@ impl Relay {
         }
         if start.counters.refused.fetch_add(1, Relaxed) == 0 && call.arch == I386 {
             log::warn!(
+                guest = start.guest;
                 "guest {}: 32-bit programs are not served by a relay: their sockets are refused",
                 start.guest
             );

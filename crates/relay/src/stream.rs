@@ -104,6 +104,7 @@ impl Relay {
                 match self.threads.descriptor(pid, number, inode).or_else(|_| self.find_holder(inode)) {
                     Ok(theirs) => _ = sys::send(&theirs, &[0]),
                     Err(errno) => log::debug!(
+                        guest = self.start.guest, errno = errno.0;
                         "guest {}: a broken connection looks ended, its descriptor is not found (errno {})",
                         self.start.guest,
                         errno.0

@@ -161,7 +161,7 @@ impl Namespace {
         let result = f();
         if let Err(error) = enter(back) {
             // Everything that this thread did afterwards would happen in the wrong namespace.
-            eprintln!("netkernel: cannot return from a network namespace: {error}");
+            log::error!("cannot return from a network namespace: {error}");
             std::process::abort();
         }
         Ok(result)

@@ -209,7 +209,7 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, mut child: Child
             Report::Ready(alive) => shared.keep_guests_of(index, &alive),
             Report::Died(how) => {
                 let name = &shared.config.nsms[index].name;
-                log::error!("the process of stack {name} died ({how}) and is started again");
+                log::error!(nsm:% = name; "the process of stack {name} died ({how}) and is started again");
                 // Of what it was asked nobody knows how far it came.
                 lock(&remote.state).pending.clear();
             }
@@ -224,7 +224,8 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, mut child: Child
                 state.pending.clear();
             }
             if !state.stopped {
-                log::error!("the process of stack {} is gone", shared.config.nsms[index].name);
+                let name = &shared.config.nsms[index].name;
+                log::error!(nsm:% = name; "the process of stack {name} is gone");
             }
         }
         shared.keep_guests_of(index, &[]);

@@ -43,7 +43,7 @@ pub fn run(control: &OwnedFd, start: &Start) -> i32 {
     let engine = match Engine::start_with(config, Some(hook)) {
         Ok(engine) => engine,
         Err(error) => {
-            log::error!("the process of stack {} cannot start: {error}", start.nsm.name);
+            log::error!(nsm:% = start.nsm.name; "the process of stack {} cannot start: {error}", start.nsm.name);
             return FAILED;
         }
     };
@@ -59,7 +59,7 @@ pub fn run(control: &OwnedFd, start: &Start) -> i32 {
             }
             Ok(None) => return ENDED,
             Err(error) => {
-                log::error!("stack {}: what the engine said is not understood: {error}", start.nsm.name);
+                log::error!(nsm:% = start.nsm.name; "stack {}: what the engine said is not understood: {error}", start.nsm.name);
                 return ENDED;
             }
         };
