@@ -7,8 +7,10 @@ mod bench;
 mod isolation;
 mod machine;
 mod micro;
+mod output;
 mod plot;
 mod process;
+mod progress;
 mod report;
 mod session;
 mod sys;
@@ -17,9 +19,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use bench::Benchmark;
+pub use output::Output;
+use progress::Progress;
 use report::{Outcome, Record, Results};
 use session::{Attach, Placement, Session, Settings, Side, find_program};
 
@@ -48,26 +51,6 @@ pub struct Common {
 
     #[command(flatten)]
     pub output: Output,
-}
-
-/// What every benchmark does with its results.
-#[derive(Args, Debug, Clone)]
-pub struct Output {
-    /// Write the raw series, the results and the facts about the machine to this file
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-
-    /// Draw the results to this file, as SVG
-    #[arg(long, value_name = "FILE")]
-    pub plot: Option<PathBuf>,
-
-    /// Fewer, shorter measurements: a look, not a result
-    #[arg(long)]
-    pub quick: bool,
-
-    /// Exit with 1 unless every promise is kept and nothing was left out
-    #[arg(long)]
-    pub check: bool,
 }
 
 /// Measure NetKernel beside the plain kernel: a table with a verdict for each promise.
@@ -218,19 +201,9 @@ fn compare(args: BenchArgs, prefix: &[&str], catalog: fn(&Settings) -> Vec<Bench
 
     let chosen = choose(catalog(&settings), &args.common.only)?;
     if args.common.list {
-        for benchmark in &chosen {
-            println!("{:17} {}", benchmark.id, benchmark.about);
-        }
-        return Ok(());
+        return list(&chosen, args.common.output.prints_json());
     }
-    for file in args.common.output.json.iter().chain(&args.common.output.plot) {
-        // Found out now, not after ten minutes.
-        std::fs::OpenOptions::new()
-            .append(true)
-            .create(true)
-            .open(file)
-            .with_context(|| format!("cannot write {}", file.display()))?;
-    }
+    args.common.output.try_files()?;
 
     let rounds = args.common.rounds.unwrap_or(if args.common.output.quick { 2 } else { 5 });
     let mut session = Session::begin(settings)?;
@@ -238,12 +211,13 @@ fn compare(args: BenchArgs, prefix: &[&str], catalog: fn(&Settings) -> Vec<Bench
     for warning in &session.surroundings.warnings {
         eprintln!("warning: {warning}");
     }
-    let progress = Progress::new(&chosen, rounds);
+    let steps = chosen.iter().map(|benchmark| 2 * u64::from(rounds.min(benchmark.most_rounds))).sum();
+    let progress = Progress::new(steps, args.common.output.quiet);
     let mut records = Vec::new();
     for benchmark in &chosen {
         records.extend(measure(&session, benchmark, rounds, &progress)?);
     }
-    progress.bar.finish_and_clear();
+    drop(progress);
     session.surroundings.warnings.extend(session.warnings.take());
     let results = Results {
         machine: machine::Machine::look(&session.settings.netkernel),
@@ -256,17 +230,18 @@ fn compare(args: BenchArgs, prefix: &[&str], catalog: fn(&Settings) -> Vec<Bench
     };
     drop(session);
 
-    print!("{}", results.table());
-    if let Some(file) = &args.common.output.json {
-        let text = serde_json::to_string_pretty(&results.json())? + "\n";
-        std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
+    args.common.output.deliver(&results)
+}
+
+/// What there is to measure.
+fn list(benchmarks: &[Benchmark], as_json: bool) -> Result<()> {
+    if as_json {
+        let one = |benchmark: &Benchmark| serde_json::json!({ "id": benchmark.id, "about": benchmark.about });
+        let all: Vec<_> = benchmarks.iter().map(one).collect();
+        return output::print_json(&serde_json::json!({ "benchmarks": all }));
     }
-    if let Some(file) = &args.common.output.plot {
-        std::fs::write(file, plot::svg(&results))
-            .with_context(|| format!("cannot write {}", file.display()))?;
-    }
-    if args.common.output.check && !results.all_kept() {
-        bail!("not every promise was shown to be kept");
+    for benchmark in benchmarks {
+        println!("{:17} {}", benchmark.id, benchmark.about);
     }
     Ok(())
 }
@@ -317,7 +292,7 @@ fn measure(
         Some(missing) => {
             let reason = format!("not run: {missing} is not installed (run scripts/deps)");
             progress.say(&format!("{}: {}", benchmark.id, reason.to_uppercase()));
-            progress.bar.inc(u64::from(rounds) * 2);
+            progress.step(u64::from(rounds) * 2);
             Outcome::NotRun(reason)
         }
         None => match turns(session, benchmark, rounds, progress, &mut records) {
@@ -349,7 +324,7 @@ fn turns(
     progress: &Progress,
     records: &mut [Record],
 ) -> Result<()> {
-    progress.start(benchmark);
+    progress.start(benchmark.id);
     let mut live = (benchmark.start)(session)?;
     for round in 0..rounds {
         // Whoever comes second finds a warmer or a more tired machine: each is second as often.
@@ -374,42 +349,10 @@ fn turns(
                     first.remarks.push(remark);
                 }
             }
-            progress.bar.inc(1);
+            progress.step(1);
         }
     }
     Ok(())
-}
-
-/// A bar on stderr for people; a line for each benchmark where nobody looks.
-struct Progress {
-    bar: ProgressBar,
-}
-
-impl Progress {
-    fn new(chosen: &[Benchmark], rounds: u32) -> Progress {
-        let steps = chosen.iter().map(|benchmark| 2 * u64::from(rounds.min(benchmark.most_rounds))).sum();
-        let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
-        if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} {elapsed} {msg:18}") {
-            bar.set_style(style);
-        }
-        Progress { bar }
-    }
-
-    fn start(&self, benchmark: &Benchmark) {
-        if self.bar.is_hidden() {
-            eprintln!("{} ...", benchmark.id);
-        }
-        self.bar.set_message(benchmark.id);
-        self.bar.tick();
-    }
-
-    fn say(&self, text: &str) {
-        if self.bar.is_hidden() {
-            eprintln!("{text}");
-        } else {
-            self.bar.println(text);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use crate::bench::{Promise, Row};
 use crate::machine::Machine;
 use crate::session::{Placement, Side, Surroundings};
+use crate::{output, plot};
 
 /// The value below which the share `q` of the sorted `values` lies.
 pub fn quantile(values: &[f64], q: f64) -> f64 {
@@ -193,6 +194,24 @@ pub struct Results {
     pub rounds: u32,
     pub seconds: f64,
     pub records: Vec<Record>,
+}
+
+impl output::Results for Results {
+    fn table(&self) -> String {
+        Results::table(self)
+    }
+
+    fn json(&self) -> Value {
+        Results::json(self)
+    }
+
+    fn svg(&self) -> String {
+        plot::svg(self)
+    }
+
+    fn all_kept(&self) -> bool {
+        Results::all_kept(self)
+    }
 }
 
 impl Results {

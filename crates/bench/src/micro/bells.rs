@@ -129,6 +129,10 @@ impl Bells {
 }
 
 impl Case for Bells {
+    fn about(&self) -> &'static str {
+        "doorbells"
+    }
+
     fn rows(&mut self) -> &mut [Row] {
         &mut self.rows
     }

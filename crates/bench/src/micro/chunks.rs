@@ -161,6 +161,10 @@ impl Memory {
 }
 
 impl Case for Chunks {
+    fn about(&self) -> &'static str {
+        "chunks"
+    }
+
     fn rows(&mut self) -> &mut [Row] {
         &mut self.rows
     }

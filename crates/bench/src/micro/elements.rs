@@ -240,6 +240,10 @@ impl Elements {
 }
 
 impl Case for Elements {
+    fn about(&self) -> &'static str {
+        "elements"
+    }
+
     fn rows(&mut self) -> &mut [Row] {
         &mut self.rows
     }
@@ -326,6 +330,10 @@ fn both_ends(region: Arc<Region>, stop: Arc<AtomicBool>, core: usize, most: u32)
 }
 
 impl Case for Across {
+    fn about(&self) -> &'static str {
+        "across cores"
+    }
+
     fn rows(&mut self) -> &mut [Row] {
         &mut self.rows
     }

@@ -10,13 +10,12 @@ mod elements;
 mod plot;
 mod table;
 
-use std::fs::OpenOptions;
-
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::Output;
 use crate::machine::Machine;
+use crate::output::{self, Output};
+use crate::progress::Progress;
 use crate::report::{Outcome, Summary, Verdict};
 use crate::sys;
 
@@ -99,6 +98,9 @@ impl Row {
 
 /// Rows that are measured together.
 pub(crate) trait Case {
+    /// In a word or two.
+    fn about(&self) -> &'static str;
+
     fn rows(&mut self) -> &mut [Row];
 
     /// Adds one value to each series.
@@ -113,11 +115,7 @@ pub(crate) struct Results {
 }
 
 pub fn run(args: MicroArgs) -> Result<()> {
-    for file in args.output.json.iter().chain(&args.output.plot) {
-        // Found out now, not after a minute.
-        let opened = OpenOptions::new().append(true).create(true).open(file);
-        opened.with_context(|| format!("cannot write {}", file.display()))?;
-    }
+    args.output.try_files()?;
     sys::note_interrupts();
     let rounds = args.rounds.unwrap_or(if args.output.quick { 3 } else { 15 });
     let program = std::env::current_exe().context("this program's own file")?;
@@ -132,33 +130,39 @@ pub fn run(args: MicroArgs) -> Result<()> {
         cases.push(Box::new(elements::Across::new(other, args.output.quick)?));
     }
     cases.push(Box::new(bells::Bells::new(cores.map(|[_, other]| other), args.output.quick)?));
+    let progress = Progress::new(u64::from(rounds) * cases.len() as u64, args.output.quiet);
     for round in 0..rounds {
-        eprint!("\rround {}/{rounds} ", round + 1);
         for case in &mut cases {
+            progress.start(case.about());
             case.measure(round)?;
+            progress.step(1);
             if sys::interrupted() {
                 bail!("interrupted");
             }
         }
     }
-    eprintln!();
+    drop(progress);
     let rows = cases.iter_mut().flat_map(|case| take(case.rows())).collect();
     let results = Results { machine, rounds, pool_mib: args.pool, rows };
+    args.output.deliver(&results)
+}
 
-    print!("{}", table::table(&results));
-    if let Some(file) = &args.output.json {
-        let text = serde_json::to_string_pretty(&table::json(&results))? + "\n";
-        std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
+impl output::Results for Results {
+    fn table(&self) -> String {
+        table::table(self)
     }
-    if let Some(file) = &args.output.plot {
-        std::fs::write(file, plot::svg(&results))
-            .with_context(|| format!("cannot write {}", file.display()))?;
+
+    fn json(&self) -> serde_json::Value {
+        table::json(self)
     }
-    let kept = |row: &Row| matches!(row.verdict(), Verdict::Pass | Verdict::Told);
-    if args.output.check && !results.rows.iter().all(kept) {
-        bail!("not every promise was shown to be kept");
+
+    fn svg(&self) -> String {
+        plot::svg(self)
     }
-    Ok(())
+
+    fn all_kept(&self) -> bool {
+        self.rows.iter().all(|row| matches!(row.verdict(), Verdict::Pass | Verdict::Told))
+    }
 }
 
 fn take(rows: &mut [Row]) -> Vec<Row> {
