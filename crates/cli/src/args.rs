@@ -95,12 +95,9 @@ pub enum Command {
     /// Measure programs under NetKernel against the plain kernel
     Bench(netkernel_bench::BenchArgs),
     /// Print a completion script
-    Completions {
-        /// For which shell
-        shell: clap_complete::Shell,
-    },
-    /// Print the man page (troff)
-    Man,
+    Completions(CompletionsArgs),
+    /// Print a man page (troff), or write all of them
+    Man(ManArgs),
     #[command(hide = true)]
     PrivateEngine(PrivateEngineArgs),
     #[command(hide = true)]
@@ -129,6 +126,9 @@ pub struct UpArgs {
     /// Only check the configuration
     #[arg(long)]
     pub check: bool,
+    /// Print what --check found, or where the engine listens, as JSON
+    #[arg(long)]
+    pub json: bool,
     #[command(flatten)]
     pub log: LogArgs,
 }
@@ -369,6 +369,9 @@ pub struct TenantSetArgs {
     pub max_guests: Option<u64>,
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub weight: Option<u32>,
+    /// Print the tenant as it is then, as JSON
+    #[arg(long)]
+    pub json: bool,
     /// The tenant
     pub name: String,
 }
@@ -378,6 +381,9 @@ pub struct ReloadArgs {
     /// Socket of the engine
     #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
     pub socket: Option<PathBuf>,
+    /// Print which engine did, as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -396,6 +402,9 @@ pub struct UsageArgs {
     pub by: String,
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "table")]
     pub format: UsageFormat,
+    /// As --format json
+    #[arg(long, conflicts_with = "format")]
+    pub json: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -413,6 +422,9 @@ pub struct StopArgs {
     /// End only this guest (id as in `netkernel ps`), not the engine
     #[arg(long, value_name = "ID")]
     pub guest: Option<u32>,
+    /// Print what was ended, as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -426,6 +438,21 @@ pub struct DoctorArgs {
     /// Say whether this program can be served, and how
     #[arg(last = true, value_name = "PROGRAM")]
     pub program: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// For which shell
+    pub shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// Write all pages to this directory, such as /usr/local/share/man/man1
+    #[arg(long, value_name = "DIR", conflicts_with = "command")]
+    pub dir: Option<PathBuf>,
+    /// The page of this command, such as `bench micro`
+    pub command: Vec<String>,
 }
 
 #[derive(Debug, Args)]

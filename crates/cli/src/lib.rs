@@ -13,6 +13,7 @@ mod logger;
 mod meter;
 mod metrics;
 mod nsm;
+mod pages;
 mod pcap;
 mod private;
 mod program;
@@ -29,9 +30,10 @@ mod usage;
 
 use std::io::Write as _;
 
-use clap::{CommandFactory as _, Parser as _};
+use clap::Parser as _;
 
 use args::{Cli, Command};
+pub use pages::commands;
 
 /// Exit codes of the command's own.
 pub mod exit {
@@ -95,14 +97,11 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         Command::Stop(args) => show::stop(&args).map(|()| 0),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Bench(args) => netkernel_bench::run(args).map(|()| 0),
-        Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "netkernel", &mut std::io::stdout());
+        Command::Completions(args) => {
+            pages::completions(&args);
             Ok(0)
         }
-        Command::Man => {
-            clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?;
-            Ok(0)
-        }
+        Command::Man(args) => pages::man(&args).map(|()| 0),
         Command::PrivateEngine(args) => private::serve(&args),
         Command::NsmProcess(args) => nsm::process(&args),
         Command::Heir(args) => nsm::heir(&args),

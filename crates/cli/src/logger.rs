@@ -199,8 +199,12 @@ mod tests {
 
     #[test]
     fn a_record_is_one_object_whatever_is_in_it() {
-        let fields: [(&str, Value<'_>); 4] =
-            [("guest", 7u32.into()), ("name", "a\n\"b".into()), ("left", (-3i32).into()), ("on", true.into())];
+        let fields: [(&str, Value<'_>); 4] = [
+            ("guest", 7u32.into()),
+            ("name", "a\n\"b".into()),
+            ("left", (-3i32).into()),
+            ("on", true.into()),
+        ];
         let record = |args: std::fmt::Arguments<'_>, fields: &[(&str, Value<'_>)]| {
             let record = Record::builder()
                 .level(Level::Warn)
@@ -214,7 +218,10 @@ mod tests {
         assert_eq!(line.matches('\n').count(), 1);
         let object: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!(object["time"], "1970-01-01T00:00:01.000000Z");
-        assert_eq!((&object["level"], &object["target"]), (&"warn".into(), &"netkernel_engine::worker".into()));
+        assert_eq!(
+            (&object["level"], &object["target"]),
+            (&"warn".into(), &"netkernel_engine::worker".into())
+        );
         assert_eq!(object["message"], "guest \"\u{1b}x\"\nis over");
         assert_eq!(object["fields"], json!({ "guest": 7, "name": "a\n\"b", "left": -3, "on": true }));
         assert_eq!(text, "netkernel: warn: guest \"?x\"?is over\n");

@@ -149,9 +149,15 @@ fn cell(value: Option<&Value>) -> String {
 pub fn stop(args: &StopArgs) -> Result<()> {
     let mut client = locate::require(args.socket.as_deref())?;
     match args.guest {
-        Some(guest) => Ok(client.end_guest(guest)?),
-        None => Ok(client.stop()?),
+        Some(guest) => client.end_guest(guest)?,
+        None => client.stop()?,
     }
+    if args.json {
+        let what = if args.guest.is_some() { "guest" } else { "engine" };
+        let path = client.path().display().to_string();
+        print_json(&serde_json::json!({ "ended": what, "engine": path, "guest": args.guest }))?;
+    }
+    Ok(())
 }
 
 pub fn print_json(value: &impl Serialize) -> Result<()> {

@@ -103,7 +103,12 @@ pub fn change(args: &TenantArgs) -> Result<()> {
     if change == TenantChange::default() {
         return Err(anyhow!("nothing to set: name a limit, such as --max-send \"500 Mbit/s\""));
     }
-    locate::require(args.socket.as_deref())?.change_tenant(&args.name, change)?;
+    let mut client = locate::require(args.socket.as_deref())?;
+    client.change_tenant(&args.name, change)?;
+    if args.json {
+        let tenant = client.tenants()?.into_iter().find(|tenant| tenant.name == args.name);
+        show::print_json(&serde_json::json!({ "tenant": tenant }))?;
+    }
     Ok(())
 }
 
@@ -130,6 +135,12 @@ fn wanted(args: &TenantSetArgs) -> Result<TenantChange> {
 }
 
 pub fn reload(args: &ReloadArgs) -> Result<()> {
-    locate::require(args.socket.as_deref())?.reload()?;
+    let mut client = locate::require(args.socket.as_deref())?;
+    client.reload()?;
+    if args.json {
+        show::print_json(
+            &serde_json::json!({ "reloaded": true, "engine": client.path().display().to_string() }),
+        )?;
+    }
     Ok(())
 }

@@ -5,14 +5,16 @@ use std::os::fd::AsFd as _;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use netkernel_control::{Access, Endpoint, EngineApi as _, NsmInfo, Server, default_socket};
+use serde_json::json;
 
 use crate::args::UpArgs;
 use crate::config::Config;
 use crate::engine::Adapter;
-use crate::sys;
+use crate::{show, sys};
 
 pub fn up(args: &UpArgs) -> Result<()> {
     crate::logger::start(&args.log);
@@ -25,6 +27,9 @@ pub fn up(args: &UpArgs) -> Result<()> {
         let offered = crate::catalog::offered(catalog)?;
         if !config.nsms.is_empty() {
             crate::catalog::check(&offered)?;
+        }
+        if args.json {
+            return show::print_json(&json!({ "ok": true, "stacks": names(&offered) }));
         }
         println!("the configuration is good; stacks: {}", names(&offered).join(", "));
         return Ok(());
@@ -56,15 +61,7 @@ pub fn up(args: &UpArgs) -> Result<()> {
         // In text, it would be said twice.
         log::info!(socket:% = socket.display(); "ready");
     }
-    // Nobody may read it.
-    let _ = writeln!(
-        std::io::stdout(),
-        "netkernel: ready at {}{} (pid {}, stacks {})",
-        socket.display(),
-        address.map(|address| format!(" and https://{address}")).unwrap_or_default(),
-        std::process::id(),
-        names(&engine.stacks()).join(", ")
-    );
+    say_ready(args.json, &socket, address, &names(&engine.stacks()));
     if let Some(fd) = ready {
         let _ = std::fs::File::from(fd).write_all(format!("{}\n", socket.display()).as_bytes());
     }
@@ -76,6 +73,20 @@ pub fn up(args: &UpArgs) -> Result<()> {
     drop(servers);
     engine.shutdown();
     Ok(())
+}
+
+/// One line on standard output.
+fn say_ready(as_json: bool, socket: &Path, address: Option<std::net::SocketAddr>, stacks: &[&str]) {
+    let (socket, pid) = (socket.display().to_string(), std::process::id());
+    let url = address.map(|address| format!("https://{address}"));
+    let line = if as_json {
+        json!({ "ready": true, "socket": socket, "url": url, "pid": pid, "stacks": stacks }).to_string()
+    } else {
+        let url = url.map(|url| format!(" and {url}")).unwrap_or_default();
+        format!("netkernel: ready at {socket}{url} (pid {pid}, stacks {})", stacks.join(", "))
+    };
+    // Nobody may read it.
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 fn names(offered: &[NsmInfo]) -> Vec<&str> {

@@ -23,7 +23,7 @@ pub fn usage(args: &UsageArgs) -> Result<()> {
         by: Some(args.by.clone()),
     };
     let rows = locate::require(args.socket.as_deref())?.usage(query)?;
-    match args.format {
+    match if args.json { UsageFormat::Json } else { args.format } {
         UsageFormat::Json => show::print_json(&rows),
         UsageFormat::Csv => csv(&rows),
         UsageFormat::Table => table(&rows),

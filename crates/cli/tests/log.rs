@@ -96,7 +96,9 @@ fn levels_are_options_or_the_environment() {
     quiet(place.netkernel(&["up", "--log-level", "info"]), true);
     quiet(place.netkernel(&["up", "--log-level", "error,netkernel_engine=info"]), true);
     quiet(place.netkernel(&["up", "--log-level", "info,netkernel_engine=error"]), false);
-    for (args, word) in [(["--log-level", "loud"], "is no level"), (["--log-format", "xml"], "possible values")] {
+    for (args, word) in
+        [(["--log-level", "loud"], "is no level"), (["--log-format", "xml"], "possible values")]
+    {
         let done = place.run(&[&["up"], &args[..]].concat());
         assert!(done.code == Some(2) && done.err.contains(word), "{done:?}");
     }

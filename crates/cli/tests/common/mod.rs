@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod namespace;
+pub mod screen;
 
 use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::net::TcpListener;
