@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::ThreadClock;
 use crate::ledger::Ledger;
 use crate::memory;
 use crate::notify::{Listener, Notification};
@@ -84,8 +85,28 @@ pub struct Counters {
     pub bytes_in: AtomicU64,
     pub bytes_out: AtomicU64,
     pub connections: AtomicU64,
+    /// What the stack knew of relayed TCP connections.
+    pub tcp: TcpCounters,
+    /// Processor time of the guest's own thread in the engine.
+    pub cpu: ThreadClock,
     /// Threads that asked, as far as they are not known to be dead.
     processes: Mutex<BTreeSet<u32>>,
+}
+
+/// Connections, segments, retransmitted ones, sum of round trip times in microseconds, and how many these are.
+#[derive(Debug, Default)]
+pub struct TcpCounters([AtomicU64; 5]);
+
+impl TcpCounters {
+    pub fn add(&self, counts: [u64; 5]) {
+        for (sum, count) in self.0.iter().zip(counts) {
+            sum.fetch_add(count, Relaxed);
+        }
+    }
+
+    pub fn sums(&self) -> [u64; 5] {
+        self.0.each_ref().map(|sum| sum.load(Relaxed))
+    }
 }
 
 impl Counters {
@@ -121,6 +142,8 @@ pub struct Agent {
 impl Agent {
     /// Answers until nobody asks any more. When the listener is closed in the end, a call that waits gets ENOSYS.
     pub fn run(self, mut sockets: Box<dyn Sockets>) {
+        let counters = Arc::clone(&self.counters);
+        let _clock = counters.cpu.of_this_thread();
         loop {
             let mut polled = [
                 libc::pollfd { fd: self.listener.fd(), events: libc::POLLIN, revents: 0 },

@@ -10,7 +10,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use crate::TcpInfo;
+use crate::{Carried, TcpInfo};
 
 /// One INET socket of a guest that is the kernel's own.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -162,8 +162,7 @@ pub(crate) struct Seen {
     pub local: SocketAddr,
     /// `None`: a listener, or not connected.
     pub peer: Option<SocketAddr>,
-    pub bytes_in: u64,
-    pub bytes_out: u64,
+    pub carried: Carried,
 }
 
 /// All TCP sockets with a name in the calling thread's network namespace.
@@ -200,15 +199,21 @@ fn see(message: &[u8]) -> Option<Seen> {
         cookie: u64_at(message, 44),
         local,
         peer: (peer.port() != 0).then_some(peer),
-        bytes_in: 0,
-        bytes_out: 0,
+        carried: Carried::default(),
     };
     attributes(message, |kind, value| {
         if kind == INET_DIAG_INFO
             && let Some(tcp) = TcpInfo::parse(value)
         {
-            seen.bytes_in = tcp.bytes_received;
-            seen.bytes_out = tcp.bytes_sent.saturating_sub(tcp.bytes_retransmitted);
+            seen.carried = Carried {
+                bytes_in: tcp.bytes_received,
+                bytes_out: tcp.bytes_sent.saturating_sub(tcp.bytes_retransmitted),
+                connections: u64::from(seen.peer.is_some()),
+                segments: u64::from(tcp.segments_out),
+                retransmitted: u64::from(tcp.retransmitted),
+                rtt_us: u64::from(tcp.rtt_us),
+                rtt_samples: u64::from(tcp.rtt_us > 0),
+            };
         }
     });
     // The kernel's own, or a time wait: no socket of a program.

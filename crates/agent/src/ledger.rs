@@ -26,17 +26,43 @@ const DESTROYED: u32 = 1 << 0 | 1 << 2;
 static QUEUE: i32 = 4 << 20;
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Payload bytes, and connections.
+/// What one connection, or those of one guest, carried.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Carried {
     pub bytes_in: u64,
     pub bytes_out: u64,
+    /// Connections of which the kernel told, segments that they sent, and those of them that were sent again.
+    pub connections: u64,
+    pub segments: u64,
+    pub retransmitted: u64,
+    /// Sum of the smoothed round trip times that were seen, in microseconds, and how many: one for each look at an open
+    /// connection, and one at its end.
+    pub rtt_us: u64,
+    pub rtt_samples: u64,
 }
 
 impl Carried {
-    fn add(&mut self, other: Carried) {
-        self.bytes_in += other.bytes_in;
-        self.bytes_out += other.bytes_out;
+    fn fields(&mut self) -> [&mut u64; 7] {
+        let Carried { bytes_in, bytes_out, connections, segments, retransmitted, rtt_us, rtt_samples } = self;
+        [bytes_in, bytes_out, connections, segments, retransmitted, rtt_us, rtt_samples]
+    }
+
+    fn add(&mut self, mut other: Carried) {
+        self.fields().into_iter().zip(other.fields()).for_each(|(sum, more)| *sum += *more);
+    }
+
+    /// No count falls below what it was.
+    fn raise(&mut self, mut to: Carried) {
+        self.fields().into_iter().zip(to.fields()).for_each(|(told, now)| *told = (*told).max(*now));
+    }
+
+    /// Of the connection of which this is the last: with what was seen before.
+    fn after(mut self, before: Option<Carried>) -> Carried {
+        if let Some(before) = before {
+            self.rtt_us += before.rtt_us;
+            self.rtt_samples += before.rtt_samples;
+        }
+        self
     }
 }
 
@@ -115,8 +141,7 @@ impl Ledger {
         // One that was freed since the last look, and of which the kernel has not told yet, is missing for a moment.
         for (guest, carried) in &mut all {
             let told = books.told.entry(*guest).or_default();
-            told.bytes_in = told.bytes_in.max(carried.bytes_in);
-            told.bytes_out = told.bytes_out.max(carried.bytes_out);
+            told.raise(*carried);
             *carried = *told;
         }
         all
@@ -130,14 +155,12 @@ impl Ledger {
     /// The guest is over, and nobody will ask for it again. What its closed connections carried.
     pub fn forget(&self, guest: u32) -> Carried {
         let mut books = lock(&self.books);
-        let closed = books.closed.remove(&guest).unwrap_or_default();
+        let mut closed = books.closed.remove(&guest).unwrap_or_default();
         let told = books.told.remove(&guest).unwrap_or_default();
         books.open.retain(|_, open| open.guest != guest);
         books.listeners.retain(|&(_, of)| of != guest);
-        Carried {
-            bytes_in: closed.bytes_in.max(told.bytes_in),
-            bytes_out: closed.bytes_out.max(told.bytes_out),
-        }
+        closed.raise(told);
+        closed
     }
 }
 
@@ -156,7 +179,7 @@ impl Books {
         }
         for seen in connections {
             let Some(guest) = self.guest_of(&seen) else { continue };
-            let carried = Carried { bytes_in: seen.bytes_in, bytes_out: seen.bytes_out };
+            let carried = seen.carried.after(self.open.get(&seen.cookie).map(|open| open.carried));
             self.open.insert(seen.cookie, Open { guest, carried, look: self.looks });
         }
         // Not there, and the kernel did not say that it freed them in two looks: that was lost. (Sockets without a name are in
@@ -172,12 +195,12 @@ impl Books {
     /// The kernel has freed a socket.
     fn freed(&mut self, seen: &Seen) {
         let Some(guest) = self.guest_of(seen) else { return };
-        self.open.remove(&seen.cookie);
+        let before = self.open.remove(&seen.cookie);
         if seen.peer.is_none() {
             // Connections that it accepted may outlive it.
             self.listens(seen.local, guest);
         } else if let Some(closed) = self.closed.get_mut(&guest) {
-            closed.add(Carried { bytes_in: seen.bytes_in, bytes_out: seen.bytes_out });
+            closed.add(seen.carried.after(before.map(|open| open.carried)));
         }
     }
 

@@ -16,13 +16,15 @@
 
 pub mod agent;
 pub mod census;
+mod clock;
 pub mod filter;
 pub mod ledger;
 pub mod memory;
 pub mod notify;
 mod tcp_info;
 
-pub use agent::{Agent, Counters, Policy, Settings, SocketRequest, Sockets};
+pub use agent::{Agent, Counters, Policy, Settings, SocketRequest, Sockets, TcpCounters};
 pub use census::{Census, DirectSocket, Processes, process_name};
+pub use clock::ThreadClock;
 pub use ledger::{Carried, Ledger};
 pub use tcp_info::{TCP_INFO_BYTES, TcpInfo, tcp_state};

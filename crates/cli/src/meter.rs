@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use netkernel_engine::{Engine, Usage};
-use netkernel_meter::{Amount, Entry, Grouping, Price, Row, Store, report};
+use netkernel_meter::{Amount, Attained, Entry, Grouping, Price, Promise, Row, Store, report};
 
 use crate::config::Config;
 use crate::sys;
@@ -28,6 +28,8 @@ struct Last {
     counted: HashMap<u32, Usage>,
     /// Not written yet: minute, tenant, NSM, guest.
     pending: BTreeMap<(u64, String, String, String), Amount>,
+    /// As that, without a guest: guarantees.
+    promises: BTreeMap<(u64, String, String), Attained>,
     failing: bool,
 }
 
@@ -70,7 +72,7 @@ impl Meter {
     /// Adds what was used since the last time. What cannot be written now is kept, and written with the next.
     pub fn tick(&self, engine: &Engine) {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let Last { counted, pending, failing } = &mut *last;
+        let Last { counted, pending, promises, failing } = &mut *last;
         let minute = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() / 60;
         for guest in engine.usage() {
             let used = guest.usage.since(&counted.get(&guest.guest).copied().unwrap_or_default());
@@ -80,6 +82,12 @@ impl Meter {
                 operations: used.operations,
                 connections: used.connections,
                 guest_ms: used.lived_ms,
+                cpu_ns: used.cpu_ns,
+                tcp_connections: used.tcp_connections,
+                segments: used.segments,
+                retransmitted: used.retransmitted,
+                rtt_us: used.rtt_us,
+                rtt_samples: used.rtt_samples,
             };
             if guest.over {
                 counted.remove(&guest.guest);
@@ -93,7 +101,7 @@ impl Meter {
                 *sum = sum.plus(&amount);
             }
         }
-        if pending.is_empty() {
+        if pending.is_empty() && promises.is_empty() {
             return;
         }
         let entries: Vec<Entry> = pending
@@ -106,9 +114,19 @@ impl Meter {
                 amount: *amount,
             })
             .collect();
-        match self.store.add(&entries) {
+        let kept: Vec<Promise> = promises
+            .iter()
+            .map(|((minute, tenant, nsm), attained)| Promise {
+                minute: *minute,
+                tenant: tenant.clone(),
+                nsm: nsm.clone(),
+                attained: *attained,
+            })
+            .collect();
+        match self.store.add(&entries, &kept) {
             Ok(()) => {
                 pending.clear();
+                promises.clear();
                 if std::mem::take(failing) {
                     log::info!("usage is written again");
                 }
@@ -129,7 +147,13 @@ impl Meter {
                 entries.push(entry);
             }
         })?;
+        let mut promises = Vec::new();
+        self.store.read_promises(from, to, |promise| {
+            if tenant.is_none_or(|tenant| tenant == promise.tenant) {
+                promises.push(promise);
+            }
+        })?;
         let prices = self.prices.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(report(entries, by, |nsm| prices.get(nsm).copied()))
+        Ok(report(entries, promises, by, |nsm| prices.get(nsm).copied()))
     }
 }

@@ -109,6 +109,14 @@ impl prometheus_client::collector::Collector for Engine {
             let counter = ConstCounter::new(value);
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
         }
+        let help = "Processor time of the switch threads, whatever they did";
+        let cpu = ConstCounter::new(c.switch_cpu_ns as f64 / 1e9);
+        cpu.encode(encoder.encode_descriptor(
+            "switch_cpu",
+            help,
+            Some(&Unit::Seconds),
+            cpu.metric_type(),
+        )?)?;
         let uptime = ConstGauge::new(self.status.uptime_seconds as i64);
         let help = "Time since the engine began";
         uptime.encode(encoder.encode_descriptor(
@@ -133,6 +141,36 @@ impl prometheus_client::collector::Collector for Engine {
             for ((tenant, nsm), sum) in &sums {
                 let labels = [("tenant", *tenant), ("nsm", *nsm)];
                 ConstGauge::new(get(sum) as i64).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        let mut family = encoder.encode_descriptor(
+            "cpu",
+            "Processor time of the engine that was spent on guests, estimated from one piece of work in 64",
+            Some(&Unit::Seconds),
+            MetricType::Counter,
+        )?;
+        for ((tenant, nsm), sum) in &sums {
+            let labels = [("tenant", *tenant), ("nsm", *nsm)];
+            ConstCounter::new(sum.usage.cpu_ns as f64 / 1e9).encode(family.encode_family(&labels)?)?;
+        }
+        let help = "Sum of the smoothed round trip times of TCP connections that were seen, at their ends and while open";
+        let mut family = encoder.encode_descriptor("rtt", help, Some(&Unit::Seconds), MetricType::Counter)?;
+        for ((tenant, nsm), sum) in sums.iter().filter(|(_, sum)| sum.usage.tcp_connections > 0) {
+            let labels = [("tenant", *tenant), ("nsm", *nsm)];
+            ConstCounter::new(sum.usage.rtt_us as f64 / 1e6).encode(family.encode_family(&labels)?)?;
+        }
+        // What no stack told of is not known, which is no line.
+        let known: [(&str, &str, Get); 4] = [
+            ("rtt_samples", "Round trip times in the sum", |s| s.usage.rtt_samples),
+            ("tcp_connections", "TCP connections whose segments are counted", |s| s.usage.tcp_connections),
+            ("segments", "TCP segments sent", |s| s.usage.segments),
+            ("retransmitted_segments", "TCP segments that were sent again", |s| s.usage.retransmitted),
+        ];
+        for (name, help, get) in known {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for ((tenant, nsm), sum) in sums.iter().filter(|(_, sum)| sum.usage.tcp_connections > 0) {
+                let labels = [("tenant", *tenant), ("nsm", *nsm)];
+                ConstCounter::new(get(sum)).encode(family.encode_family(&labels)?)?;
             }
         }
         let counters: [(&str, &str, Option<Unit>, Get); 4] = [

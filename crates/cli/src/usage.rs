@@ -44,14 +44,15 @@ fn time(text: &str, now: &Zoned) -> Result<Timestamp> {
     Ok(now.checked_sub(age.abs())?.timestamp())
 }
 
-/// The columns that there are, with their cells.
-fn columns(rows: &[Row]) -> Vec<(&'static str, Vec<String>)> {
+/// The columns that there are, with their cells. `unknown`: what is said of what no stack knows.
+fn columns(rows: &[Row], unknown: &str) -> Vec<(&'static str, Vec<String>)> {
     let mut columns: Vec<(&'static str, Vec<String>)> = Vec::new();
     let mut add = |name, cell: &dyn Fn(&Row) -> Option<String>| {
         if rows.iter().any(|row| cell(row).is_some()) {
             columns.push((name, rows.iter().map(|row| cell(row).unwrap_or_default()).collect()));
         }
     };
+    let unknown = || unknown.to_owned();
     let begin = |row: &Row| Timestamp::from_second(i64::try_from(row.begin?).ok()?).ok();
     add("begin", &|row| Some(begin(row)?.strftime("%Y-%m-%dT%H:%MZ").to_string()));
     add("tenant", &|row| row.tenant.clone());
@@ -62,6 +63,11 @@ fn columns(rows: &[Row]) -> Vec<(&'static str, Vec<String>)> {
     add("operations", &|row| Some(row.operations.to_string()));
     add("bytes_in", &|row| Some(row.bytes_in.to_string()));
     add("bytes_out", &|row| Some(row.bytes_out.to_string()));
+    add("cpu_seconds", &|row| Some(format!("{:.3}", row.cpu_seconds)));
+    add("retransmitted", &|row| Some(row.retransmitted.map_or_else(unknown, |n| n.to_string())));
+    add("rtt_ms", &|row| Some(row.rtt_ms.map_or_else(unknown, |ms| format!("{ms:.3}"))));
+    add("sla_seconds", &|row| Some(row.sla_seconds?.to_string()));
+    add("sla_met_seconds", &|row| Some(row.sla_met_seconds?.to_string()));
     add("cost", &|row| Some(format!("{:.6}", row.cost?)));
     columns
 }
@@ -71,7 +77,7 @@ fn table(rows: &[Row]) -> Result<()> {
         eprintln!("netkernel: nothing was used in this time");
         return Ok(());
     }
-    let columns = columns(rows);
+    let columns = columns(rows, "not known");
     let header: Vec<String> = columns.iter().map(|(name, _)| name.replace('_', " ").to_uppercase()).collect();
     let header: Vec<&str> = header.iter().map(String::as_str).collect();
     let lines = (0..rows.len()).map(|i| columns.iter().map(|(_, cells)| cells[i].clone()).collect());
@@ -80,7 +86,7 @@ fn table(rows: &[Row]) -> Result<()> {
 
 /// RFC 4180.
 fn csv(rows: &[Row]) -> Result<()> {
-    let columns = columns(rows);
+    let columns = columns(rows, "");
     let mut out = io::stdout().lock();
     let quoted = |cell: &str| {
         if cell.contains([',', '"', '\n', '\r']) {

@@ -74,7 +74,7 @@ fn each_byte_is_counted_once_also_when_the_engine_is_started_anew() {
 
     let csv = usage(&place, &["--by", "guest,nsm,hour", "--format", "csv", "--from", "1d"]);
     assert!(
-        csv.starts_with("begin,nsm,guest,guest_seconds,connections,operations,bytes_in,bytes_out,cost\r\n"),
+        csv.starts_with("begin,nsm,guest,guest_seconds,connections,operations,bytes_in,bytes_out,cpu_seconds,retransmitted,rtt_ms,cost\r\n"),
         "{csv}"
     );
     assert!(csv.contains(",dear,python3"), "{csv}");

@@ -52,7 +52,7 @@ fn row(tenant: &str) -> netkernel_meter::Row {
         amount: netkernel_meter::Amount { bytes_in: 1, ..Default::default() },
     };
     let by = netkernel_meter::Grouping::parse("tenant").unwrap();
-    netkernel_meter::report([entry], by, |_| None).remove(0)
+    netkernel_meter::report([entry], [], by, |_| None).remove(0)
 }
 
 impl EngineApi for Fake {

@@ -71,6 +71,7 @@ pub(crate) struct SharedCounters {
     pub sleeps: AtomicU64,
     pub doorbells: AtomicU64,
     pub wakes: AtomicU64,
+    pub switch_cpu_ns: AtomicU64,
 }
 
 #[derive(Default)]
@@ -424,6 +425,7 @@ impl Engine {
         let carried = direct::carried(shared);
         for status in &mut guests {
             if let Some(carried) = carried.get(&status.id) {
+                status.usage.carry(Some(carried));
                 status.bytes_in += carried.bytes_in;
                 status.bytes_out += carried.bytes_out;
             }
@@ -445,8 +447,6 @@ impl Engine {
             if status.direct_served > 0 {
                 let sockets = direct::sockets(shared, id, &shared.config.nsms[nsm], &direct, &census);
                 status.sockets += sockets.len();
-                status.direct_bytes_in = sockets.iter().map(|socket| socket.bytes_in).sum();
-                status.direct_bytes_out = sockets.iter().map(|socket| socket.bytes_out).sum();
             }
             status.pids = census.processes.into_iter().collect();
         }
@@ -468,6 +468,7 @@ impl Engine {
                 sleeps: count(&counters.sleeps),
                 doorbells: count(&counters.doorbells),
                 wakes: count(&counters.wakes),
+                switch_cpu_ns: count(&counters.switch_cpu_ns),
             },
             stages,
         }
@@ -490,6 +491,10 @@ impl Engine {
                 taps.begin(session, &[(RELAY_SLOT, Vec::new())]);
             }
         }
+    }
+
+    pub(crate) fn guests_over(&self) -> u64 {
+        self.shared.counters.over.load(Ordering::Relaxed)
     }
 
     pub(crate) fn finished(&self) -> &Finished {

@@ -9,6 +9,7 @@
 mod bury;
 mod capture;
 mod config;
+mod cpu;
 mod direct;
 mod engine;
 mod handed;

@@ -35,6 +35,9 @@ pub struct GuestStatus {
     pub operations: u64,
     /// Connections that were accepted or made.
     pub connections: u64,
+    /// All that is metered; the counts above are in it.
+    #[serde(default)]
+    pub usage: crate::Usage,
     pub events: u64,
     pub region_bytes: u64,
     /// Payload memory in the rings of its sockets.
@@ -47,11 +50,6 @@ pub struct GuestStatus {
     pub direct_served: u64,
     pub direct_refused: u64,
     pub direct_let_through: u64,
-    /// Payload of its direct and relayed sockets that are open now.
-    #[serde(default)]
-    pub direct_bytes_in: u64,
-    #[serde(default)]
-    pub direct_bytes_out: u64,
     /// Its processes, as far as the engine knows them; without an agent only the first one.
     pub pids: Vec<u32>,
     /// On its way to the sums in [`Status`].
@@ -85,6 +83,8 @@ pub struct Counters {
     pub sleeps: u64,
     pub doorbells: u64,
     pub wakes: u64,
+    /// Processor time of the switch threads, whatever they did.
+    pub switch_cpu_ns: u64,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

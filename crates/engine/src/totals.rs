@@ -118,17 +118,16 @@ impl Engine {
     /// The status, and sums that fit it.
     pub fn overview(&self) -> (Status, Vec<Total>) {
         let finished = self.finished();
-        let mut status = self.status();
-        // A guest that ends between the two looks would be counted twice or not at all.
         for _ in 0..8 {
-            let over = status.counters.guests_over;
+            let over = self.guests_over();
+            let status = self.status();
             let totals = totals(&status.guests, finished);
-            let again = self.status();
-            if again.counters.guests_over == over {
+            // One that ended meanwhile may be counted twice or not at all.
+            if self.guests_over() == over {
                 return (status, totals);
             }
-            status = again;
         }
+        let status = self.status();
         let totals = totals(&status.guests, finished);
         (status, totals)
     }
@@ -147,13 +146,7 @@ fn totals(guests: &[GuestStatus], finished: &Finished) -> Vec<Total> {
         total.sockets += guest.sockets;
         total.region_bytes += guest.region_bytes;
         total.ring_bytes += guest.ring_bytes;
-        total.usage.add(&Usage {
-            bytes_in: guest.bytes_in,
-            bytes_out: guest.bytes_out,
-            operations: guest.operations,
-            connections: guest.connections,
-            ..Usage::default()
-        });
+        total.usage.add(&Usage { lived_ms: 0, ..guest.usage });
     }
     let all: Vec<Total> =
         all.into_iter().map(|((tenant, nsm), total)| Total { tenant, nsm, ..total }).collect();
@@ -189,7 +182,7 @@ mod tests {
         let guest = |bytes_in| GuestStatus {
             tenant: "blue".into(),
             stack: "bbr".into(),
-            bytes_in,
+            usage: Usage { bytes_in, ..Usage::default() },
             sockets: 2,
             ..GuestStatus::default()
         };

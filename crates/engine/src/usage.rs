@@ -1,5 +1,7 @@
 //! What guests used: cumulative counts, and nothing lost when a guest ends between two looks.
 
+use netkernel_service::TcpSums;
+
 /// Counts of one guest since it was made. Payload bytes, as the program sees them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Usage {
@@ -11,15 +13,52 @@ pub struct Usage {
     pub connections: u64,
     /// Milliseconds since it was made.
     pub lived_ms: u64,
+    /// Processor time that the engine spent on it: see `cpu`.
+    #[serde(default)]
+    pub cpu_ns: u64,
+    /// TCP connections of which the stack knows what follows; 0: nothing of it is known.
+    #[serde(default)]
+    pub tcp_connections: u64,
+    /// Segments sent, and those of them that were sent again.
+    #[serde(default)]
+    pub segments: u64,
+    #[serde(default)]
+    pub retransmitted: u64,
+    /// Sum of smoothed round trip times that were seen, in microseconds, and how many: one at the end of each connection, and one
+    /// each time that it was looked at while open.
+    #[serde(default)]
+    pub rtt_us: u64,
+    #[serde(default)]
+    pub rtt_samples: u64,
 }
 
 impl Usage {
+    fn fields(&mut self) -> [&mut u64; 11] {
+        let Usage { bytes_in, bytes_out, operations, connections, lived_ms, cpu_ns, .. } = self;
+        let Usage { tcp_connections, segments, retransmitted, rtt_us, rtt_samples, .. } = self;
+        [
+            bytes_in,
+            bytes_out,
+            operations,
+            connections,
+            lived_ms,
+            cpu_ns,
+            tcp_connections,
+            segments,
+            retransmitted,
+            rtt_us,
+            rtt_samples,
+        ]
+    }
+
+    fn each(&mut self, mut other: Usage, with: impl Fn(u64, u64) -> u64) {
+        for (own, other) in self.fields().into_iter().zip(other.fields()) {
+            *own = with(*own, *other);
+        }
+    }
+
     pub(crate) fn add(&mut self, other: &Usage) {
-        self.bytes_in += other.bytes_in;
-        self.bytes_out += other.bytes_out;
-        self.operations += other.operations;
-        self.connections += other.connections;
-        self.lived_ms += other.lived_ms;
+        self.each(*other, |own, more| own + more);
     }
 
     /// Together with what direct sockets carried.
@@ -27,27 +66,34 @@ impl Usage {
         if let Some(carried) = carried {
             self.bytes_in += carried.bytes_in;
             self.bytes_out += carried.bytes_out;
+            self.tcp_connections += carried.connections;
+            self.segments += carried.segments;
+            self.retransmitted += carried.retransmitted;
+            self.rtt_us += carried.rtt_us;
+            self.rtt_samples += carried.rtt_samples;
         }
+    }
+
+    /// Together with what a stack counted of connections.
+    pub(crate) fn with_tcp(mut self, sums: &TcpSums) -> Usage {
+        self.tcp_connections += sums.connections;
+        self.segments += sums.segments;
+        self.retransmitted += sums.retransmitted;
+        self.rtt_us += sums.rtt_us;
+        self.rtt_samples += sums.rtt_samples;
+        self
     }
 
     /// No count falls below what it was.
     pub(crate) fn raise(&mut self, new: &Usage) {
-        self.bytes_in = self.bytes_in.max(new.bytes_in);
-        self.bytes_out = self.bytes_out.max(new.bytes_out);
-        self.operations = self.operations.max(new.operations);
-        self.connections = self.connections.max(new.connections);
-        self.lived_ms = self.lived_ms.max(new.lived_ms);
+        self.each(*new, u64::max);
     }
 
     /// What came on top of `before`, which is an earlier value of the same counts.
     pub fn since(&self, before: &Usage) -> Usage {
-        Usage {
-            bytes_in: self.bytes_in.saturating_sub(before.bytes_in),
-            bytes_out: self.bytes_out.saturating_sub(before.bytes_out),
-            operations: self.operations.saturating_sub(before.operations),
-            connections: self.connections.saturating_sub(before.connections),
-            lived_ms: self.lived_ms.saturating_sub(before.lived_ms),
-        }
+        let mut since = *self;
+        since.each(*before, u64::saturating_sub);
+        since
     }
 }
 

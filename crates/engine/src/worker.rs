@@ -20,13 +20,15 @@ use netkernel_agent::{Counters, Settings};
 use netkernel_capture::{Session, Tap, Taps};
 use netkernel_ring::spin::{Polling, Spin};
 use netkernel_service::{
-    Host, Limits, Member, Observed, RELAYED, Ready, Service, Stack, Stages, Table, Violation, now_ns,
+    Host, Limits, Member, Observed, RELAYED, Readiness, Ready, Service, Stack, Stages, Table, TcpSums,
+    Violation, now_ns,
 };
 use netkernel_shm::{Region, fds};
 use netkernel_stack_lent::Lender;
 
 use crate::EngineError;
 use crate::bury::{bury, stays_empty};
+use crate::cpu::{Begun, CpuClock, thread_cpu_ns};
 use crate::direct;
 use crate::engine::{Command, Shared};
 use crate::handed::{self, Handed};
@@ -63,6 +65,9 @@ const LEAST_QUANTUM: u32 = 16 << 10;
 const SAMPLE_EVERY: u32 = 64;
 /// Silence after which a guest is no longer polled while others are.
 const COOL_NS: u64 = 500_000;
+/// Open connections whose counts the stack is asked for in one second: of all guests, and of one at a time.
+const LOOK_BATCH: usize = 256;
+const LOOK_AT_GUEST: usize = 64;
 const SWEEP_NS: u64 = 1_000_000_000;
 const RETRY_NS: u64 = 20_000_000;
 /// How long the sockets of a guest that is over may go on sending what they hold.
@@ -101,6 +106,7 @@ struct Guest {
     tenant: Arc<Tenant>,
     last_active_ns: u64,
     stages: Stages,
+    cpu: CpuClock,
     has_agent: bool,
     /// What its agent did, once it has one.
     agent: Option<Arc<Counters>>,
@@ -183,6 +189,12 @@ impl Host for Ends {
     }
 }
 
+/// A piece of work for one guest, whose time may be measured.
+enum Piece {
+    Outer(Option<Begun>),
+    Inner,
+}
+
 /// A stack of this thread, made when its first guest comes.
 struct Module {
     stack: Box<dyn Stack>,
@@ -223,6 +235,12 @@ pub(crate) struct Worker {
     turns: u64,
     captures: Vec<Arc<Session>>,
     sample: u32,
+    /// A piece of a guest's work is under way: what is begun within is a part of it.
+    in_piece: bool,
+    /// Where the next look at guests' open connections begins.
+    tcp_next: usize,
+    /// This thread's processor time that was counted.
+    cpu_ns: u64,
     sleeps: u64,
     stop: bool,
 }
@@ -262,6 +280,9 @@ impl Worker {
             turns: 0,
             captures: Vec::new(),
             sample: 0,
+            in_piece: false,
+            tcp_next: 0,
+            cpu_ns: 0,
             sleeps: 0,
             stop: false,
         })
@@ -360,6 +381,16 @@ impl Worker {
 
     fn flush(&mut self, slot: u32) {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        if !guest.service.owes_wake_ups() && guest.ends.kept_wakes.is_empty() && !guest.ends.blocked {
+            return;
+        }
+        let piece = self.begin_piece(slot);
+        self.wake(slot);
+        self.end_piece(slot, piece);
+    }
+
+    fn wake(&mut self, slot: u32) {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
         guest.service.flush(&mut guest.ends);
         if !guest.ends.kept_wakes.is_empty()
             && let Some(keeper) = &self.keeper
@@ -376,11 +407,22 @@ impl Worker {
     /// Takes what the guest pushed, and goes on with its sockets.
     fn serve(&mut self, slot: u32) -> bool {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return false };
-        let Some(module) = &mut self.modules[guest.nsm] else { return false };
+        if self.modules[guest.nsm].is_none() {
+            return false;
+        }
         let elements = guest.service.has_elements();
         if !elements && !guest.service.has_work() {
             return false;
         }
+        let piece = self.begin_piece(slot);
+        self.serve_turn(slot, elements);
+        self.end_piece(slot, piece);
+        true
+    }
+
+    fn serve_turn(&mut self, slot: u32, elements: bool) {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        let Some(module) = &mut self.modules[guest.nsm] else { return };
         guest.last_active_ns = self.now_ns;
         let spent = guest.service.spent();
         // Neither may use up each turn before the other one's time comes.
@@ -430,7 +472,6 @@ impl Worker {
             Err(violation) => self.violation(slot, violation),
         }
         self.note_throttle(slot);
-        true
     }
 
     /// Remembers when sockets of the guest, or its elements, may go on that wait for its tenant's rate.
@@ -518,21 +559,29 @@ impl Worker {
                 guest.lender.iter().for_each(|lender| lender.report(*report));
                 continue;
             }
-            let Some(module) = &mut self.modules[nsm] else { break };
-            let spent = guest.service.spent();
-            let result = guest.service.ready(&mut *module.stack, id, report.readiness);
-            self.done += guest.service.spent() - spent;
-            guest.last_active_ns = self.now_ns;
-            self.resume_at = self.resume_at.min(guest.service.throttled_until());
-            if !guest.hot {
-                self.warm(slot);
-            }
-            if let Err(violation) = result {
-                self.violation(slot, violation);
-            }
+            let piece = self.begin_piece(slot);
+            self.report(slot, id, report.readiness);
+            self.end_piece(slot, piece);
         }
         self.ready = ready;
         true
+    }
+
+    /// A stack's report of one socket.
+    fn report(&mut self, slot: u32, id: u32, readiness: Readiness) {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        let Some(module) = &mut self.modules[guest.nsm] else { return };
+        let spent = guest.service.spent();
+        let result = guest.service.ready(&mut *module.stack, id, readiness);
+        self.done += guest.service.spent() - spent;
+        guest.last_active_ns = self.now_ns;
+        self.resume_at = self.resume_at.min(guest.service.throttled_until());
+        if !guest.hot {
+            self.warm(slot);
+        }
+        if let Err(violation) = result {
+            self.violation(slot, violation);
+        }
     }
 
     /// Looks at the main epoll instance. True: something was done.
@@ -570,7 +619,11 @@ impl Worker {
                 // Never read: the guest could make that block. Each write is reported all the same (edge-triggered).
                 self.warm(slot);
             }
-            Source::Channel(slot, number) => self.channel(slot, number),
+            Source::Channel(slot, number) => {
+                let piece = self.begin_piece(slot);
+                self.channel(slot, number);
+                self.end_piece(slot, piece);
+            }
             Source::Process(slot, number) => self.process_over(slot, number),
             Source::Placeholder(slot, id) => {
                 if let Some(Some(guest)) = self.guests.get_mut(slot as usize) {
@@ -579,7 +632,11 @@ impl Worker {
                 }
             }
             Source::Keeper => self.keeper_reports(),
-            Source::Relay(slot) => self.serve_relay(slot),
+            Source::Relay(slot) => {
+                let piece = self.begin_piece(slot);
+                self.serve_relay(slot);
+                self.end_piece(slot, piece);
+            }
         }
     }
 
@@ -598,36 +655,43 @@ impl Worker {
             if guest.hangups.is_empty() {
                 continue;
             }
-            if drain_first && guest.service.has_elements() {
-                guest.service.set_urgent(true);
-                self.serve(slot);
-                if let Some(Some(guest)) = self.guests.get_mut(slot as usize) {
-                    guest.service.set_urgent(false);
-                }
+            let piece = self.begin_piece(slot);
+            self.close_hung_of(slot, drain_first);
+            self.end_piece(slot, piece);
+        }
+    }
+
+    fn close_hung_of(&mut self, slot: u32, drain_first: bool) {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        if drain_first && guest.service.has_elements() {
+            guest.service.set_urgent(true);
+            self.serve(slot);
+            if let Some(Some(guest)) = self.guests.get_mut(slot as usize) {
+                guest.service.set_urgent(false);
             }
-            let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { continue };
-            let Some(module) = &mut self.modules[guest.nsm] else { continue };
-            let mut result = Ok(());
-            for id in std::mem::take(&mut guest.hangups) {
-                if let Some(end) = guest.ends.placeholders.get_mut(id) {
-                    match std::mem::take(end) {
-                        End::None => continue,
-                        End::Here(_) => self.ends_here -= 1,
-                        End::Kept(_) => {}
-                    }
-                    guest.ends.placeholder_count -= 1;
-                    guest.handed.close(id);
-                    result = result.and(guest.service.close(&mut *module.stack, id));
+        }
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        let Some(module) = &mut self.modules[guest.nsm] else { return };
+        let mut result = Ok(());
+        for id in std::mem::take(&mut guest.hangups) {
+            if let Some(end) = guest.ends.placeholders.get_mut(id) {
+                match std::mem::take(end) {
+                    End::None => continue,
+                    End::Here(_) => self.ends_here -= 1,
+                    End::Kept(_) => {}
                 }
+                guest.ends.placeholder_count -= 1;
+                guest.handed.close(id);
+                result = result.and(guest.service.close(&mut *module.stack, id));
             }
-            self.note_throttle(slot);
-            match result {
-                Ok(()) => {
-                    self.warm(slot);
-                    self.maybe_over(slot);
-                }
-                Err(violation) => self.violation(slot, violation),
+        }
+        self.note_throttle(slot);
+        match result {
+            Ok(()) => {
+                self.warm(slot);
+                self.maybe_over(slot);
             }
+            Err(violation) => self.violation(slot, violation),
         }
     }
 
@@ -740,6 +804,8 @@ impl Worker {
             let counters = &self.shared.counters;
             counters.turns.fetch_add(std::mem::take(&mut self.turns), Relaxed);
             counters.sleeps.fetch_add(std::mem::take(&mut self.sleeps), Relaxed);
+            let cpu_ns = thread_cpu_ns();
+            counters.switch_cpu_ns.fetch_add(cpu_ns - std::mem::replace(&mut self.cpu_ns, cpu_ns), Relaxed);
         }
         if retry {
             self.next_retry_ns = self.now_ns + RETRY_NS;
@@ -794,6 +860,7 @@ impl Worker {
             }
             Command::Usage(answer) => {
                 self.count();
+                self.look_at_tcp();
                 let _ =
                     answer.send(self.guests.iter().flatten().map(|guest| (guest.id, usage(guest))).collect());
             }
@@ -814,6 +881,45 @@ impl Worker {
             if let Some(module) = &mut self.modules[guest.nsm] {
                 guest.service.count(&mut *module.stack);
             }
+        }
+    }
+
+    /// Asks the stacks what they counted of open connections: of some, others the next time.
+    fn look_at_tcp(&mut self) {
+        let (guests, mut left) = (self.guests.len(), LOOK_BATCH);
+        for _ in 0..guests {
+            if left == 0 {
+                return;
+            }
+            self.tcp_next = if self.tcp_next + 1 < guests { self.tcp_next + 1 } else { 0 };
+            if let Some(guest) = &mut self.guests[self.tcp_next]
+                && guest.service.sockets() > 0
+                && let Some(module) = &mut self.modules[guest.nsm]
+            {
+                left -= guest.service.look_at_tcp(&mut *module.stack, left.min(LOOK_AT_GUEST));
+            }
+        }
+    }
+
+    /// A piece of work for a guest begins.
+    #[inline]
+    fn begin_piece(&mut self, slot: u32) -> Piece {
+        if self.in_piece {
+            return Piece::Inner;
+        }
+        self.in_piece = true;
+        let guest = self.guests.get_mut(slot as usize).and_then(Option::as_mut);
+        Piece::Outer(guest.and_then(|guest| guest.cpu.begin(self.now_ns)))
+    }
+
+    #[inline]
+    fn end_piece(&mut self, slot: u32, piece: Piece) {
+        let Piece::Outer(begun) = piece else { return };
+        self.in_piece = false;
+        if let Some(begun) = begun
+            && let Some(Some(guest)) = self.guests.get_mut(slot as usize)
+        {
+            guest.cpu.end(begun);
         }
     }
 
@@ -891,6 +997,7 @@ impl Worker {
             tenant: new.tenant,
             last_active_ns: self.now_ns,
             stages: Stages::default(),
+            cpu: CpuClock::new(new.id),
             has_agent: false,
             agent: None,
             lender: None,
@@ -932,6 +1039,7 @@ impl Worker {
                 bytes_out: usage.bytes_out,
                 operations: usage.operations,
                 connections: usage.connections,
+                usage,
                 events: stats.events,
                 region_bytes: guest.service.region().bytes(),
                 ring_bytes: stats.ring_bytes,
@@ -1363,9 +1471,19 @@ fn usage(guest: &Guest) -> Usage {
         bytes_out: stats.bytes_out + relayed(|counters| &counters.bytes_out),
         operations: stats.operations,
         connections: stats.connections + relayed(|counters| &counters.connections),
-        // Known to the registry.
-        lived_ms: 0,
+        cpu_ns: guest.cpu.spent_ns() + guest.agent.as_ref().map_or(0, |counters| counters.cpu.ns()),
+        // How long it lived is known to the registry.
+        ..Usage::default()
     }
+    .with_tcp(&stats.tcp)
+    .with_tcp(&guest.lender.as_ref().map(Lender::tcp).unwrap_or_default())
+    .with_tcp(&guest.agent.as_ref().map(|counters| relayed_tcp(counters)).unwrap_or_default())
+}
+
+/// What the relay's own stack counted.
+fn relayed_tcp(counters: &Counters) -> TcpSums {
+    let [connections, segments, retransmitted, rtt_us, rtt_samples] = counters.tcp.sums();
+    TcpSums { connections, segments, retransmitted, rtt_us, rtt_samples }
 }
 
 /// Makes the guest ring its doorbell. False: it pushed something before it could know, or has work.

@@ -501,7 +501,10 @@ fn a_descriptor_whose_close_waits_stops_nobody() {
     for kind in [kind::SOCKET, kind::DOORBELL, kind::AGENT, 77] {
         let bad = Guest::new(&engine, "kernel");
         let (socket, peer) = lingering();
-        bad.tell(Message { kind, a: 1, b: 2, c: 1, ..Message::default() }, &socket.into());
+        let socket = socket.into();
+        bad.tell(Message { kind, a: 1, b: 2, c: 1, ..Message::default() }, &socket);
+        // If the engine closed its copy before, this one waits.
+        std::thread::spawn(move || drop(socket));
         until("the guest is ended", || engine.guest_count() == 1);
         good.connect(echo.local_addr().unwrap());
         peers.push(peer);

@@ -8,4 +8,4 @@ mod report;
 mod store;
 
 pub use report::{Grouping, Period, Price, Row, report};
-pub use store::{Amount, Entry, Store, StoreError};
+pub use store::{Amount, Attained, Entry, Promise, Store, StoreError};

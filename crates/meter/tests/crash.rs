@@ -4,13 +4,25 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use netkernel_meter::{Amount, Entry, Store};
+use netkernel_meter::{Amount, Attained, Entry, Promise, Store};
 
 const WRITER: &str = "NETKERNEL_METER_TEST_WRITER";
 
 fn entry(amount: u64) -> Entry {
     let amount = Amount { bytes_in: amount, bytes_out: 2 * amount, ..Amount::default() };
     Entry { minute: 7, tenant: "t".into(), nsm: "n".into(), guest: "g".into(), amount }
+}
+
+fn promise() -> Promise {
+    let attained = Attained { seconds: 1, met: 1 };
+    Promise { minute: 7, tenant: "t".into(), nsm: "n".into(), attained }
+}
+
+/// Of promises.
+fn seconds(store: &Store) -> u64 {
+    let mut sum = 0;
+    store.read_promises(0, u64::MAX, |promise| sum += promise.attained.seconds).unwrap();
+    sum
 }
 
 fn sum(store: &Store) -> u64 {
@@ -31,7 +43,7 @@ fn writer() {
     let store = Store::open(&PathBuf::from(path)).unwrap();
     let mut out = std::io::stdout();
     loop {
-        store.add(&[entry(1)]).unwrap();
+        store.add(&[entry(1)], &[promise()]).unwrap();
         if out.write_all(b"added\n").and_then(|()| out.flush()).is_err() {
             return;
         }
@@ -65,7 +77,10 @@ fn a_killed_writer_loses_and_doubles_nothing() {
         told += round + 1;
         // What it said after we stopped listening.
         told += lines.map_while(Result::ok).filter(|line| line.ends_with("added")).count() as u64;
-        let found = sum(&Store::open(&path).unwrap());
+        let store = Store::open(&path).unwrap();
+        let found = sum(&store);
+        assert_eq!(seconds(&store), found, "half of a transaction");
+        drop(store);
         // The last one may have been added without having been told.
         assert!(found == told || found == told + 1, "round {round}: {found} of {told}");
         told = found;
@@ -79,7 +94,7 @@ fn a_database_has_one_engine() {
     let first = Store::open(&path).unwrap();
     let error = Store::open(&path).unwrap_err().to_string();
     assert!(error.contains("another engine has it"), "{error}");
-    first.add(&[entry(3), entry(4)]).unwrap();
+    first.add(&[entry(3), entry(4)], &[]).unwrap();
     assert_eq!(sum(&first), 7);
     drop(first);
     std::fs::remove_file(&path).unwrap();

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use netkernel_agent::notify::{Listener, Notification};
 use netkernel_agent::{Counters, Settings};
 use netkernel_ring::spin::{Polling, Spin};
-use netkernel_service::{Close, Errno, Handle, Readiness, Ready, Stack, key, now_ns};
+use netkernel_service::{Close, Errno, Handle, Readiness, Ready, Stack, TcpSums, key, now_ns};
 use netkernel_shm::fds;
 
 use crate::asked::ask;
@@ -51,6 +51,8 @@ const STREAM_BUFFER: i32 = 416 << 10;
 pub(crate) const PROGRAM_BUFFER: i32 = 208 << 10;
 /// A Unix socket takes no longer message than twice this, less 32: one byte more than UDP does.
 const DATAGRAM_SEND_BUFFER: i32 = 32770;
+/// Time between two looks at what the stack counted of a connection that carries something.
+const LOOK_EVERY_NS: u64 = 1_000_000_000;
 const MAX_GENERATION: u32 = u32::MAX >> 1;
 
 /// What a relay is made of.
@@ -186,6 +188,8 @@ impl Relay {
 
     /// Serves the guest until nobody has the filter any more and what was sent is on its way, or the engine ends it.
     pub fn run(mut self) {
+        let counters = Arc::clone(&self.start.counters);
+        let _clock = counters.cpu.of_this_thread();
         loop {
             let worked = self.turn(0);
             if self.is_over() {
@@ -372,6 +376,29 @@ impl Relay {
         if before != now {
             self.start.counters.bytes_in.fetch_add(now.0 - before.0, Relaxed);
             self.start.counters.bytes_out.fetch_add(now.1 - before.1, Relaxed);
+            if socket.is_stream() && now_ns().saturating_sub(socket.tcp_at) > LOOK_EVERY_NS {
+                self.look_at_tcp(id);
+            }
+        }
+    }
+
+    /// Counts what the stack knows of a connection.
+    fn look_at_tcp(&mut self, id: u32) {
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
+        if !socket.is_stream() || !matches!(socket.state, State::Connected | State::Over) {
+            return;
+        }
+        socket.tcp_at = now_ns();
+        if let Some(now) = self.stack.tcp_counts(socket.handle) {
+            let mut sums = TcpSums::default();
+            sums.note(&mut socket.tcp, now);
+            self.start.counters.tcp.add([
+                sums.connections,
+                sums.segments,
+                sums.retransmitted,
+                sums.rtt_us,
+                sums.rtt_samples,
+            ]);
         }
     }
 
@@ -551,6 +578,7 @@ impl Relay {
     pub(crate) fn remove(&mut self, id: u32, how: Close) {
         self.fail_waiting(id, Errno(libc::EBADF));
         self.count(id);
+        self.look_at_tcp(id);
         let Some(socket) = self.sockets.get_mut(id as usize).and_then(Option::take) else { return };
         for &(id, _) in &socket.returned {
             self.remove(id, Close::Abort);

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
-use netkernel_service::{Errno, Handle, SocketAddress};
+use netkernel_service::{Errno, Handle, SocketAddress, TcpCounts};
 
 use crate::bulk::{Piped, Pipes};
 
@@ -95,6 +95,10 @@ pub struct Socket {
     /// Thread and number that were given the descriptor, or used it last.
     pub holder: (u32, u32),
     pub state: State,
+    /// What was counted of its connection.
+    pub tcp: Option<TcpCounts>,
+    /// When it was looked at, in nanoseconds.
+    pub tcp_at: u64,
     /// What SO_ERROR says next.
     pub error: Option<Errno>,
     /// The stack's connection broke; what it still holds for the program comes first.
@@ -160,6 +164,8 @@ impl Socket {
             kind,
             holder: (0, 0),
             state: State::Fresh,
+            tcp: None,
+            tcp_at: 0,
             error: None,
             broken: None,
             up: Buffer::default(),

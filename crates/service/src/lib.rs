@@ -22,6 +22,7 @@ mod service;
 mod stack;
 mod stages;
 mod table;
+mod tcp;
 mod turn;
 
 pub use address::SocketAddress;
@@ -38,3 +39,4 @@ pub use stack::{
 };
 pub use stages::{Histogram, Stages};
 pub use table::Table;
+pub use tcp::{TcpCounts, TcpSums};

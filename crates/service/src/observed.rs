@@ -343,6 +343,10 @@ impl<S: Held, O: Observer> Stack for Observed<S, O> {
         self.stack.get().way(handle)
     }
 
+    fn tcp_counts(&mut self, handle: Handle) -> Option<crate::TcpCounts> {
+        self.stack.get().tcp_counts(handle)
+    }
+
     fn deadline_ns(&self) -> Option<u64> {
         self.stack.see().deadline_ns()
     }

@@ -292,6 +292,10 @@ impl Stack for Policed {
         self.inner.way(handle)
     }
 
+    fn tcp_counts(&mut self, handle: Handle) -> Option<crate::TcpCounts> {
+        self.inner.tcp_counts(handle)
+    }
+
     fn deadline_ns(&self) -> Option<u64> {
         let own = (!self.waiting.is_empty()).then_some(self.next);
         [own, self.inner.deadline_ns()].into_iter().flatten().min()

@@ -23,7 +23,7 @@ use crate::stack::{
 };
 use crate::stages::Histogram;
 use crate::turn::{CALL, DATAGRAM, ELEMENT, JOB, SOCKET, Turn};
-use crate::{SocketAddress, Table};
+use crate::{SocketAddress, Table, TcpCounts, TcpSums};
 
 mod paired;
 
@@ -62,6 +62,8 @@ pub struct Stats {
     pub events: u64,
     pub sockets: u32,
     pub ring_bytes: u64,
+    /// As far as the stack knows it, and it was looked at: see [`Service::look_at_tcp`].
+    pub tcp: TcpSums,
 }
 
 /// One socket, for people.
@@ -163,6 +165,8 @@ struct Sock {
     /// The first bytes of the connection that stand in the receive ring and in the stack's socket too: a socket that is handed
     /// over takes along what nobody read. They are taken out of the stack's once the guest has read something.
     peeked: u32,
+    /// What was counted of its connection.
+    tcp: Option<TcpCounts>,
 }
 
 impl Sock {
@@ -251,6 +255,9 @@ struct Core {
     operations: u64,
     connections: u64,
     counted: paired::Counted,
+    tcp: TcpSums,
+    /// Where the next look at open connections begins.
+    tcp_next: u32,
     /// How long the elements with a stamp stood in the guest's rings.
     waited: Histogram,
 }
@@ -300,6 +307,8 @@ impl Service {
                 operations: 0,
                 connections: 0,
                 counted: paired::Counted::default(),
+                tcp: TcpSums::default(),
+                tcp_next: 0,
                 waited: Histogram::default(),
             },
         }
@@ -565,6 +574,8 @@ impl Service {
                 let unread = sock.kind == Kind::Stream
                     && sock.rx_tail != self.region.socket(id).map_or(0, |entry| entry.rx_head.load(Relaxed));
                 let abort = unread || sock.bits & (LINGER_0 | UNTAKEN) != 0;
+                self.core.look_at_tcp(stack, id);
+                let Some(sock) = self.core.socks.get_mut(id) else { break };
                 stack.close(sock.handle, if abort { Close::Abort } else { Close::Graceful });
                 sock.handle = Handle::NONE;
                 let counted = std::mem::take(&mut sock.bits) & COUNTED != 0;
@@ -598,7 +609,26 @@ impl Service {
             events: self.core.events.raised,
             sockets: self.core.sockets,
             ring_bytes: self.core.blocks.used_bytes(),
+            tcp: self.core.tcp,
         }
+    }
+
+    /// Asks the stack what it counted of open connections, of at most `most`, and says of how many; the next call goes on behind
+    /// them. (Connections that end are asked of anyway.)
+    pub fn look_at_tcp(&mut self, stack: &mut dyn Stack, most: usize) -> usize {
+        let core = &mut self.core;
+        let mut looked = 0;
+        let mut at = core.tcp_next;
+        while looked < most {
+            let Some(id) = core.socks.get(at).map(|_| at).or_else(|| core.socks.next_id(at)) else {
+                core.tcp_next = 0;
+                return looked;
+            };
+            looked += usize::from(core.look_at_tcp(stack, id));
+            at = id + 1;
+        }
+        core.tcp_next = at;
+        looked
     }
 
     /// How long elements stood in the guest's rings, as it says: of 1 in 64.
@@ -846,6 +876,18 @@ impl Core {
         }
     }
 
+    /// Counts what the stack knows of a connection. True: it was asked.
+    fn look_at_tcp(&mut self, stack: &mut dyn Stack, id: u32) -> bool {
+        let Some(sock) = self.socks.get_mut(id) else { return false };
+        if sock.kind != Kind::Stream || sock.handle == Handle::NONE || sock.state & state::CONNECTED == 0 {
+            return false;
+        }
+        if let Some(now) = stack.tcp_counts(sock.handle) {
+            self.tcp.note(&mut sock.tcp, now);
+        }
+        true
+    }
+
     fn uncount(&self, counted: bool) {
         if let Some(quota) = &self.limits.connections
             && counted
@@ -1042,6 +1084,7 @@ impl Core {
     }
 
     fn refuse(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        self.look_at_tcp(cx.stack, id);
         let Some(sock) = self.socks.get_mut(id).filter(|sock| sock.kind != Kind::Free) else { return Ok(()) };
         let handle = std::mem::replace(&mut sock.handle, Handle::NONE);
         if handle != Handle::NONE {
@@ -1900,6 +1943,7 @@ impl Core {
             return Ok(Err(Errno(libc::EAGAIN)));
         }
         self.give_block(tx);
+        self.look_at_tcp(cx.stack, id);
         let Some(sock) = self.socks.get_mut(id) else { return Ok(Err(Errno(libc::EBADF))) };
         if sock.peeked > unread && cx.stack.discard(sock.handle, (sock.peeked - unread) as usize).is_err() {
             return Ok(Err(Errno(libc::EIO)));
@@ -1993,6 +2037,7 @@ impl Core {
     }
 
     fn finish_close(&mut self, cx: &mut Cx, id: u32, how: Close) {
+        self.look_at_tcp(cx.stack, id);
         self.end_pair(cx.stack, id);
         let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return };
         if sock.kind == Kind::Free {
@@ -2334,9 +2379,14 @@ impl Core {
                 if sock.kind == Kind::Listener {
                     return Ok(Done::Answer(-libc::EOPNOTSUPP, 0, 0));
                 }
+                self.look_at_tcp(cx.stack, id);
                 self.end_pair(cx.stack, id);
                 let Some(sock) = self.socks.get_mut(id) else { return Ok(Done::Answer(-libc::EBADF, 0, 0)) };
                 let result = cx.stack.disconnect(handle);
+                if result.is_ok() {
+                    // What follows is another connection.
+                    sock.tcp = None;
+                }
                 if result.is_ok() && sock.kind == Kind::Stream {
                     self.disconnected(cx, id)?;
                 } else if result.is_ok() {

@@ -357,6 +357,12 @@ pub trait Stack: Send {
         None
     }
 
+    /// What the stack knows of a TCP connection, as far as it is counted and not made up; a call must be cheap (a microsecond).
+    /// `None`: it knows nothing.
+    fn tcp_counts(&mut self, _handle: Handle) -> Option<crate::TcpCounts> {
+        None
+    }
+
     /// When `poll` must be called at the latest, in nanoseconds of CLOCK_MONOTONIC; for stacks with timers of their own.
     fn deadline_ns(&self) -> Option<u64> {
         None

@@ -2,9 +2,9 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use netkernel_service::namespace_path;
+use netkernel_service::{TcpCounts, namespace_path};
 
 use crate::KernelConfig;
 
@@ -166,6 +166,26 @@ impl Namespace {
         }
         Ok(result)
     }
+}
+
+/// What the kernel counted of a connection (struct tcp_info in include/uapi/linux/tcp.h). `None`: it is no TCP socket.
+pub(crate) fn tcp_counts(fd: RawFd) -> Option<TcpCounts> {
+    // tcpi_rtt, tcpi_total_retrans and tcpi_segs_out.
+    const RTT: usize = 68;
+    const RETRANSMITTED: usize = 100;
+    const SEGMENTS: usize = 136;
+    let mut bytes = [0u8; SEGMENTS + 4];
+    let mut length = bytes.len() as libc::socklen_t;
+    // SAFETY: the buffer and its length are valid for writes.
+    let told = unsafe {
+        libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, bytes.as_mut_ptr().cast(), &mut length)
+    };
+    let word = |at: usize| bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_ne_bytes);
+    // A kernel before 4.2 tells of no segments.
+    if told != 0 || (length as usize) < bytes.len() {
+        return None;
+    }
+    Some(TcpCounts { segments: word(SEGMENTS)?, retransmitted: word(RETRANSMITTED)?, rtt_us: word(RTT)? })
 }
 
 fn open(path: &str) -> io::Result<OwnedFd> {

@@ -3,7 +3,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use netkernel_service::{
     Accepted, Close, Connect, Datagram, Errno, Handle, Peeked, Readiness, Ready, Received, ReceivedDatagram,
-    Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
+    Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram, TcpCounts,
 };
 
 use crate::host::{self, Namespace};
@@ -646,6 +646,10 @@ impl Stack for KernelStack {
             }
             ready.push(Ready { key: socket.key, readiness });
         }
+    }
+
+    fn tcp_counts(&mut self, handle: Handle) -> Option<TcpCounts> {
+        host::tcp_counts(self.fd(handle).ok()?)
     }
 
     fn wake_fd(&self) -> Option<RawFd> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
 use netkernel_service::{
-    Accepted, Close, Errno, GuestBytes, Handle, Ready, Segments, SendFlags, SocketAddress, Stack,
+    Accepted, Close, Errno, GuestBytes, Handle, Ready, Segments, SendFlags, SocketAddress, Stack, TcpSums,
 };
 
 use crate::{Call, Shared, lock};
@@ -22,6 +22,8 @@ pub struct Lender {
 pub(crate) struct Kept {
     keys: u64,
     sockets: HashMap<u32, Socket>,
+    /// Of connections that were given back.
+    tcp: TcpSums,
     over: bool,
 }
 
@@ -34,7 +36,7 @@ struct Socket {
 
 impl Lender {
     pub(crate) fn new(shared: Arc<Shared>, keys: u64) -> Lender {
-        Lender { shared, kept: Kept { keys, sockets: HashMap::new(), over: false } }
+        Lender { shared, kept: Kept { keys, sockets: HashMap::new(), tcp: TcpSums::default(), over: false } }
     }
 
     /// Readable while the borrower wants something; [`serve`](Lender::serve) does it.
@@ -52,6 +54,11 @@ impl Lender {
     /// Passes a report of the stack on.
     pub fn report(&self, report: Ready) {
         self.shared.reports.push(Ready { key: report.key & OWN, ..report });
+    }
+
+    /// What the stack counted of borrowed connections, until each was given back.
+    pub fn tcp(&self) -> TcpSums {
+        self.kept.tcp
     }
 
     /// Borrowed sockets that there are.
@@ -117,14 +124,24 @@ impl Kept {
 
     pub fn give_back(&mut self, stack: &mut dyn Stack) {
         self.over = true;
-        for (handle, socket) in self.sockets.drain() {
+        for (handle, socket) in std::mem::take(&mut self.sockets) {
+            self.look_at_tcp(stack, Handle(handle));
             stack.close(Handle(handle), Close::Abort);
             // Not before: the stack may have looked at what it was offered.
             drop(socket);
         }
     }
 
+    /// Asked here, and not by who closes: that would wait for the answer.
+    fn look_at_tcp(&mut self, stack: &mut dyn Stack, handle: Handle) {
+        // Connections only: what never was one has sent nothing.
+        if let Some(now) = stack.tcp_counts(handle).filter(|now| now.segments > 0) {
+            self.tcp.note(&mut None, now);
+        }
+    }
+
     pub fn close(&mut self, stack: &mut dyn Stack, handle: Handle, how: Close) {
+        self.look_at_tcp(stack, handle);
         stack.close(handle, how);
         self.sockets.remove(&handle.0);
     }

@@ -730,6 +730,13 @@ impl Stack for ShmStack {
         self.hub.pairs.descriptor(person.serial, number).ok()?
     }
 
+    /// Of a connection in memory there is nothing to count.
+    fn tcp_counts(&mut self, handle: Handle) -> Option<netkernel_service::TcpCounts> {
+        let socket = self.socket(handle).ok()?;
+        let shadow = socket.shadow.filter(|_| socket.joined.is_none())?;
+        self.fallback.tcp_counts(shadow)
+    }
+
     fn way(&mut self, handle: Handle) -> Option<String> {
         self.socket(handle).ok()?.way.clone()
     }
