@@ -5,10 +5,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use netkernel_capture::{Known, Session, Target, write};
-use netkernel_service::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Ready, Received, ReceivedDatagram, Segments,
-    SendFlags, Shutdown, SocketAddress, SocketInfo, Stack, TakeDatagram,
-};
+use netkernel_service::SocketInfo;
 use netkernel_shm::fds;
 
 use crate::EngineError;
@@ -88,86 +85,4 @@ fn is_gone(writer: &File) -> bool {
 /// What a capture must know of a socket that there is already.
 pub(crate) fn known(socket: &SocketInfo) -> Known {
     Known { handle: socket.handle, stream: socket.kind != "datagram", local: socket.local, peer: socket.peer }
-}
-
-/// Stands in the place of a stack for a moment.
-pub(crate) struct Nothing;
-
-const NONE: Errno = Errno(libc::ENETDOWN);
-
-impl Stack for Nothing {
-    fn open(&mut self, _: u64, _: i32, _: i32, _: i32) -> Result<Handle, Errno> {
-        Err(NONE)
-    }
-    fn close(&mut self, _: Handle, _: Close) {}
-    fn bind(&mut self, _: Handle, _: &SocketAddress) -> Result<(), Errno> {
-        Err(NONE)
-    }
-    fn listen(&mut self, _: Handle, _: i32) -> Result<(), Errno> {
-        Err(NONE)
-    }
-    fn connect(&mut self, _: Handle, _: &SocketAddress) -> Result<Connect, Errno> {
-        Err(NONE)
-    }
-    fn disconnect(&mut self, _: Handle) -> Result<(), Errno> {
-        Err(NONE)
-    }
-    fn accept(&mut self, _: Handle, _: u64) -> Result<Accepted, Errno> {
-        Err(NONE)
-    }
-    fn acceptable(&mut self, _: Handle) -> bool {
-        false
-    }
-    fn send(&mut self, _: Handle, _: &Segments, _: SendFlags) -> Result<usize, Errno> {
-        Err(NONE)
-    }
-    fn recv(&mut self, _: Handle, _: &Segments) -> Result<Received, Errno> {
-        Err(NONE)
-    }
-    fn at_mark(&mut self, _: Handle) -> Result<bool, Errno> {
-        Err(NONE)
-    }
-    fn recv_urgent(&mut self, _: Handle) -> Result<u8, Errno> {
-        Err(NONE)
-    }
-    fn send_datagrams(&mut self, _: Handle, _: &[Datagram]) -> Result<usize, Errno> {
-        Err(NONE)
-    }
-    fn recv_datagram(&mut self, _: Handle, _: &Segments, _: &mut [u8]) -> Result<ReceivedDatagram, Errno> {
-        Err(NONE)
-    }
-    fn recv_datagrams(&mut self, _: Handle, _: usize, _: &mut TakeDatagram<'_>) -> Result<usize, Errno> {
-        Err(NONE)
-    }
-    fn recv_error(&mut self, _: Handle, _: &mut [u8], _: &mut [u8]) -> Result<ReceivedDatagram, Errno> {
-        Err(NONE)
-    }
-    fn next_datagram(&mut self, _: Handle) -> Result<usize, Errno> {
-        Err(NONE)
-    }
-    fn shutdown(&mut self, _: Handle, _: Shutdown) -> Result<(), Errno> {
-        Err(NONE)
-    }
-    fn set_option(&mut self, _: Handle, _: i32, _: i32, _: &[u8]) -> Result<(), Errno> {
-        Err(NONE)
-    }
-    fn option(&mut self, _: Handle, _: i32, _: i32, _: &mut [u8]) -> Result<usize, Errno> {
-        Err(NONE)
-    }
-    fn ioctl(&mut self, _: Handle, _: u64) -> Result<u64, Errno> {
-        Err(NONE)
-    }
-    fn local_name(&mut self, _: Handle) -> Result<SocketAddress, Errno> {
-        Err(NONE)
-    }
-    fn peer_name(&mut self, _: Handle) -> Result<SocketAddress, Errno> {
-        Err(NONE)
-    }
-    fn take_error(&mut self, _: Handle) -> Result<(), Errno> {
-        Err(NONE)
-    }
-    fn poll(&mut self, _: &mut Vec<Ready>, _: usize) {}
-    fn wake_fd(&self) -> Option<i32> {
-        None
-    }
 }

@@ -953,14 +953,13 @@ impl Worker {
             let member = Member { tenant: new.tenant.number(), limits: new.limits.clone() };
             module.stack.member(slot as u32, member);
             self.captures.retain(|session| !session.is_over());
-            if !self.captures.is_empty() {
-                let taps = tapped(module, new.nsm);
-                let tenant = new.tenant.config().name;
-                for session in &self.captures {
-                    if session.target.is(new.id, &tenant, new.owner) {
-                        taps.begin(session, &[(slot as u32, Vec::new())]);
-                    }
-                }
+        }
+        let tenant = new.tenant.config().name;
+        for session in &self.captures {
+            if session.target.is(new.id, &tenant, new.owner)
+                && let Some(taps) = tapped(&mut self.modules[new.nsm], new.nsm)
+            {
+                taps.begin(session, &[(slot as u32, Vec::new())]);
             }
         }
         let limits = new.region.layout().limits;
@@ -1053,8 +1052,8 @@ impl Worker {
 
     /// From now on, what the guests that are meant send and receive is captured.
     fn capture(&mut self, session: &Arc<Session>) {
-        for (nsm, module) in self.modules.iter_mut().enumerate() {
-            let Some(module) = module else { continue };
+        for (nsm, place) in self.modules.iter_mut().enumerate() {
+            let Some(module) = place else { continue };
             let mut wanted = Vec::new();
             for (slot, guest) in self.guests.iter().enumerate() {
                 let Some(guest) = guest.as_ref().filter(|guest| guest.nsm == nsm) else { continue };
@@ -1064,8 +1063,10 @@ impl Worker {
                     wanted.push((slot as u32, list.iter().map(crate::capture::known).collect()));
                 }
             }
-            if !wanted.is_empty() {
-                tapped(module, nsm).begin(session, &wanted);
+            if !wanted.is_empty()
+                && let Some(taps) = tapped(place, nsm)
+            {
+                taps.begin(session, &wanted);
             }
         }
         self.captures.push(Arc::clone(session));
@@ -1438,13 +1439,14 @@ impl Worker {
 }
 
 /// Who looks on at a module's stack, put there when it is needed first.
-fn tapped(module: &mut Module, nsm: usize) -> &Taps {
-    module.taps.get_or_insert_with(|| {
+fn tapped(place: &mut Option<Module>, nsm: usize) -> Option<&Taps> {
+    if let Some(module) = place.take_if(|module| module.taps.is_none()) {
         let taps = Taps::default();
-        let stack = std::mem::replace(&mut module.stack, Box::new(crate::capture::Nothing));
-        module.stack = Box::new(Observed { stack, observer: Tap::new(taps.clone(), nsm as u32) });
-        taps
-    })
+        let observer = Tap::new(taps.clone(), nsm as u32);
+        let stack = Box::new(Observed { stack: module.stack, observer });
+        *place = Some(Module { stack, taps: Some(taps), ..module });
+    }
+    place.as_ref()?.taps.as_ref()
 }
 
 /// How long the stages took for this guest.
