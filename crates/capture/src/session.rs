@@ -2,11 +2,13 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::pcapng;
+use serde::{Deserialize, Serialize};
+
+use crate::pcapng::{self, Packet};
 
 /// Most that waits for a slow reader; what comes beyond it is lost, and counted.
 pub const QUEUED_BYTES: usize = 32 << 20;
@@ -14,7 +16,7 @@ pub const QUEUED_BYTES: usize = 32 << 20;
 const LOOK: Duration = Duration::from_millis(200);
 
 /// Whose packets are wanted. All that is given must hold.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Target {
     pub guest: Option<u32>,
     pub tenant: Option<String>,
@@ -46,6 +48,8 @@ pub struct Session {
     more: Condvar,
     over: AtomicBool,
     lost: AtomicU64,
+    /// Each is one higher for this capture while it is not over.
+    marks: Mutex<Vec<Arc<AtomicU32>>>,
 }
 
 #[derive(Default)]
@@ -71,13 +75,21 @@ impl Session {
             more: Condvar::new(),
             over: AtomicBool::new(false),
             lost: AtomicU64::new(0),
+            marks: Mutex::default(),
         }
     }
 
     /// Takes a packet; never waits for the reader.
-    pub fn packet(&self, nsm: u32, mut data: Vec<u8>) {
-        let at_ns = now_ns();
-        let length = data.len();
+    pub fn packet(&self, nsm: u32, data: Vec<u8>) {
+        self.keep(nsm, now_ns(), data.len(), data);
+    }
+
+    /// Takes a packet of another capture.
+    pub fn taken(&self, nsm: u32, packet: Packet<'_>) {
+        self.keep(nsm, packet.at_ns, packet.length, packet.data.to_vec());
+    }
+
+    fn keep(&self, nsm: u32, at_ns: u64, length: usize, mut data: Vec<u8>) {
         data.truncate(self.snap);
         let mut queue = self.queue();
         if queue.bytes + data.len() > QUEUED_BYTES {
@@ -93,9 +105,27 @@ impl Session {
         self.over.load(Relaxed)
     }
 
+    /// Bytes kept of a packet, at most.
+    pub fn snap(&self) -> usize {
+        self.snap
+    }
+
+    /// Counts in `captures` until it is over.
+    pub fn mark(&self, captures: &Arc<AtomicU32>) {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.is_over() {
+            captures.fetch_add(1, Relaxed);
+            marks.push(Arc::clone(captures));
+        }
+    }
+
     /// Nothing more is wanted.
     pub fn end(&self) {
-        self.over.store(true, Relaxed);
+        {
+            let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+            self.over.store(true, Relaxed);
+            marks.drain(..).for_each(|captures| _ = captures.fetch_sub(1, Relaxed));
+        }
         self.more.notify_all();
     }
 
@@ -118,9 +148,11 @@ fn now_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
 }
 
-/// Writes a session's packets until it is over, the reader is gone (`gone`), or writing fails. Ends the session.
+/// Writes a session's packets until it is over, the reader is gone (`gone`), or writing fails. Ends the session. `about`: what
+/// is to be known of it.
 pub fn write(
     session: &Session,
+    about: &str,
     nsms: &[String],
     mut to: impl Write,
     gone: impl Fn() -> bool,
@@ -129,8 +161,9 @@ pub fn write(
     let result = (|| {
         to.write_all(&pcapng::section(
             "netkernel",
-            "Headers are synthetic: packets are made from what guests and their stacks exchanged. Direct sockets, and connections \
-             in memory that both guests map, are not seen.",
+            &format!(
+                "Headers are synthetic: packets are made from what guests and their stacks exchanged. {about}"
+            ),
         ))?;
         // One for all: libpcap takes no second interface of raw packets. Whose a packet is stands in its comment.
         let about = "sockets of guests; headers are synthetic";

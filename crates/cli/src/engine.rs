@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use netkernel_control::{
-    ApiError, Caller, EngineApi, ErrorCode, Grant, NewCapture, NewGuest, NsmInfo, PROTOCOL_VERSION, Peer,
-    SocketInfo, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
+    ApiError, Caller, CaptureInfo, EngineApi, ErrorCode, Grant, NewCapture, NewGuest, NsmInfo,
+    PROTOCOL_VERSION, Peer, SocketInfo, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
 };
 use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec, Target};
 
@@ -168,7 +168,11 @@ impl EngineApi for Adapter {
         let _ = (&self.stop).write(&1u64.to_ne_bytes());
     }
 
-    fn capture(&self, capture: NewCapture, of: Option<u32>) -> Result<std::os::fd::OwnedFd, ApiError> {
+    fn capture(
+        &self,
+        capture: NewCapture,
+        of: Option<u32>,
+    ) -> Result<(std::os::fd::OwnedFd, CaptureInfo), ApiError> {
         if let Some(name) = &capture.tenant
             && !self.engine.tenants().iter().any(|tenant| tenant.name == *name)
         {
@@ -177,7 +181,9 @@ impl EngineApi for Adapter {
         }
         let target = Target { guest: capture.guest, tenant: capture.tenant, uid: of };
         let snap = capture.snap_bytes.map_or(usize::MAX, |bytes| bytes as usize);
-        self.engine.capture(target, snap).map_err(refusal)
+        let (pipe, unseen) = self.engine.capture(target, snap).map_err(refusal)?;
+        let info = convert(&unseen).unwrap_or_default();
+        Ok((pipe, CaptureInfo { unseen: unseen.sentence(), ..info }))
     }
 
     fn tenants(&self) -> Vec<TenantInfo> {

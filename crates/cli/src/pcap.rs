@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use netkernel_control::NewCapture;
 
 use crate::args::PcapArgs;
-use crate::{locate, sys};
+use crate::{locate, show, sys};
 
 pub fn pcap(args: &PcapArgs) -> Result<()> {
     let standard = args.write.as_os_str() == "-";
@@ -23,7 +23,11 @@ pub fn pcap(args: &PcapArgs) -> Result<()> {
     };
     let signals = sys::termination_signals().context("cannot take signals")?;
     let mut client = locate::require(args.socket.as_deref())?;
-    let pipe = client.capture(NewCapture { snap_bytes: args.snaplen, ..capture })?;
+    let (pipe, info) = client.capture(NewCapture { snap_bytes: args.snaplen, ..capture })?;
+    if let Some(unseen) = &info.unseen {
+        // Data goes to standard output: this is for people.
+        eprintln!("netkernel: {}", show::printable(unseen));
+    }
     let mut pipe = File::from(pipe);
     let mut out: Box<dyn Write> = if standard {
         Box::new(io::stdout().lock())

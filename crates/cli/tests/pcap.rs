@@ -70,7 +70,7 @@ impl Setting {
         let place = Place::new(name);
         let token = place.file("token", "blue-token-of-thirty-two-characters\n").display().to_string();
         let config = format!(
-            "[[nsm]]\nname = \"plain\"\n[[nsm]]\nname = \"memory\"\nstack = \"shm\"\n[[tenant]]\nname = \"blue\"\ntoken_file = \"{token}\"\n"
+            "[[nsm]]\nname = \"plain\"\n[[nsm]]\nname = \"memory\"\nstack = \"shm\"\n[[nsm]]\nname = \"own\"\nform = \"process\"\n[[tenant]]\nname = \"blue\"\ntoken_file = \"{token}\"\n"
         );
         let config = place.file("engine.toml", &config);
         let socket = place.socket().display().to_string();
@@ -103,13 +103,14 @@ fn a_tenants_packets_are_whole_and_nobody_elses_are_among_them() {
     let (setting, engine) = Setting::new("pcap");
     let file = setting.place.dir.join("blue.pcapng");
     let capture = setting.capture("blue", &file);
-    for (i, how) in [["--stack", "plain"], ["--attach", "relay"], ["--stack", "memory"]].iter().enumerate() {
+    let ways = [["--stack", "plain"], ["--attach", "relay"], ["--stack", "memory"], ["--stack", "own"]];
+    for (i, how) in ways.iter().enumerate() {
         setting.guest(false, how, &format!("foreign-{i}"), "70000");
         setting.guest(true, how, &format!("own-word-{i}"), "70000");
         setting.guest(false, how, &format!("foreign-{i}"), "70000");
     }
     until("all was written", || {
-        packets(&file).iter().filter(|packet| packet[9] == 17 && contains(packet, "own-word-2")).count() == 2
+        packets(&file).iter().filter(|packet| packet[9] == 17 && contains(packet, "own-word-3")).count() == 2
     });
     capture.end();
 
@@ -118,7 +119,7 @@ fn a_tenants_packets_are_whole_and_nobody_elses_are_among_them() {
     let server: u16 = setting.ports.0.parse().unwrap();
     let port = |packet: &[u8], at: usize| u16::from_be_bytes([packet[at], packet[at + 1]]);
     let tcp: Vec<&Vec<u8>> = found.iter().filter(|packet| packet[9] == 6).collect();
-    for i in 0..3 {
+    for i in 0..ways.len() {
         let word = format!("own-word-{i}");
         let first = tcp.iter().find(|packet| contains(packet, &word)).unwrap();
         let own = port(first, 20);

@@ -6,7 +6,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{ApiError, Attached, ErrorCode, NsmInfo, SocketInfo, Status, TenantInfo, VersionInfo};
+use crate::{
+    ApiError, Attached, CaptureInfo, ErrorCode, NsmInfo, SocketInfo, Status, TenantInfo, VersionInfo,
+};
 
 /// Version of the API: the first part of each path. Both sides must have the same one.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -380,7 +382,7 @@ pub(crate) const ROUTES: &[Route] = &[
         role: Role::Tenant,
         body: Some(schema::<NewCapture>),
         query: &[],
-        reply: None,
+        reply: Some(schema::<CaptureInfo>),
         reply_type: JSON,
         decode: |parts| Ok(Request::Capture(parts.json()?)),
     },

@@ -15,8 +15,8 @@ use crate::peer::peer_of;
 use crate::tls;
 use crate::wire::{Timed, Wire};
 use crate::{
-    ApiError, Attached, GuestInfo, NewCapture, NewGuest, NsmInfo, Request, SocketInfo, SocketQuery, Status,
-    TenantChange, TenantInfo, Token, UsageQuery, VersionInfo, token_hex,
+    ApiError, Attached, CaptureInfo, GuestInfo, NewCapture, NewGuest, NsmInfo, Request, SocketInfo,
+    SocketQuery, Status, TenantChange, TenantInfo, Token, UsageQuery, VersionInfo, token_hex,
 };
 
 /// Longest wait for the engine's answer.
@@ -176,9 +176,10 @@ impl Client {
     }
 
     /// The end of a pipe with pcapng; the capture is over when it is closed.
-    pub fn capture(&mut self, capture: NewCapture) -> Result<OwnedFd, ClientError> {
-        let (_, fds) = self.ask::<serde_json::Value>(&Request::Capture(capture))?;
-        fds.into_iter().next().ok_or_else(|| self.garbled("it sent no descriptor"))
+    pub fn capture(&mut self, capture: NewCapture) -> Result<(OwnedFd, CaptureInfo), ClientError> {
+        let (info, fds) = self.ask(&Request::Capture(capture))?;
+        let pipe = fds.into_iter().next().ok_or_else(|| self.garbled("it sent no descriptor"))?;
+        Ok((pipe, info))
     }
 
     pub fn tenants(&mut self) -> Result<Vec<TenantInfo>, ClientError> {

@@ -145,6 +145,22 @@ pub struct TenantInfo {
     pub details: serde_json::Map<String, Value>,
 }
 
+/// A capture that began. The descriptor of a pipe comes with it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct CaptureInfo {
+    /// What of the guests' sockets it does not see, as a sentence; nothing: it sees all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unseen: Option<String>,
+    /// Sockets at the beginning that are the kernel's own, guests that may make more of them, and sockets of connections that
+    /// two guests move in memory.
+    #[serde(default)]
+    pub direct_sockets: u64,
+    #[serde(default)]
+    pub direct_guests: u64,
+    #[serde(default)]
+    pub paired_sockets: u64,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SocketInfo {
     pub guest: u32,

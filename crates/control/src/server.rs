@@ -20,8 +20,8 @@ use crate::peer::{Peer, peer_of};
 use crate::places::{Limits, Places};
 use crate::wire::{Timed, Wire};
 use crate::{
-    ApiError, Attached, Endpoint, ErrorCode, GuestInfo, NewCapture, NewGuest, NsmInfo, Request, SocketInfo,
-    Status, TenantChange, TenantInfo, UsageQuery, VersionInfo, parse_token, token_hex,
+    ApiError, Attached, CaptureInfo, Endpoint, ErrorCode, GuestInfo, NewCapture, NewGuest, NsmInfo, Request,
+    SocketInfo, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo, parse_token, token_hex,
 };
 
 /// Connections at a time. Two of each tenant or user find a place however many others there are, up to 1,000 of them.
@@ -63,7 +63,7 @@ pub trait EngineApi: Send + Sync {
     /// What the caller may see of the usage.
     fn usage(&self, query: &UsageQuery, caller: &Caller) -> Result<Vec<Row>, ApiError>;
     /// The end of a pipe with pcapng: of what guests of the user with this uid, or of all, send and receive.
-    fn capture(&self, capture: NewCapture, of: Option<u32>) -> Result<OwnedFd, ApiError>;
+    fn capture(&self, capture: NewCapture, of: Option<u32>) -> Result<(OwnedFd, CaptureInfo), ApiError>;
     fn tenants(&self) -> Vec<TenantInfo>;
     fn change_tenant(&self, name: &str, change: TenantChange) -> Result<(), ApiError>;
     /// Reads the configuration file again.
@@ -300,8 +300,9 @@ fn answer(
                 return Err(unknown_guest(id));
             }
             let (capture, of) = caller.captures(capture)?;
-            let (reply, _) = done(&())?;
-            Ok((reply, vec![api.capture(capture, of)?]))
+            let (pipe, info) = api.capture(capture, of)?;
+            let (reply, _) = done(&info)?;
+            Ok((reply, vec![pipe]))
         }
         Request::Tenants => {
             let mut tenants = api.tenants();

@@ -131,10 +131,14 @@ impl EngineApi for Fake {
         })
     }
 
-    fn capture(&self, capture: NewCapture, of: Option<u32>) -> Result<std::os::fd::OwnedFd, ApiError> {
+    fn capture(
+        &self,
+        capture: NewCapture,
+        of: Option<u32>,
+    ) -> Result<(std::os::fd::OwnedFd, CaptureInfo), ApiError> {
         assert_ne!(capture.tenant.as_deref(), Some("red"), "nobody but the provider may");
         self.captured.lock().unwrap().push((capture.tenant, capture.guest, of));
-        Ok(std::fs::File::open("/dev/null").unwrap().into())
+        Ok((std::fs::File::open("/dev/null").unwrap().into(), CaptureInfo::default()))
     }
 
     fn tenants(&self) -> Vec<TenantInfo> {

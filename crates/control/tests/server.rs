@@ -117,9 +117,13 @@ impl EngineApi for Fake {
         Ok(Vec::new())
     }
 
-    fn capture(&self, capture: NewCapture, of: Option<u32>) -> Result<std::os::fd::OwnedFd, ApiError> {
+    fn capture(
+        &self,
+        capture: NewCapture,
+        of: Option<u32>,
+    ) -> Result<(std::os::fd::OwnedFd, CaptureInfo), ApiError> {
         assert_eq!((capture.tenant.as_deref(), of), (Some("blue"), None));
-        Ok(std::fs::File::open("/dev/null").unwrap().into())
+        Ok((std::fs::File::open("/dev/null").unwrap().into(), CaptureInfo::default()))
     }
 
     fn tenants(&self) -> Vec<TenantInfo> {

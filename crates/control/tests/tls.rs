@@ -84,7 +84,11 @@ impl EngineApi for Fake {
         nothing()
     }
 
-    fn capture(&self, _: NewCapture, _: Option<u32>) -> Result<std::os::fd::OwnedFd, ApiError> {
+    fn capture(
+        &self,
+        _: NewCapture,
+        _: Option<u32>,
+    ) -> Result<(std::os::fd::OwnedFd, CaptureInfo), ApiError> {
         panic!("descriptors do not go over TCP")
     }
 

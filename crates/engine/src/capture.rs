@@ -4,9 +4,11 @@ use std::fs::File;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::{Arc, Mutex};
 
-use netkernel_capture::{Known, Session, Target, write};
+use netkernel_agent::Processes;
+use netkernel_capture::{Known, Session, Target, Written, write};
 use netkernel_service::SocketInfo;
 use netkernel_shm::fds;
+use serde::Serialize;
 
 use crate::EngineError;
 use crate::engine::{Engine, lock};
@@ -40,31 +42,97 @@ impl Captures {
     }
 }
 
+/// What a capture does not see, of what there was when it began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Unseen {
+    /// Sockets of the kernel's own that programs hold: direct ones, and those that were handed over.
+    pub direct_sockets: u64,
+    /// Guests that may make more of them.
+    pub direct_guests: u64,
+    /// Sockets whose connection two guests move in memory that both map.
+    pub paired_sockets: u64,
+}
+
+impl Unseen {
+    /// A sentence for people; nothing: all is seen.
+    pub fn sentence(&self) -> Option<String> {
+        let many = |n: u64, one: &str| if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") };
+        let mut parts = Vec::new();
+        if self.direct_sockets > 0 {
+            parts.push(many(self.direct_sockets, "direct socket"));
+        }
+        if self.direct_guests > 0 {
+            parts.push(format!(
+                "direct sockets that {} may make from now on",
+                many(self.direct_guests, "guest")
+            ));
+        }
+        if self.paired_sockets > 0 {
+            let pairs = many(self.paired_sockets, "socket");
+            parts.push(format!("{pairs} of connections that two guests move in memory that both map"));
+        }
+        (!parts.is_empty()).then(|| format!("Not seen: {}.", parts.join("; ")))
+    }
+}
+
 impl Engine {
     /// Captures what the guests that are meant send and receive from now on, those that come later too. pcapng can be read
-    /// from the descriptor; the capture is over when it is closed.
-    pub fn capture(&self, target: Target, snap: usize) -> Result<OwnedFd, EngineError> {
-        let resource = |e: std::io::Error| EngineError::Resource(format!("no capture: {e}"));
+    /// from the descriptor; the capture is over when it is closed. Connections between guests stay with the engine meanwhile.
+    pub fn capture(&self, target: Target, snap: usize) -> Result<(OwnedFd, Unseen), EngineError> {
         // As large as it may be: fewer switches between the two.
         let (reader, writer) = fds::pipe(libc::O_CLOEXEC, Some(1 << 20)).map_err(resource)?;
-        let writer = File::from(writer);
+        let session = self.begin(target, snap)?;
+        let unseen = self.unseen(&session.target);
+        self.write_capture(session, unseen, writer)?;
+        Ok((reader, unseen))
+    }
+
+    /// The same for who has a pipe already.
+    pub(crate) fn capture_into(&self, target: Target, snap: usize, pipe: OwnedFd) -> Result<(), EngineError> {
+        let session = self.begin(target, snap)?;
+        self.write_capture(session, Unseen::default(), pipe)
+    }
+
+    fn begin(&self, target: Target, snap: usize) -> Result<Arc<Session>, EngineError> {
         let session = Arc::new(Session::new(target, snap.clamp(64, MAX_SNAP)));
-        let shared = Arc::clone(self.shared());
-        shared.captures.add(&session)?;
+        self.shared().captures.add(&session)?;
         self.begin_capture(&session);
-        let nsms: Vec<String> = shared.config.nsms.iter().map(|nsm| nsm.name.clone()).collect();
+        Ok(session)
+    }
+
+    fn write_capture(&self, session: Arc<Session>, unseen: Unseen, pipe: OwnedFd) -> Result<(), EngineError> {
+        let pipe = File::from(pipe);
+        let about = unseen.sentence().unwrap_or_default();
+        let nsms: Vec<String> = self.shared().config.nsms.iter().map(|nsm| nsm.name.clone()).collect();
         let own = Arc::clone(&session);
         let thread = std::thread::Builder::new().name("nk-capture".into()).spawn(move || {
-            let result = write(&own, &nsms, &writer, || is_gone(&writer));
-            if let Ok(written) = result {
-                log::info!(packets = written.packets, lost = written.lost; "a capture ended: {} packets, {} lost", written.packets, written.lost);
+            let result = write(&own, &about, &nsms, &pipe, || is_gone(&pipe));
+            if let Ok(Written { packets, lost }) = result {
+                log::info!(packets, lost; "a capture ended: {packets} packets, {lost} lost");
             }
         });
         thread.map(drop).map_err(|error| {
             session.end();
             resource(error)
-        })?;
-        Ok(reader)
+        })
+    }
+
+    /// Sockets that no switch thread and no relay drives.
+    fn unseen(&self, target: &Target) -> Unseen {
+        let mut unseen = Unseen::default();
+        let processes = Processes::look();
+        let statuses = self.status().guests;
+        for guest in self.shared().guests_of(target) {
+            let status = statuses.iter().find(|status| status.id == guest);
+            unseen.direct_guests +=
+                u64::from(status.is_some_and(|status| status.attachment.contains("direct")));
+            for socket in self.sockets_without_holders(guest, &processes) {
+                unseen.paired_sockets += u64::from(socket.pair);
+                let given = socket.attachment == "direct" || socket.state == "handed over";
+                unseen.direct_sockets += u64::from(given);
+            }
+        }
+        unseen
     }
 
     /// Ends the captures: who reads them sees their end.
@@ -73,6 +141,10 @@ impl Engine {
             session.end();
         }
     }
+}
+
+fn resource(error: std::io::Error) -> EngineError {
+    EngineError::Resource(format!("no capture: {error}"))
 }
 
 /// Nobody reads any more.
@@ -85,4 +157,19 @@ fn is_gone(writer: &File) -> bool {
 /// What a capture must know of a socket that there is already.
 pub(crate) fn known(socket: &SocketInfo) -> Known {
     Known { handle: socket.handle, stream: socket.kind != "datagram", local: socket.local, peer: socket.peer }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_seen_is_said_in_a_sentence() {
+        assert_eq!(Unseen::default().sentence(), None);
+        let some = Unseen { direct_sockets: 1, direct_guests: 2, paired_sockets: 4 };
+        let text = some.sentence().unwrap();
+        for part in ["Not seen: 1 direct socket;", "that 2 guests may make", "; 4 sockets of connections"] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
 }

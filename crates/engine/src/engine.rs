@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use netkernel_agent::Processes;
-use netkernel_capture::Session;
+use netkernel_capture::{Session, Target};
 use netkernel_service::Limits;
 use netkernel_shm::{Region, fds};
 
@@ -52,7 +52,7 @@ pub(crate) struct Shared {
     pub counters: SharedCounters,
     /// What guests that ended used, see [`Engine::usage`].
     over: Mutex<VecDeque<GuestUsage>>,
-    tenants: Arc<Tenants>,
+    pub tenants: Arc<Tenants>,
     finished: Finished,
     pub ledgers: Arc<direct::Ledgers>,
     pub captures: Captures,
@@ -111,7 +111,7 @@ pub(crate) enum Command {
     Status(Sender<Vec<GuestStatus>>),
     Usage(Sender<Vec<(u32, Usage)>>),
     /// Sockets of a guest from this one on; the answer says where to go on.
-    Capture(Arc<Session>, Sender<()>),
+    Capture(Arc<Session>, Sender<Result<(), EngineError>>),
     Sockets(u32, u32, Sender<(Vec<SocketStatus>, Option<u32>)>),
     Stop,
 }
@@ -322,11 +322,14 @@ impl Engine {
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a new guest: {e}"));
         // SAFETY: the region owns its descriptor and lives during this statement.
         let region_fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(region.fd()) };
+        let tenants = &self.shared.tenants;
+        let named = tenants.all().find(|tenant| tenant.config().name == guest.tenant);
+        let tenant = named.map_or_else(|| tenants.others(), Arc::clone);
         let registered = Registered {
             token: random_token().map_err(resource)?,
             name: guest.name.clone(),
             // The supervisor's business: it lets no tenant in that has limits.
-            tenant: self.shared.tenants.others(),
+            tenant: Arc::clone(&tenant),
             nsm: 0,
             pid: guest.pid,
             uid: guest.uid,
@@ -345,7 +348,7 @@ impl Engine {
             region,
             nsm: 0,
             limits,
-            tenant: self.shared.tenants.others(),
+            tenant,
             privileged: guest.privileged,
             owner,
             channel,
@@ -769,6 +772,14 @@ impl Shared {
     pub fn whose(&self, id: u32) -> Option<(String, u32, usize)> {
         let registry = lock(&self.registry);
         registry.guests.get(&id).map(|guest| (guest.tenant.config().name, guest.uid, guest.nsm))
+    }
+
+    /// Guests that a capture is of.
+    pub fn guests_of(&self, target: &Target) -> Vec<u32> {
+        let registry = lock(&self.registry);
+        let is_meant =
+            |(id, guest): &(&u32, &Registered)| target.is(**id, &guest.tenant.config().name, guest.uid);
+        registry.guests.iter().filter(is_meant).map(|(id, _)| *id).collect()
     }
 
     /// Name, process and user of a guest.

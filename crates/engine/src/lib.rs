@@ -28,6 +28,7 @@ mod usage;
 mod watch;
 mod worker;
 
+pub use capture::Unseen;
 pub use config::{Attach, EngineConfig, EngineError, GuestFds, GuestSpec, NsmConfig};
 pub use engine::Engine;
 pub use kinds::StackKinds;

@@ -33,6 +33,7 @@ pub(crate) fn queued(guest: u32, socket: SocketInfo, stack: &mut dyn Stack) -> S
         ..SocketStatus::default()
     };
     ask(&mut status, stack, socket.handle);
+    status.pair = stack.paired(socket.handle).is_some();
     if status.kind == "listener" {
         // Those in the ring were accepted ahead.
         status.receive_queue += socket.unread_bytes / netkernel_abi::socket::ACCEPT_RECORD;

@@ -134,6 +134,9 @@ pub struct SocketStatus {
     pub send_queue: u32,
     #[serde(default)]
     pub tcp: Option<netkernel_agent::TcpInfo>,
+    /// A connection in memory that the two guests move themselves.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pair: bool,
 }
 
 /// One of the few words and phrases that statuses are made of, from the process of an NSM.

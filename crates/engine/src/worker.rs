@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicU64, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, fence};
 
 use netkernel_abi::control::{Message, kind};
 use netkernel_agent::notify::Listener;
@@ -114,6 +114,8 @@ struct Guest {
     lender: Option<Lender>,
     /// Sockets that were handed over.
     handed: Handed,
+    /// Captures of it that are under way.
+    captures: Arc<AtomicU32>,
     /// All processes are gone; since when.
     over_since: Option<u64>,
 }
@@ -869,7 +871,7 @@ impl Worker {
             }
             Command::Capture(session, answer) => {
                 self.capture(&session);
-                let _ = answer.send(());
+                let _ = answer.send(Ok(()));
             }
             Command::Stop => self.stop = true,
         }
@@ -948,10 +950,11 @@ impl Worker {
                 self.guests.len() - 1
             }
         };
+        let captures = Arc::<AtomicU32>::default();
         if let Some(module) = &mut self.modules[new.nsm] {
             module.stack.guest(slot as u32, new.owner);
-            let member = Member { tenant: new.tenant.number(), limits: new.limits.clone() };
-            module.stack.member(slot as u32, member);
+            let (tenant, limits) = (new.tenant.number(), new.limits.clone());
+            module.stack.member(slot as u32, Member { tenant, limits, captures: Arc::clone(&captures) });
             self.captures.retain(|session| !session.is_over());
         }
         let tenant = new.tenant.config().name;
@@ -959,6 +962,7 @@ impl Worker {
             if session.target.is(new.id, &tenant, new.owner)
                 && let Some(taps) = tapped(&mut self.modules[new.nsm], new.nsm)
             {
+                session.mark(&captures);
                 taps.begin(session, &[(slot as u32, Vec::new())]);
             }
         }
@@ -1001,6 +1005,7 @@ impl Worker {
             agent: None,
             lender: None,
             handed: Handed::default(),
+            captures,
             over_since: None,
         }));
         if let Some(module) = &mut self.modules[new.nsm] {
@@ -1059,6 +1064,8 @@ impl Worker {
                 let Some(guest) = guest.as_ref().filter(|guest| guest.nsm == nsm) else { continue };
                 let uid = self.shared.who(guest.id).2;
                 if session.target.is(guest.id, &guest.tenant.config().name, uid) {
+                    // First, so that no pair comes up meanwhile that would be missed.
+                    session.mark(&guest.captures);
                     let (list, _) = guest.service.list(&mut *module.stack, 0, usize::MAX);
                     wanted.push((slot as u32, list.iter().map(crate::capture::known).collect()));
                 }

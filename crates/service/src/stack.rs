@@ -189,6 +189,8 @@ pub struct Member {
     /// Which of the engine's tenants; `None`: of none that the configuration names.
     pub tenant: Option<u32>,
     pub limits: crate::Limits,
+    /// Captures of what it sends and receives that are under way: nothing may go past the engine meanwhile that need not.
+    pub captures: std::sync::Arc<std::sync::atomic::AtomicU32>,
 }
 
 /// A network stack, as a module sees it: sockets that never block.

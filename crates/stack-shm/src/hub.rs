@@ -1,5 +1,6 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use netkernel_service::{Close, Limits, Readiness, SocketAddress};
@@ -31,13 +32,15 @@ pub(crate) struct Person {
     pub tenant: Option<u32>,
     /// What its tenant may use; `None`: it is not served by queues, so that it cannot have pairs.
     pub limits: Option<Limits>,
+    /// Captures of it that are under way.
+    pub captures: Arc<AtomicU32>,
     pub serial: Serial,
 }
 
 impl Person {
     /// Nobody told of this one.
     pub fn unknown() -> Person {
-        Person { owner: NOBODY, tenant: None, limits: None, serial: Serial(0) }
+        Person { owner: NOBODY, tenant: None, limits: None, captures: Arc::default(), serial: Serial(0) }
     }
 
     fn is_one_with(&self, other: &Person) -> bool {
@@ -45,6 +48,10 @@ impl Person {
             && other.owner != NOBODY
             && self.tenant == other.tenant
             && (self.tenant.is_some() || self.owner == other.owner)
+    }
+
+    fn is_captured(&self) -> bool {
+        self.captures.load(Relaxed) > 0
     }
 
     /// Nothing would hold it back.
@@ -157,6 +164,9 @@ impl Listener {
         }
         if !person.is_free() || !self.person.is_free() {
             return Err("their tenant's rates are limited");
+        }
+        if person.is_captured() || self.person.is_captured() {
+            return Err("one of them is captured, and the engine sees nothing of memory that both map");
         }
         pairs.take(person.serial, self.person.serial)
     }

@@ -702,6 +702,7 @@ impl Stack for ShmStack {
         if let Some(person) = self.people.get_mut(guest as usize) {
             person.tenant = member.tenant;
             person.limits = Some(member.limits.clone());
+            person.captures = Arc::clone(&member.captures);
         }
         self.fallback.member(guest, member);
     }

@@ -10,6 +10,7 @@
 //! What the worker opens is in the holder's table from the moment on when the kernel made it, and what it closes is gone for
 //! both: nothing is registered, duplicated or counted, and a worker that is killed leaves every descriptor open.
 
+mod capture;
 pub(crate) mod holder;
 pub(crate) mod remote;
 pub(crate) mod wire;

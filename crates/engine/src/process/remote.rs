@@ -9,11 +9,13 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 
+use netkernel_capture::Session;
 use netkernel_shm::fds;
 
 use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
 use crate::engine::{Command, Shared, lock};
 use crate::status::{GuestStatus, SocketStatus};
+use crate::tenants::OTHERS;
 use crate::usage::Usage;
 use crate::{EngineError, NsmConfig};
 
@@ -29,6 +31,8 @@ struct State {
     pending: HashMap<u64, Pending>,
     reader: Option<JoinHandle<()>>,
     stopped: bool,
+    /// What its worker was told to capture.
+    captures: Vec<Arc<Session>>,
 }
 
 struct Running {
@@ -60,9 +64,11 @@ impl Remote {
             Command::Add(guest, answer) => {
                 let limits = guest.region.layout().limits;
                 let (name, pid, uid) = shared.who(guest.id);
+                let tenant = shared.whose(guest.id).map(|(tenant, ..)| tenant).unwrap_or_default();
                 let request = Request::Add(NewGuest {
                     id: guest.id,
                     name,
+                    tenant,
                     pid,
                     uid,
                     privileged: guest.privileged,
@@ -83,10 +89,9 @@ impl Remote {
             Command::Sockets(id, _, answer) => {
                 (Request::Sockets(id), Vec::new(), Some(Pending::Sockets(answer)))
             }
-            // Not from here: a process of its own tells nothing of payload.
-            Command::Capture(_, answer) => {
-                let _ = answer.send(());
-                return;
+            Command::Capture(session, answer) => {
+                // One that is started later is told then.
+                return self.capture(&mut state, &session, Some(Pending::Done(answer)));
             }
             Command::Stop => {
                 state.stopped = true;
@@ -118,6 +123,30 @@ impl Remote {
         drop(keep);
     }
 
+    /// Has the process capture what this session wants, unless it knows.
+    fn capture(&self, state: &mut State, session: &Arc<Session>, pending: Option<Pending>) {
+        state.captures.retain(|told| !told.is_over());
+        if state.running.is_none() || state.captures.iter().any(|told| Arc::ptr_eq(told, session)) {
+            return;
+        }
+        match super::capture::pipe(session, self.nsm) {
+            Ok(pipe) => {
+                state.captures.push(Arc::clone(session));
+                let request = Request::Capture(session.target.clone(), session.snap());
+                self.call(state, request, &[pipe.as_raw_fd()], pending);
+            }
+            Err(error) => log::error!("the process of a stack is not captured: {error}"),
+        }
+    }
+
+    /// A process that knows of no capture was started.
+    fn tell_of_captures(&self, state: &mut State, shared: &Shared) {
+        state.captures.clear();
+        for session in shared.captures.running() {
+            self.capture(state, &session, None);
+        }
+    }
+
     fn call(&self, state: &mut State, request: Request, fds: &[i32], pending: Option<Pending>) {
         let Some(running) = &state.running else { return };
         state.serial += 1;
@@ -139,11 +168,17 @@ impl Remote {
             drop(reader);
         }
         let (control, child) = spawn(shared.config.process_binary.clone(), nsm)?;
-        let start =
-            Start { nsm: nsm.clone(), spin_us: shared.config.spin_us, max_guests: shared.config.max_guests };
+        let tenants = shared.tenants.all().map(|tenant| (tenant.config().name, tenant.weight()));
+        let start = Start {
+            nsm: nsm.clone(),
+            spin_us: shared.config.spin_us,
+            max_guests: shared.config.max_guests,
+            tenants: tenants.filter(|(name, _)| name != OTHERS).collect(),
+        };
         send(control.as_raw_fd(), &start, &[]).map_err(|e| format!("its process does not listen: {e}"))?;
         let control = Arc::new(control);
         state.running = Some(Running { control: Arc::clone(&control) });
+        self.tell_of_captures(state, shared);
         let weak = Arc::downgrade(shared);
         let index = self.nsm;
         let reader = std::thread::Builder::new()
@@ -211,7 +246,9 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, mut child: Child
                 let name = &shared.config.nsms[index].name;
                 log::error!(nsm:% = name; "the process of stack {name} died ({how}) and is started again");
                 // Of what it was asked nobody knows how far it came.
-                lock(&remote.state).pending.clear();
+                let mut state = lock(&remote.state);
+                state.pending.clear();
+                remote.tell_of_captures(&mut state, &shared);
             }
         }
     }

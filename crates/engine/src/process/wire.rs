@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 
+use netkernel_capture::Target;
 use netkernel_shm::fds;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,8 @@ pub struct Start {
     pub nsm: NsmConfig,
     pub spin_us: u64,
     pub max_guests: usize,
+    /// Names and weights. Their limits are the engine's business, which lets no tenant in that has some.
+    pub tenants: Vec<(String, u32)>,
 }
 
 /// Engine to worker.
@@ -37,6 +40,8 @@ pub enum Request {
     Status,
     Usage,
     Sockets(u32),
+    /// With the end of a pipe to write to: pcapng of these guests, packets of at most so many bytes.
+    Capture(Target, usize),
     /// The engine ends.
     Stop,
 }
@@ -45,6 +50,7 @@ pub enum Request {
 pub struct NewGuest {
     pub id: u32,
     pub name: String,
+    pub tenant: String,
     pub pid: i32,
     pub uid: u32,
     pub privileged: bool,

@@ -7,7 +7,7 @@ use super::Form;
 use super::holder::ENDED;
 use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
 use crate::engine::Engine;
-use crate::{EngineConfig, NsmConfig};
+use crate::{EngineConfig, NsmConfig, TenantConfig};
 use netkernel_abi::Limits;
 use netkernel_agent::Processes;
 use netkernel_shm::Region;
@@ -35,6 +35,11 @@ pub fn run(control: &OwnedFd, start: &Start) -> i32 {
         switch_threads: 1,
         spin_us: start.spin_us,
         max_guests: usize::MAX,
+        tenants: start
+            .tenants
+            .iter()
+            .map(|(name, weight)| TenantConfig { weight: *weight, ..TenantConfig::new(name) })
+            .collect(),
         // Its threads' own descriptor tables would die with it.
         placeholders_in_main_table: Some(usize::MAX),
         ..EngineConfig::default()
@@ -91,6 +96,10 @@ fn serve(engine: &Engine, call: &Call, fds: Vec<OwnedFd>) -> Option<Answer> {
             engine.usage().into_iter().filter(|one| !one.over).map(|one| (one.guest, one.usage)).collect(),
         ),
         Request::Sockets(id) => Answer::Sockets(engine.sockets_without_holders(*id, &Processes::look())),
+        Request::Capture(target, snap) => Answer::Done(match fds.into_iter().next() {
+            Some(pipe) => engine.capture_into(target.clone(), *snap, pipe).map_err(text),
+            None => Err("this NSM has no descriptor left".into()),
+        }),
         Request::Stop => return None,
     })
 }
