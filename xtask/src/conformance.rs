@@ -1,7 +1,9 @@
 //! The socket test program: its native output is the expected output.
 
 use std::collections::BTreeMap;
-use std::process::Command;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -34,6 +36,7 @@ pub fn compare(cases: &[String]) -> Result<Tally> {
         ("direct", "cubic", &[EXPECTED]),
         ("relay", "cubic", &[EXPECTED_RELAY]),
         ("auto", "shm", &[EXPECTED, EXPECTED_SHM]),
+        ("auto", PROCESS, &[EXPECTED]),
     ];
     for (attach, stack, files) in runs {
         let mut expected = Cases::new();
@@ -79,23 +82,59 @@ fn attached(native: &Cases, expected: &Cases, cases: &[String], attach: &str, st
 
 /// Runs cases as a guest.
 fn serve(cases: &[String], attach: &str, stack: &str) -> Result<Vec<String>> {
+    let engine = if stack == PROCESS { Some(ProcessEngine::start()?) } else { None };
     let mut served = Command::new(artifact("netkernel"));
-    served
-        .args([
-            "run",
-            "--private",
-            "--attach",
-            attach,
-            "--stack",
-            stack,
-            "--name",
-            "socktest",
-            "--",
-            PROGRAM,
-            "run",
-        ])
-        .args(cases);
+    served.args(["run", "--attach", attach, "--name", "socktest"]);
+    match &engine {
+        Some(engine) => served.arg("--socket").arg(engine.socket()),
+        None => served.args(["--private", "--stack", stack]),
+    };
+    served.args(["--", PROGRAM, "run"]).args(cases);
     Ok(capture(served, 10 * MINUTE, false)?.1)
+}
+
+/// The stack of an engine whose code runs in a process of its own.
+const PROCESS: &str = "process";
+
+/// That engine, which ends with the value.
+struct ProcessEngine {
+    child: Child,
+    dir: PathBuf,
+}
+
+impl ProcessEngine {
+    fn start() -> Result<ProcessEngine> {
+        let dir = std::env::temp_dir().join(format!("netkernel-conformance-{}", std::process::id()));
+        std::fs::create_dir_all(&dir)?;
+        let config = dir.join("engine.toml");
+        let nsm = "[[nsm]]\nname = \"process\"\nform = \"process\"\ncongestion_control = \"cubic\"\n";
+        std::fs::write(&config, nsm)?;
+        let mut command = Command::new(artifact("netkernel"));
+        command.arg("up").arg("--config").arg(config).arg("--socket").arg(dir.join("engine.sock"));
+        let child = command.stdout(Stdio::null()).spawn().context("the engine does not start")?;
+        let engine = ProcessEngine { child, dir };
+        let until = Instant::now() + Duration::from_secs(20);
+        while !engine.socket().exists() {
+            if Instant::now() > until {
+                bail!("the engine is not ready after 20 s");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(engine)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.join("engine.sock")
+    }
+}
+
+impl Drop for ProcessEngine {
+    fn drop(&mut self) {
+        // Its processes end with it.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
 }
 
 type Cases = BTreeMap<String, String>;

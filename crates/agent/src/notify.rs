@@ -78,6 +78,10 @@ impl Listener {
         self.fd.as_raw_fd()
     }
 
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.fd.try_clone()
+    }
+
     /// From now on, the number of the call that was received last stands where another process can read it.
     pub fn share(&mut self) -> io::Result<OwnedFd> {
         let (word, fd) = Word::create()?;
@@ -109,8 +113,11 @@ impl Listener {
 
     /// Ends the calls that a process received that is dead, and never answered: they fail. Nobody knows their numbers, but
     /// the kernel counts them up (kernel/seccomp.c, `seccomp_next_notify_id`), says whether there are any, and refuses what
-    /// is none. `last`: the number of a call received late, perhaps the last one.
+    /// is none. `last`: the number of a call received late, perhaps the last one; 0: none was.
     pub fn settle(&self, last: u64, errno: i32) {
+        if last == 0 {
+            return;
+        }
         // One may have been received and not been noted.
         let mut id = last.wrapping_add(1);
         let mut unanswered = self.is_ready(libc::POLLOUT);

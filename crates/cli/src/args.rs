@@ -89,6 +89,9 @@ pub enum Command {
     Reload(ReloadArgs),
     /// Print what was used, and what it costs
     Usage(UsageArgs),
+    /// Exchange network stack modules under their guests
+    #[command(subcommand)]
+    Nsm(NsmCommand),
     /// End the engine; its guests' connections are reset
     Stop(StopArgs),
     /// Say what this host offers, and whether a program can be served
@@ -466,6 +469,24 @@ pub struct PrivateEngineArgs {
     /// Keep standard error for the log.
     #[arg(long)]
     pub log: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum NsmCommand {
+    /// Exchange the process of a stack (form = "process") for a new one; its guests' sockets go on
+    Restart(NsmRestartArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct NsmRestartArgs {
+    /// Socket of the engine
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The stack, by the name that `netkernel stacks` lists
+    pub name: String,
 }
 
 #[derive(Debug, Args)]

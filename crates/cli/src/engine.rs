@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow};
 use netkernel_control::{
     ApiError, Caller, CaptureInfo, EngineApi, ErrorCode, Grant, NewCapture, NewGuest, NsmInfo,
-    PROTOCOL_VERSION, Peer, SocketInfo, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
+    PROTOCOL_VERSION, Peer, Restarted, SocketInfo, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
 };
 use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec, Target};
 
@@ -162,6 +162,11 @@ impl EngineApi for Adapter {
 
     fn end_guest(&self, guest: u32) -> Result<(), ApiError> {
         self.engine.end_guest(guest).map_err(refusal)
+    }
+
+    fn restart_stack(&self, name: &str) -> Result<Restarted, ApiError> {
+        let pause = self.engine.restart_nsm(name).map_err(refusal)?;
+        Ok(Restarted { pause_us: pause.map(|pause| pause.as_micros() as u64) })
     }
 
     fn stop(&self) {

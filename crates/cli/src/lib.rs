@@ -103,6 +103,7 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         }
         Command::Man(args) => pages::man(&args).map(|()| 0),
         Command::PrivateEngine(args) => private::serve(&args),
+        Command::Nsm(command) => nsm::command(&command).map(|()| 0),
         Command::NsmProcess(args) => nsm::process(&args),
         Command::Heir(args) => nsm::heir(&args),
     }

@@ -2,8 +2,24 @@
 
 use anyhow::{Context as _, Result};
 
-use crate::args::{HeirArgs, NsmProcessArgs};
-use crate::sys;
+use crate::args::{HeirArgs, NsmCommand, NsmProcessArgs};
+use crate::{locate, sys};
+
+pub fn command(command: &NsmCommand) -> Result<()> {
+    match command {
+        NsmCommand::Restart(args) => {
+            let restarted = locate::require(args.socket.as_deref())?.restart_stack(&args.name)?;
+            match restarted.pause_us {
+                _ if args.json => println!("{}", serde_json::to_string(&restarted)?),
+                Some(pause) => {
+                    println!("{}: exchanged; its guests waited {:.1} ms", args.name, pause as f64 / 1000.0);
+                }
+                None => println!("{}: has no guests, and so no process yet", args.name),
+            }
+            Ok(())
+        }
+    }
+}
 
 /// The hidden subcommand that an engine starts them with.
 pub fn process(args: &NsmProcessArgs) -> Result<i32> {

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::Write as _;
 use std::process::{Child, Stdio};
 
 use common::{Engine, Place, until, wait};
@@ -10,7 +10,11 @@ use common::{Engine, Place, until, wait};
 const PROCESS: &str = "[[nsm]]\nname = \"kernel\"\nform = \"process\"\n";
 
 fn up(place: &Place) -> Engine {
-    let config = place.file("nk.toml", PROCESS);
+    up_with(place, PROCESS)
+}
+
+fn up_with(place: &Place, config: &str) -> Engine {
+    let config = place.file("nk.toml", config);
     place.up(&["--config", config.to_str().unwrap()])
 }
 
@@ -48,8 +52,22 @@ fn exists(pid: i32) -> bool {
 }
 
 fn kill(pid: i32) {
+    signal(pid, libc::SIGKILL);
+}
+
+fn signal(pid: i32, signal: i32) {
     // SAFETY: plain system call; the process is a descendant of this test's engine.
-    assert_eq!(unsafe { libc::kill(pid, libc::SIGKILL) }, 0);
+    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+}
+
+/// The worker after `worker`, which is about to end.
+fn after(holder: i32, worker: i32) -> i32 {
+    let mut next = None;
+    until("there is another worker", || {
+        next = children(holder).into_iter().find(|pid| *pid != worker);
+        next.is_some()
+    });
+    next.unwrap()
 }
 
 /// A guest that runs a line of Python for each line it is told, and answers with what `say` was given.
@@ -60,24 +78,24 @@ struct Python {
 
 impl Python {
     fn start(place: &Place) -> Python {
+        Python::start_with(place, &[])
+    }
+
+    fn start_with(place: &Place, arguments: &[&str]) -> Python {
         let loop_ = "import sys, socket, errno, select\n\
                      def say(*words): print(*words, flush=True)\n\
                      for line in sys.stdin:\n\
                      \x20   try: exec(line)\n\
                      \x20   except OSError as e: say(errno.errorcode.get(e.errno, e))\n";
         let mut child = place
-            .netkernel(&["run", "--", "python3", "-c", loop_])
+            .netkernel(&["run"])
+            .args(arguments)
+            .args(["--", "python3", "-c", loop_])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let (sender, out) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            for line in lines.map_while(Result::ok) {
-                let _ = sender.send(line);
-            }
-        });
+        let out = common::lines(child.stdout.take().unwrap());
         Python { child, out }
     }
 
@@ -132,6 +150,38 @@ fn guests_of_a_process_are_served_listed_and_ended() {
 }
 
 #[test]
+fn a_process_has_no_privileges_but_those_of_sockets() {
+    let place = Place::new("nsm-confined");
+    let engine = up(&place);
+    let mut guest = Python::start(&place);
+    assert_eq!(guest.run(CONNECTED), "1");
+    let (holder, worker) = processes(&engine);
+    for pid in [holder, worker] {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.trim_start_matches(':').trim().to_owned()
+        };
+        assert_eq!((field("NoNewPrivs").as_str(), field("Seccomp").as_str()), ("1", "2"));
+        // NET_BIND_SERVICE 10, NET_ADMIN 12, NET_RAW 13, SYS_PTRACE 19.
+        let allowed = 1u64 << 10 | 1 << 12 | 1 << 13 | 1 << 19;
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            let has = u64::from_str_radix(&field(set), 16).unwrap();
+            assert_eq!(has & !allowed, 0, "{set} of {pid}");
+        }
+        if common::is_root() {
+            assert_eq!(
+                u64::from_str_radix(&field("CapBnd"), 16).unwrap(),
+                allowed,
+                "nothing can be got back"
+            );
+        }
+    }
+    guest.ends();
+    engine.end();
+}
+
+#[test]
 fn a_process_ends_with_an_engine_that_is_killed() {
     let place = Place::new("nsm-orphan");
     let engine = up(&place);
@@ -175,20 +225,342 @@ fn a_holder_that_dies_takes_its_guests_along_and_the_next_ones_are_served() {
 }
 
 #[test]
-fn a_worker_that_dies_is_back_at_once() {
+fn what_a_guest_has_outlives_its_process() {
     let place = Place::new("nsm-worker");
     let engine = up(&place);
-    let line =
-        "l = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(l.getsockname()); say(1)";
-    let mut before = Python::start(&place);
-    assert_eq!(before.run(line), "1");
+    let mut guest = Python::start(&place);
+    let line = "l = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(l.getsockname()); a, _ = l.accept(); say(1)";
+    assert_eq!(guest.run(line), "1");
+    assert_eq!(guest.run("u = socket.socket(type=2); u.bind(('127.0.0.1', 0)); u.connect(u.getsockname()); say(u.send(b'1'))"), "1");
+    // Unread and, beyond what the kernel takes, unsent.
+    assert_eq!(
+        guest.run("c.setblocking(False); n = c.send(bytes(8 << 20)); c.setblocking(True); say(n > 10000)"),
+        "True"
+    );
+    assert_eq!(
+        guest.run("p = select.epoll(); p.register(u, 1); p.register(l, 1); say(len(p.poll(10)))"),
+        "1"
+    );
     let (holder, worker) = processes(&engine);
     kill(worker);
-    until("there is another", || children(holder).iter().any(|pid| *pid != worker));
-    let mut after = Python::start(&place);
-    assert_eq!(after.run(line), "1");
-    after.ends();
-    drop(before);
+    let next = after(holder, worker);
+    assert_eq!(guest.run("say(u.recv(9))"), "b'1'");
+    assert_eq!(guest.run("say(len(a.recv(n, socket.MSG_WAITALL)) == n)"), "True");
+    assert_eq!(
+        guest.run("d = socket.create_connection(l.getsockname()); say(p.poll(10)[0][0] == l.fileno())"),
+        "True"
+    );
+    assert_eq!(guest.run("b, _ = l.accept(); d.sendall(b'xyz'); say(b.recv(9))"), "b'xyz'");
+    // In order, and twice: by a name that is wrong, and by one that is not.
+    place.run(&["nsm", "restart", "nonsense"]).fails(125, &["no stack named 'nonsense'", "kernel"]);
+    let done = place.run(&["nsm", "restart", "kernel"]);
+    assert!(done.succeeds().out.starts_with("kernel: exchanged; its guests waited "), "{}", done.out);
+    assert!(!exists(next));
+    assert_eq!(guest.run("d.shutdown(1); say(b.recv(9))"), "b''");
+    assert_eq!(guest.run("c.close(); say(a.recv(1))"), "b''");
+    let sockets = place.run(&["sockets", "--json"]).json();
+    assert_eq!(sockets["sockets"].as_array().unwrap().len(), 5, "l a u d b: {sockets}");
+    guest.ends();
+    until("nothing of it is left", || {
+        place.run(&["ps", "--json"]).json()["engines"][0]["guests"].as_array().unwrap().is_empty()
+    });
     assert!(exists(holder));
+    engine.end();
+}
+
+/// A connection `c` to itself, `a` at the other end, and the listener `l`.
+const CONNECTED: &str = "l = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(l.getsockname()); a, _ = l.accept(); say(1)";
+
+#[test]
+fn a_worker_may_die_of_any_signal() {
+    let place = Place::new("nsm-signals");
+    let engine = up(&place);
+    let mut guest = Python::start(&place);
+    assert_eq!(guest.run(CONNECTED), "1");
+    let (holder, mut worker) = processes(&engine);
+    for deadly in [libc::SIGFPE, libc::SIGKILL, libc::SIGABRT] {
+        signal(worker, deadly);
+        worker = after(holder, worker);
+        assert_eq!(guest.run("c.sendall(b'x' * 5000); say(len(a.recv(5000, socket.MSG_WAITALL)))"), "5000");
+    }
+    // Again and again: it may be for what the guests have, which is given up.
+    for _ in 0..6 {
+        signal(worker, libc::SIGABRT);
+        worker = after(holder, worker);
+    }
+    assert_eq!(guest.run("say(c.recv(1))"), "ECONNRESET");
+    let mut next = Python::start(&place);
+    assert_eq!(next.run(CONNECTED), "1");
+    next.ends();
+    guest.ends();
+    engine.end();
+}
+
+#[test]
+fn a_guest_that_spoils_its_region_while_nobody_looks_takes_nobody_along() {
+    let place = Place::new("nsm-spoilt");
+    let engine = up(&place);
+    let (mut good, mut bad) = (Python::start(&place), Python::start(&place));
+    assert_eq!(good.run(CONNECTED), "1");
+    assert_eq!(bad.run(CONNECTED), "1");
+    // Its mapping: the library keeps the descriptor for itself.
+    let find = "at = [int(x.split('-')[0], 16) for x in open('/proc/self/maps') if 'memfd:netkernel' in x]; m = open('/proc/self/mem', 'r+b', 0); say(len(at))";
+    assert_eq!(bad.run(find), "1");
+    let (holder, mut worker) = processes(&engine);
+    for pattern in ["b'\\xff'", "b'\\x01\\0\\0\\0'", "bytes(range(256))"] {
+        signal(worker, libc::SIGSTOP);
+        // Entries of sockets and all rings.
+        assert_eq!(
+            bad.run(&format!(
+                "p = {pattern}; n = (32 << 20) // len(p); m.seek(at[0] + 4096); say(m.write(p * n) > 0)"
+            )),
+            "True"
+        );
+        kill(worker);
+        worker = after(holder, worker);
+        assert_eq!(good.run("c.sendall(b'x' * 5000); say(len(a.recv(5000, socket.MSG_WAITALL)))"), "5000");
+    }
+    drop(bad);
+    good.ends();
+    until("nothing is left", || {
+        place.run(&["ps", "--json"]).json()["engines"][0]["guests"].as_array().unwrap().is_empty()
+    });
+    engine.end();
+}
+
+#[test]
+fn urgent_data_ends_with_the_process_but_not_with_its_exchange() {
+    let place = Place::new("nsm-urgent");
+    let engine = up(&place);
+    let mut guest = Python::start(&place);
+    assert_eq!(guest.run(CONNECTED), "1");
+    assert_eq!(
+        guest.run("c.send(b'ab'); c.send(b'!', socket.MSG_OOB); c.send(b'cd'); p = select.poll(); p.register(a, select.POLLPRI); say(len(p.poll(10000)))"),
+        "1"
+    );
+    assert_eq!(guest.run("say(a.recv(1, socket.MSG_OOB))"), "b'!'");
+    let (holder, worker) = processes(&engine);
+    place.run(&["nsm", "restart", "kernel"]).succeeds();
+    assert_eq!(guest.run("say(a.recv(2, socket.MSG_WAITALL), a.recv(2, socket.MSG_WAITALL))"), "b'ab' b'cd'");
+    let worker = after(holder, worker);
+    kill(worker);
+    after(holder, worker);
+    // What was read and what not cannot be told, and no byte may be wrong.
+    assert_eq!(guest.run("say(a.recv(1))"), "ECONNRESET");
+    assert_eq!(guest.run(CONNECTED), "1");
+    guest.ends();
+    engine.end();
+}
+
+/// A native server that answers each connection with what comes first, and closes it.
+fn answers() -> u16 {
+    use std::io::Read as _;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || {
+                let mut bytes = [0; 100];
+                let n = stream.read(&mut bytes).unwrap_or(0);
+                let _ = stream.write_all(&bytes[..n]);
+            });
+        }
+    });
+    port
+}
+
+#[test]
+fn what_the_library_does_not_see_is_served_after_it_too() {
+    let place = Place::new("nsm-agent");
+    let engine = up(&place);
+    let mut guest = Python::start(&place);
+    assert_eq!(guest.run(&format!("import ctypes, subprocess; port = '{}'; say(1)", answers())), "1");
+    let bare = "fd = ctypes.CDLL(None).syscall(41, 2, 1, 0); say(fd >= 0)";
+    let fixed = "r = subprocess.run(['busybox', 'nc', '127.0.0.1', port], input=b'hello', capture_output=True); say(r.stdout, r.stderr)";
+    assert_eq!((guest.run(bare).as_str(), guest.run(fixed).as_str()), ("True", "b'hello' b''"));
+    // A direct socket is the program's, whatever becomes of who made it.
+    assert_eq!(guest.run("d = socket.socket(fileno=fd); d.connect(('127.0.0.1', int(port))); say(1)"), "1");
+    let (holder, mut worker) = processes(&engine);
+    for _ in 0..2 {
+        kill(worker);
+        worker = after(holder, worker);
+        assert_eq!((guest.run(bare).as_str(), guest.run(fixed).as_str()), ("True", "b'hello' b''"));
+    }
+    assert_eq!(guest.run("d.sendall(b'still'); d.shutdown(1); say(d.recv(9))"), "b'still'");
+    guest.ends();
+    engine.end();
+}
+
+#[test]
+fn sockets_of_stacks_that_live_in_the_process_end_with_it() {
+    let place = Place::new("nsm-shm");
+    let engine = up_with(&place, "[[nsm]]\nname = \"kernel\"\nform = \"process\"\nmemory = true\n");
+    let (mut server, mut client) = (Python::start(&place), Python::start(&place));
+    let port = server.run("l = socket.create_server(('127.0.0.1', 0)); say(l.getsockname()[1])");
+    assert_eq!(client.run(&format!("c = socket.create_connection(('127.0.0.1', {port})); say(1)")), "1");
+    assert_eq!(server.run("a, _ = l.accept(); say(1)"), "1");
+    assert_eq!(client.run("u = socket.socket(type=2); u.bind(('127.0.0.1', 0)); say(1)"), "1");
+    assert_eq!(server.run("a.sendall(b'hello'); say(1)"), "1");
+    assert_eq!(client.run("say(c.recv(5))"), "b'hello'");
+    let (holder, worker) = processes(&engine);
+    kill(worker);
+    after(holder, worker);
+    assert_eq!(client.run("say(c.recv(1))"), "ECONNRESET");
+    assert_eq!(server.run("say(a.recv(1))"), "ECONNRESET");
+    // Listeners and datagram sockets do not wait for ever.
+    assert_eq!(server.run("say(l.accept())"), "ENETDOWN");
+    assert_eq!(client.run("say(u.recv(1))"), "ECONNRESET");
+    for guest in [&mut server, &mut client] {
+        assert_eq!(guest.run(CONNECTED), "1", "new ones are served");
+    }
+    server.ends();
+    client.ends();
+    engine.end();
+}
+
+/// What the guests of the test below run: streams in both directions that are checked byte by byte, and short connections, which
+/// may be reset but must not hang or carry wrong bytes.
+const LOAD: &str = r#"
+import sys, socket, threading, random, hashlib
+port = int(sys.argv[1])
+stop = threading.Event()
+bad = []
+blocks = [0] * 6
+short = [0, 0]
+def check(ok, what):
+    if not ok: bad.append(what); stop.set()
+def read(c, n):
+    out = bytearray()
+    while len(out) < n:
+        d = c.recv(n - len(out))
+        if not d: raise EOFError
+        out += d
+    return bytes(out)
+def stream(i):
+    r = random.Random(i)
+    c = socket.create_connection(('127.0.0.1', port))
+    try:
+        while not stop.is_set():
+            data = r.randbytes(r.choice((1, 100, 5000, 70000, 400000)))
+            w = threading.Thread(target=c.sendall, args=(data,))
+            w.start()
+            back = read(c, len(data))
+            w.join()
+            check(back == data, f'stream {i} differs')
+            blocks[i] += 1
+        c.shutdown(socket.SHUT_WR)
+        check(c.recv(1) == b'', 'no end')
+    except (OSError, EOFError) as e:
+        check(False, f'stream {i}: {e!r} after {blocks[i]} blocks')
+def brief():
+    r = random.Random(99)
+    while not stop.is_set():
+        data = r.randbytes(3000)
+        try:
+            with socket.create_connection(('127.0.0.1', port)) as c:
+                c.settimeout(20)
+                c.sendall(data)
+                check(read(c, len(data)) == data, 'a short connection differs')
+                short[0] += 1
+        except TimeoutError:
+            check(False, 'a short connection hangs')
+        except (OSError, EOFError):
+            short[1] += 1
+l = socket.create_server(('127.0.0.1', 0))
+def serve(c):
+    try:
+        while d := c.recv(65536): c.sendall(d)
+    except OSError: pass
+    c.close()
+def accept():
+    while True:
+        try: c, _ = l.accept()
+        except OSError: return
+        threading.Thread(target=serve, args=(c,), daemon=True).start()
+threading.Thread(target=accept, daemon=True).start()
+threads = [threading.Thread(target=stream, args=(i,)) for i in range(6)] + [threading.Thread(target=brief)]
+for t in threads: t.start()
+print('port', l.getsockname()[1], flush=True)
+for line in sys.stdin:
+    print('blocks', min(blocks), bad, flush=True)
+stop.set()
+for t in threads: t.join()
+print('end', min(blocks), short, bad, flush=True)
+"#;
+
+/// An echo server outside of NetKernel.
+fn echo() -> u16 {
+    use std::io::Read as _;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || {
+                let (mut from, mut to) = (stream.try_clone().unwrap(), stream);
+                let mut buffer = vec![0; 65536];
+                while let Ok(n) = from.read(&mut buffer)
+                    && n > 0
+                    && to.write_all(&buffer[..n]).is_ok()
+                {}
+            });
+        }
+    });
+    port
+}
+
+/// Kills the worker again and again while a guest has connections of all kinds. `NETKERNEL_FAULTS_KILLS`: how often.
+#[test]
+fn streams_survive_the_death_of_their_process() {
+    use std::io::Read as _;
+    let kills = std::env::var("NETKERNEL_FAULTS_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
+    let place = Place::new("nsm-kill");
+    let engine = up(&place);
+    let mut command = place.netkernel(&["run", "--", "python3", "-c", LOAD, &echo().to_string()]);
+    let mut guest = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut tell = guest.stdin.take().unwrap();
+    let out = common::lines(guest.stdout.take().unwrap());
+    // Ends the guest with the test.
+    let guest = std::cell::RefCell::new(Engine::of(guest));
+    let said = |word: &str| {
+        let line = out.recv_timeout(common::WATCHDOG).unwrap_or_else(|e| panic!("no {word}: {e}"));
+        line.strip_prefix(word).unwrap_or_else(|| panic!("{line}, not {word}")).trim().to_owned()
+    };
+    let port: u16 = said("port").parse().unwrap();
+    // A connection from outside, through all of it.
+    let mut outside = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    outside.set_read_timeout(Some(common::WATCHDOG)).unwrap();
+    let (holder, mut worker) = processes(&engine);
+    let mut seed = u64::from(std::process::id());
+    for round in 0..kills {
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        // At a random moment of the load.
+        std::thread::sleep(std::time::Duration::from_micros(seed >> 33 & 0x7fff));
+        kill(worker);
+        until("the next worker is there", || {
+            children(holder).into_iter().find(|pid| *pid != worker && exists(*pid)).is_some_and(|pid| {
+                worker = pid;
+                true
+            })
+        });
+        let bytes: Vec<u8> = (0..4000).map(|i| (i * 7 + round) as u8).collect();
+        outside.write_all(&bytes).unwrap();
+        let mut back = vec![0; bytes.len()];
+        outside.read_exact(&mut back).unwrap();
+        assert_eq!(back, bytes, "round {round}");
+        if round % 10 == 9 {
+            writeln!(tell, "?").unwrap();
+            let status = said("blocks");
+            assert!(status.ends_with("[]"), "round {round}: {status}");
+        }
+    }
+    drop(tell);
+    let end = said("end");
+    assert!(end.ends_with("[]") && !end.starts_with("0 "), "{end}");
+    eprintln!("{kills} kills; fewest blocks of a stream, short connections served and reset: {end}");
+    drop(outside);
+    assert_eq!(guest.into_inner().wait().code(), Some(0));
+    until("nothing of the guest is left", || {
+        place.run(&["ps", "--json"]).json()["engines"][0]["guests"].as_array().unwrap().is_empty()
+    });
     engine.end();
 }

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    ApiError, Attached, CaptureInfo, ErrorCode, NsmInfo, SocketInfo, Status, TenantInfo, VersionInfo,
+    ApiError, Attached, CaptureInfo, ErrorCode, NsmInfo, Restarted, SocketInfo, Status, TenantInfo,
+    VersionInfo,
 };
 
 /// Version of the API: the first part of each path. Both sides must have the same one.
@@ -27,6 +28,10 @@ pub enum Request {
     Sockets(SocketQuery),
     EndGuest {
         guest: u32,
+    },
+    /// Exchanges the process of an NSM under its guests.
+    RestartNsm {
+        nsm: String,
     },
     /// Ends the engine.
     Stop,
@@ -338,6 +343,18 @@ pub(crate) const ROUTES: &[Route] = &[
     },
     Route {
         method: "POST",
+        path: "/v1/stacks/{stack}/restart",
+        name: "restart_stack",
+        summary: "Exchanges the process of a stack whose form is `process`; its guests' sockets go on",
+        role: Role::Provider,
+        body: None,
+        query: &[],
+        reply: Some(schema::<Restarted>),
+        reply_type: JSON,
+        decode: |parts| Ok(Request::RestartNsm { nsm: parts.parameter.to_owned() }),
+    },
+    Route {
+        method: "POST",
         path: "/v1/stop",
         name: "stop",
         summary: "Ends the engine",
@@ -518,6 +535,8 @@ pub(crate) fn encode(request: &Request) -> (&'static str, String, Option<Value>)
             ("GET", with_query("/v1/sockets", given), None)
         }
         Request::EndGuest { guest } => ("DELETE", format!("/v1/guests/{guest}"), None),
+        // Names of stacks are letters, digits and -_. only.
+        Request::RestartNsm { nsm } => ("POST", format!("/v1/stacks/{nsm}/restart"), None),
         Request::Stop => ("POST", "/v1/stop".into(), None),
         Request::Capture(capture) => ("POST", "/v1/captures".into(), Some(json!(capture))),
         Request::Tenants => ("GET", "/v1/tenants".into(), None),
@@ -590,6 +609,7 @@ mod tests {
                 port: Some(80),
             }),
             Request::EndGuest { guest: u32::MAX },
+            Request::RestartNsm { nsm: "bbr-2.x".into() },
             Request::Stop,
             Request::Capture(NewCapture { guest: Some(7), snap_bytes: Some(100), tenant: Some("a".into()) }),
             Request::Tenants,

@@ -15,8 +15,8 @@ use crate::peer::peer_of;
 use crate::tls;
 use crate::wire::{Timed, Wire};
 use crate::{
-    ApiError, Attached, CaptureInfo, GuestInfo, NewCapture, NewGuest, NsmInfo, Request, SocketInfo,
-    SocketQuery, Status, TenantChange, TenantInfo, Token, UsageQuery, VersionInfo, token_hex,
+    ApiError, Attached, CaptureInfo, GuestInfo, NewCapture, NewGuest, NsmInfo, Request, Restarted,
+    SocketInfo, SocketQuery, Status, TenantChange, TenantInfo, Token, UsageQuery, VersionInfo, token_hex,
 };
 
 /// Longest wait for the engine's answer.
@@ -153,6 +153,10 @@ impl Client {
 
     pub fn end_guest(&mut self, guest: u32) -> Result<(), ClientError> {
         self.ask::<serde_json::Value>(&Request::EndGuest { guest }).map(drop)
+    }
+
+    pub fn restart_stack(&mut self, name: &str) -> Result<Restarted, ClientError> {
+        self.ask(&Request::RestartNsm { nsm: name.into() }).map(|(value, _)| value)
     }
 
     pub fn stop(&mut self) -> Result<(), ClientError> {

@@ -40,8 +40,8 @@ pub use paths::{
 };
 pub use peer::{Peer, peer_of};
 pub use proto::{
-    ApiError, Attached, CaptureInfo, ErrorCode, GuestInfo, NsmInfo, SocketInfo, Status, TenantInfo,
-    VersionInfo, parse_token, token_hex,
+    ApiError, Attached, CaptureInfo, ErrorCode, GuestInfo, NsmInfo, Restarted, SocketInfo, Status,
+    TenantInfo, VersionInfo, parse_token, token_hex,
 };
 pub use server::{EngineApi, Grant, Server};
 pub use tls::{TlsError, TlsListener};

@@ -74,6 +74,13 @@ pub struct VersionInfo {
     pub uid: u32,
 }
 
+/// An exchanged process of a stack.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Restarted {
+    /// For how long nobody served its guests, in microseconds; none: there was no process.
+    pub pause_us: Option<u64>,
+}
+
 /// A guest; three descriptors come with it: region, channel, doorbell.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Attached {

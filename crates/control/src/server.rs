@@ -21,7 +21,7 @@ use crate::places::{Limits, Places};
 use crate::wire::{Timed, Wire};
 use crate::{
     ApiError, Attached, CaptureInfo, Endpoint, ErrorCode, GuestInfo, NewCapture, NewGuest, NsmInfo, Request,
-    SocketInfo, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo, parse_token, token_hex,
+    Restarted, SocketInfo, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo, parse_token, token_hex,
 };
 
 /// Connections at a time. Two of each tenant or user find a place however many others there are, up to 1,000 of them.
@@ -58,6 +58,10 @@ pub trait EngineApi: Send + Sync {
     /// Sockets of guests; those that ended in between have none.
     fn sockets(&self, guests: &[u32]) -> Result<Vec<SocketInfo>, ApiError>;
     fn end_guest(&self, guest: u32) -> Result<(), ApiError>;
+    /// Exchanges the process of a stack under its guests.
+    fn restart_stack(&self, _name: &str) -> Result<Restarted, ApiError> {
+        Err(ApiError::new(ErrorCode::BadRequest, "this engine has no stacks in processes of their own"))
+    }
     /// Asks the engine's process to end; returns at once.
     fn stop(&self);
     /// What the caller may see of the usage.
@@ -291,6 +295,7 @@ fn answer(
             api.end_guest(guest)?;
             done(&())
         }
+        Request::RestartNsm { nsm } => done(&api.restart_stack(&nsm)?),
         Request::Stop => done(&()),
         Request::Capture(capture) => {
             asker.peer.ok_or_else(no_descriptors)?;

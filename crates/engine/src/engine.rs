@@ -16,6 +16,7 @@ use crate::capture::Captures;
 use crate::direct::{self, Direct};
 use crate::heir::Heirs;
 use crate::process::Form;
+use crate::process::journal::{Left, Root};
 use crate::process::remote::Remote;
 use crate::process::wire;
 use crate::relay::RELAY_SLOT;
@@ -48,6 +49,8 @@ pub(crate) struct Shared {
     remotes: Vec<Option<Remote>>,
     /// Told of each guest that is over, with whether it broke the protocol.
     over_hook: Option<OverHook>,
+    /// In the process of an NSM: what the next one must find if this one dies.
+    pub root: Option<Arc<Root>>,
     stopping: AtomicBool,
     pub counters: SharedCounters,
     /// What guests that ended used, see [`Engine::usage`].
@@ -107,6 +110,10 @@ pub(crate) enum Command {
     Add(Box<NewGuest>, Sender<Result<(), EngineError>>),
     /// One more channel of a guest, the engine's end.
     Channel(u32, OwnedFd, Sender<Result<(), EngineError>>),
+    /// A guest that a process before this one had; true: that one ended between two turns.
+    Recover(Box<Left>, Arc<Tenant>, bool, Sender<Result<(), EngineError>>),
+    /// Do nothing any more, and leave everything as it is.
+    Freeze(Sender<()>),
     End(u32),
     Status(Sender<Vec<GuestStatus>>),
     Usage(Sender<Vec<(u32, Usage)>>),
@@ -144,12 +151,13 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Engine {
     /// Starts the switch threads.
     pub fn start(config: EngineConfig) -> Result<Arc<Engine>, EngineError> {
-        Engine::start_with(config, None)
+        Engine::start_with(config, None, None)
     }
 
     pub(crate) fn start_with(
         config: EngineConfig,
         over_hook: Option<OverHook>,
+        root: Option<Arc<Root>>,
     ) -> Result<Arc<Engine>, EngineError> {
         if config.nsms.is_empty() {
             return Err(EngineError::Config("no stack is configured: add at least one [[nsm]]".into()));
@@ -178,6 +186,7 @@ impl Engine {
             watches,
             remotes,
             over_hook,
+            root,
             config,
             started: Instant::now(),
             registry: Mutex::default(),
@@ -322,9 +331,7 @@ impl Engine {
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a new guest: {e}"));
         // SAFETY: the region owns its descriptor and lives during this statement.
         let region_fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(region.fd()) };
-        let tenants = &self.shared.tenants;
-        let named = tenants.all().find(|tenant| tenant.config().name == guest.tenant);
-        let tenant = named.map_or_else(|| tenants.others(), Arc::clone);
+        let tenant = self.named_tenant(&guest.tenant);
         let registered = Registered {
             token: random_token().map_err(resource)?,
             name: guest.name.clone(),
@@ -359,6 +366,58 @@ impl Engine {
             self.shared.forget(guest.id);
         }
         result
+    }
+
+    fn named_tenant(&self, name: &str) -> Arc<Tenant> {
+        let tenants = &self.shared.tenants;
+        let named = tenants.all().find(|tenant| tenant.config().name == name);
+        named.map_or_else(|| tenants.others(), Arc::clone)
+    }
+
+    /// Goes on with the guests that a process before this one had; says which. An error: one of them cannot be gone on with,
+    /// and this process is of no use: the others' descriptors are in nobody's hands.
+    pub(crate) fn recover(&self) -> Result<Vec<u32>, u32> {
+        let Some(root) = &self.shared.root else { return Ok(Vec::new()) };
+        let exact = root.was_stopped();
+        let mut alive = Vec::new();
+        let mut all = root.take().into_iter();
+        while let Some(left) = all.next() {
+            let id = left.guest.id;
+            if let Err(error) = self.recover_one(left, exact) {
+                log::error!("guest {id} is lost: {error}");
+                std::mem::forget(all);
+                return Err(id);
+            }
+            alive.push(id);
+        }
+        Ok(alive)
+    }
+
+    fn recover_one(&self, left: Left, exact: bool) -> Result<(), EngineError> {
+        let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
+        let tenant = self.named_tenant(&left.guest.tenant);
+        let registered = Registered {
+            // The supervisor's business: it lets no tenant in that has limits.
+            tenant: Arc::clone(&tenant),
+            token: random_token().map_err(resource)?,
+            name: left.guest.name.clone(),
+            nsm: 0,
+            pid: left.guest.pid,
+            uid: left.guest.uid,
+            created: Instant::now(),
+            worker: 0,
+            region: left.region.try_clone().map_err(resource)?,
+            doorbell: left.doorbell.try_clone().map_err(resource)?,
+            direct: None,
+            begun: true,
+        };
+        lock(&self.shared.registry).guests.insert(left.guest.id, registered);
+        self.ask(0, |answer| Command::Recover(Box::new(left), tenant, exact, answer))?
+    }
+
+    /// The switch thread of the process of an NSM stops where it is.
+    pub(crate) fn freeze(&self) {
+        let _ = self.ask(0, Command::Freeze);
     }
 
     /// One more channel of such a guest.
@@ -668,6 +727,23 @@ impl Engine {
     /// Who made the guest: its uid.
     pub fn guest_uid(&self, guest: u32) -> Option<u32> {
         lock(&self.shared.registry).guests.get(&guest).map(|guest| guest.uid)
+    }
+
+    /// Exchanges the process of an NSM for a new one, which goes on with the sockets of its guests. For how long nobody served
+    /// them; `None`: there was no process.
+    pub fn restart_nsm(&self, name: &str) -> Result<Option<Duration>, EngineError> {
+        let nsms = &self.shared.config.nsms;
+        let index =
+            nsms.iter().position(|nsm| nsm.name == name).ok_or_else(|| EngineError::UnknownStack {
+                name: name.into(),
+                known: nsms.iter().map(|nsm| nsm.name.clone()).collect(),
+            })?;
+        let remote = self.shared.remote(index).ok_or_else(|| {
+            let text =
+                format!("stack `{name}` has no process: give it form = \"process\" in the configuration");
+            EngineError::Config(text)
+        })?;
+        remote.restart()
     }
 
     /// Ends a guest: its sockets are closed, its processes see a dead network.

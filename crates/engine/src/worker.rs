@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicU32, AtomicU64, fence};
+use std::sync::atomic::{AtomicU32, compiler_fence, fence};
 
 use netkernel_abi::control::{Message, kind};
 use netkernel_agent::notify::Listener;
@@ -21,9 +21,9 @@ use netkernel_capture::{Session, Tap, Taps};
 use netkernel_ring::spin::{Polling, Spin};
 use netkernel_service::{
     Host, Limits, Member, Observed, RELAYED, Readiness, Ready, Service, Stack, Stages, Table, TcpSums,
-    Violation, now_ns,
+    Violation, now_ns, take_descriptor,
 };
-use netkernel_shm::{Region, fds};
+use netkernel_shm::{Region, Word, fds};
 use netkernel_stack_lent::Lender;
 
 use crate::EngineError;
@@ -34,6 +34,8 @@ use crate::engine::{Command, Shared};
 use crate::handed::{self, Handed};
 use crate::keeper::{Keeper, send_wakes};
 use crate::poller::{Poller, Source};
+use crate::process::journal::{AgentNote, GuestJournal, Left, note};
+use crate::process::wire;
 use crate::relay;
 use crate::sample::Sample;
 use crate::sockets::{self, LIST_BATCH};
@@ -107,7 +109,11 @@ struct Guest {
     last_active_ns: u64,
     stages: Stages,
     cpu: CpuClock,
+    /// What earlier processes told of, besides what the service counts.
+    carried: Usage,
     has_agent: bool,
+    /// Where there is a journal: the agent's listener, and where it notes its calls, for the next process.
+    agent_kept: Option<(OwnedFd, OwnedFd)>,
     /// What its agent did, once it has one.
     agent: Option<Arc<Counters>>,
     /// What its relay borrows the stack by.
@@ -116,8 +122,48 @@ struct Guest {
     handed: Handed,
     /// Captures of it that are under way.
     captures: Arc<AtomicU32>,
+    /// What the next process must find if this one dies.
+    journal: Option<GuestJournal>,
     /// All processes are gone; since when.
     over_since: Option<u64>,
+}
+
+impl Guest {
+    /// The doorbell of a queue set, or none any more.
+    fn set_bell(&mut self, q: u32, bell: Bell) -> Bell {
+        let fd = if let Bell::Some(fd) = &bell { Some(fd) } else { None };
+        note(self.journal.as_mut().map(|j| &mut j.bells), q as usize, fd);
+        match self.ends.doorbells.get_mut(q as usize) {
+            Some(place) => std::mem::replace(place, bell),
+            None => Bell::None,
+        }
+    }
+
+    fn set_channel(&mut self, number: usize, channel: Option<OwnedFd>) {
+        note(self.journal.as_mut().map(|j| &mut j.channels), number, channel.as_ref());
+        self.channels[number] = channel;
+    }
+
+    /// Keeps what the next process starts an agent with, or no more.
+    fn keep_agent(&mut self, arguments: [u32; 3], kept: Option<(OwnedFd, OwnedFd)>) {
+        let note = kept.as_ref().map_or_else(AgentNote::default, |(listener, last)| AgentNote {
+            listener: listener.as_raw_fd() + 1,
+            last: last.as_raw_fd() + 1,
+            arguments,
+        });
+        if let Some(journal) = &mut self.journal {
+            journal.agent[0] = note;
+            compiler_fence(SeqCst);
+        }
+        // Not before it is noted that there is none.
+        self.agent_kept = kept;
+    }
+
+    fn note_process(&mut self, number: usize, process: [u32; 2]) {
+        if let Some(place) = self.journal.as_mut().and_then(|journal| journal.processes.get_mut(number)) {
+            *place = process;
+        }
+    }
 }
 
 struct Process {
@@ -464,7 +510,7 @@ impl Worker {
             Ok(again) => {
                 if guest.service.has_released() {
                     for q in guest.service.take_released() {
-                        guest.ends.doorbells[q as usize] = Bell::None;
+                        guest.set_bell(q, Bell::None);
                     }
                 }
                 if again {
@@ -676,6 +722,7 @@ impl Worker {
         let Some(module) = &mut self.modules[guest.nsm] else { return };
         let mut result = Ok(());
         for id in std::mem::take(&mut guest.hangups) {
+            note(guest.journal.as_mut().map(|j| &mut j.ends), id as usize, None);
             if let Some(end) = guest.ends.placeholders.get_mut(id) {
                 match std::mem::take(end) {
                     End::None => continue,
@@ -845,6 +892,18 @@ impl Worker {
                 let result = self.add(*guest);
                 let _ = answer.send(result);
             }
+            Command::Recover(left, tenant, exact, answer) => {
+                let result = self.recover(*left, tenant, exact);
+                let _ = answer.send(result);
+            }
+            Command::Freeze(answer) => {
+                self.flush_hot();
+                let _ = answer.send(());
+                // What is to come is for the process after this one.
+                loop {
+                    std::thread::park();
+                }
+            }
             Command::Channel(id, channel, answer) => {
                 let result = self.add_channel(id, channel);
                 let _ = answer.send(result);
@@ -863,6 +922,12 @@ impl Worker {
             Command::Usage(answer) => {
                 self.count();
                 self.look_at_tcp();
+                for guest in self.guests.iter_mut().flatten() {
+                    let besides = besides(guest);
+                    if let Some(journal) = &mut guest.journal {
+                        journal.carried[0] = besides;
+                    }
+                }
                 let _ =
                     answer.send(self.guests.iter().flatten().map(|guest| (guest.id, usage(guest))).collect());
             }
@@ -931,18 +996,25 @@ impl Worker {
         Some(index as u32)
     }
 
-    fn add(&mut self, new: NewGuest) -> Result<(), EngineError> {
+    /// Makes the stack of a module when it is needed first.
+    fn module(&mut self, index: usize) -> Result<(), EngineError> {
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a new guest: {e}"));
-        if self.modules[new.nsm].is_none() {
-            let nsm = &self.shared.config.nsms[new.nsm];
+        if self.modules[index].is_none() {
+            let nsm = &self.shared.config.nsms[index];
             let unavailable = |reason| EngineError::StackUnavailable { name: nsm.name.clone(), reason };
             let stack = self.shared.config.kinds.make(nsm).map_err(unavailable)?;
             let wakes = stack.wake_fd().is_some();
             if let Some(fd) = stack.wake_fd() {
-                self.poller.add_readable(fd, Source::Stack(new.nsm as u32)).map_err(resource)?;
+                self.poller.add_readable(fd, Source::Stack(index as u32)).map_err(resource)?;
             }
-            self.modules[new.nsm] = Some(Module { stack, taps: None, guests: 0, wakes });
+            self.modules[index] = Some(Module { stack, taps: None, guests: 0, wakes });
         }
+        Ok(())
+    }
+
+    fn add(&mut self, new: NewGuest) -> Result<(), EngineError> {
+        let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a new guest: {e}"));
+        self.module(new.nsm)?;
         let slot = match self.guests.iter().position(Option::is_none) {
             Some(slot) => slot,
             None => {
@@ -975,8 +1047,27 @@ impl Worker {
             .map_err(resource)?;
         let mut doorbells = Vec::new();
         doorbells.resize_with(limits.queue_sets as usize, || Bell::None);
+        let numbers = (new.region.fd(), new.doorbell.as_raw_fd());
         let mut service = Service::new(new.region, slot as u32, new.privileged);
         service.set_limits(new.limits);
+        let mut journal = None;
+        if self.shared.root.is_some() {
+            let mut kept = GuestJournal::create(limits).map_err(resource)?;
+            service
+                .keep_in(&kept.memory)
+                .ok_or_else(|| resource(io::Error::other("its journal is too small")))?;
+            note(Some(&mut kept.channels), 0, Some(&new.channel));
+            journal = Some(kept);
+        }
+        if let (Some(root), Some(journal)) = (&self.shared.root, &journal) {
+            let (name, pid, uid) = self.shared.who(new.id);
+            let limits = (limits.region_bytes, limits.sockets, limits.queue_sets);
+            let privileged = new.privileged;
+            let guest = wire::NewGuest { id: new.id, name, tenant, pid, uid, privileged, limits };
+            if !root.add(&guest, numbers.0, numbers.1, journal) {
+                return Err(EngineError::Resource("the process of this stack has too many guests".into()));
+            }
+        }
         self.guests[slot] = Some(Box::new(Guest {
             id: new.id,
             nsm: new.nsm,
@@ -1001,17 +1092,139 @@ impl Worker {
             last_active_ns: self.now_ns,
             stages: Stages::default(),
             cpu: CpuClock::new(new.id),
+            carried: Usage::default(),
             has_agent: false,
+            agent_kept: None,
             agent: None,
             lender: None,
             handed: Handed::default(),
             captures,
+            journal,
             over_since: None,
         }));
         if let Some(module) = &mut self.modules[new.nsm] {
             module.guests += 1;
         }
         Ok(())
+    }
+
+    /// Goes on with a guest that a process before this one had.
+    fn recover(&mut self, left: Left, tenant: Arc<Tenant>, exact: bool) -> Result<(), EngineError> {
+        let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
+        let Left { guest, region, doorbell, journal } = left;
+        self.module(0)?;
+        let limits = netkernel_abi::Limits {
+            region_bytes: guest.limits.0,
+            sockets: guest.limits.1,
+            queue_sets: guest.limits.2,
+        };
+        let region = Region::open(region, limits).map_err(|e| EngineError::Resource(e.to_string()))?;
+        let slot = vacancy(&mut self.guests);
+        let Some(module) = &mut self.modules[0] else { return Err(EngineError::Stopped) };
+        // As in `add`: before its first socket.
+        module.stack.guest(slot as u32, guest.uid);
+        let captures = Arc::<AtomicU32>::default();
+        let member =
+            Member { tenant: tenant.number(), limits: Limits::default(), captures: Arc::clone(&captures) };
+        module.stack.member(slot as u32, member);
+        let held = |id: u32| journal.ends.get(id as usize).is_some_and(|end| *end != 0);
+        let service = Service::recover(
+            region,
+            slot as u32,
+            guest.privileged,
+            &journal.memory,
+            &mut *module.stack,
+            &held,
+            exact,
+        )
+        .map_err(|violation| EngineError::Resource(violation.0.into()))?;
+        module.guests += 1;
+        self.poller.add_doorbell(doorbell.as_raw_fd(), Source::Doorbell(slot as u32)).map_err(resource)?;
+        let mut channels = Vec::new();
+        for (number, fd) in journal.channels.iter().enumerate() {
+            if let Some(fd) = take_descriptor(*fd) {
+                let source = Source::Channel(slot as u32, number as u32);
+                self.poller.add_readable(fd.as_raw_fd(), source).map_err(resource)?;
+                channels.resize_with(number + 1, || None);
+                channels[number] = Some(fd);
+            }
+        }
+        let mut processes = Vec::new();
+        for (number, [tag, fd]) in journal.processes.iter().enumerate() {
+            if let Some(fd) = take_descriptor(*fd as i32) {
+                let source = Source::Process(slot as u32, number as u32);
+                self.poller.add_hangup(fd.as_raw_fd(), source).map_err(resource)?;
+                processes.resize_with(number + 1, || None);
+                processes[number] = Some(Process { tag: *tag, pair: fd });
+            }
+        }
+        let mut doorbells = Vec::new();
+        doorbells.extend(journal.bells.iter().map(|fd| take_descriptor(*fd).map_or(Bell::None, Bell::Some)));
+        let (mut placeholders, mut placeholder_count) = (Table::new(limits.sockets), 0);
+        for (id, fd) in journal.ends.iter().enumerate() {
+            let Some(fd) = take_descriptor(*fd) else { continue };
+            let source = Source::Placeholder(slot as u32, id as u32);
+            self.poller.add_hangup(fd.as_raw_fd(), source).map_err(resource)?;
+            if let Some(place) = placeholders.make(id as u32) {
+                *place = End::Here(fd);
+                placeholder_count += 1;
+            }
+        }
+        self.ends_here += placeholder_count;
+        self.guests[slot] = Some(Box::new(Guest {
+            id: guest.id,
+            nsm: 0,
+            service,
+            ends: Ends {
+                placeholders,
+                placeholder_count,
+                kept_wakes: Vec::new(),
+                watch: Arc::clone(&self.watch),
+                blocked: false,
+                doorbells,
+                rings: 0,
+                wakes: 0,
+            },
+            channels,
+            _doorbell: doorbell,
+            processes,
+            hangups: Vec::new(),
+            hot: false,
+            elements_first: false,
+            tenant,
+            last_active_ns: self.now_ns,
+            stages: Stages::default(),
+            cpu: CpuClock::new(guest.id),
+            carried: journal.carried[0],
+            has_agent: false,
+            agent_kept: None,
+            agent: None,
+            lender: None,
+            handed: Handed::default(),
+            captures,
+            journal: Some(journal),
+            over_since: None,
+        }));
+        self.recover_agent(slot as u32);
+        self.warm(slot as u32);
+        self.flush(slot as u32);
+        self.maybe_over(slot as u32);
+        Ok(())
+    }
+
+    /// Starts the agent again that a guest had. The calls that the one before had received fail.
+    fn recover_agent(&mut self, slot: u32) {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        let Some(note) = guest.journal.as_ref().map(|journal| journal.agent[0]) else { return };
+        let last = take_descriptor(note.last).and_then(|fd| Word::open(&fd).ok());
+        let Some(Ok(listener)) = take_descriptor(note.listener).map(Listener::new) else { return };
+        listener.settle(last.map_or(0, |last| last.load(Relaxed)), libc::ENETDOWN);
+        guest.keep_agent([0; 3], None);
+        let [a, b, c] = note.arguments;
+        let message = Message { kind: kind::AGENT, a, b, c, ..Message::default() };
+        if let Err(violation) = self.agent(slot, message, listener) {
+            self.violation(slot, violation);
+        }
     }
 
     fn add_channel(&mut self, id: u32, channel: OwnedFd) -> Result<(), EngineError> {
@@ -1027,7 +1240,7 @@ impl Worker {
         self.poller
             .add_readable(channel.as_raw_fd(), Source::Channel(slot, number as u32))
             .map_err(|e| EngineError::Resource(format!("no descriptors to attach with: {e}")))?;
-        guest.channels[number] = Some(channel);
+        guest.set_channel(number, Some(channel));
         Ok(())
     }
 
@@ -1099,7 +1312,7 @@ impl Worker {
             match fds::receive(channel.as_raw_fd(), &mut bytes, libc::MSG_DONTWAIT) {
                 // All processes that had this channel closed it.
                 Ok((0, _)) => {
-                    guest.channels[number as usize] = None;
+                    guest.set_channel(number as usize, None);
                     self.maybe_over(slot);
                     return;
                 }
@@ -1153,15 +1366,17 @@ impl Worker {
                 return Err(Violation("doorbell that is not an eventfd"));
             }
             guest.service.doorbell(message.a)?;
-            if let Some(bell) = guest.ends.doorbells.get_mut(message.a as usize)
-                && matches!(std::mem::replace(bell, Bell::Some(fd)), Bell::Owed)
-            {
+            if matches!(guest.set_bell(message.a, Bell::Some(fd)), Bell::Owed) {
                 guest.ends.ring(message.a);
             }
             return Ok(());
         }
         if message.kind == kind::AGENT {
-            return self.agent(slot, message, fd);
+            let listener = Listener::new(fd).map_err(|fd| {
+                bury(fd);
+                Violation("agent without a seccomp listener")
+            })?;
+            return self.agent(slot, message, listener);
         }
         // Nothing but a real Unix stream socket: other descriptors could block this thread.
         if !is_unix_stream(&fd) {
@@ -1199,6 +1414,7 @@ impl Worker {
                 }
                 let number = vacancy(&mut guest.processes);
                 if self.poller.add_hangup(fd.as_raw_fd(), Source::Process(slot, number as u32)).is_ok() {
+                    guest.note_process(number, [message.a, fd.as_raw_fd() as u32 + 1]);
                     guest.processes[number] = Some(Process { tag: message.a, pair: fd });
                 }
             }
@@ -1218,12 +1434,8 @@ impl Worker {
     }
 
     /// Starts the agent of a guest. It holds the guest as a process does.
-    fn agent(&mut self, slot: u32, message: Message, fd: OwnedFd) -> Result<(), Violation> {
+    fn agent(&mut self, slot: u32, message: Message, mut listener: Listener) -> Result<(), Violation> {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
-        let mut listener = Listener::new(fd).map_err(|fd| {
-            bury(fd);
-            Violation("agent without a seccomp listener")
-        })?;
         if guest.has_agent {
             return Err(Violation("second agent"));
         }
@@ -1238,6 +1450,11 @@ impl Worker {
         let behind_preload = message.b == 1;
         let binary = self.shared.config.process_binary.as_deref();
         self.shared.heirs.remember(binary, guest.id, &mut listener);
+        // In the process of an NSM, which has no heir but the next process.
+        let kept = match &self.shared.root {
+            Some(_) => listener.duplicate().and_then(|own| Ok((own, listener.share()?))).ok(),
+            None => None,
+        };
         let started = if message.c == 1 {
             relay::start(&self.shared, guest.id, slot, nsm, listener, settings, behind_preload)
         } else {
@@ -1256,6 +1473,7 @@ impl Worker {
         if self.poller.add_hangup(end.as_raw_fd(), Source::Process(slot, number as u32)).is_ok() {
             guest.processes[number] = Some(Process { tag: 0, pair: end });
             guest.has_agent = true;
+            guest.keep_agent([message.a, message.b, message.c], kept);
             // Without the bell the relay would wait for ever: its half is told with the other one's end.
             guest.lender =
                 lender.filter(|lender| self.poller.add_readable(lender.bell(), Source::Relay(slot)).is_ok());
@@ -1284,8 +1502,9 @@ impl Worker {
             // No memory or no descriptor for one more.
             (End::None, _) | (_, None) => guest.service.refuse(&mut *module.stack, id),
             (end, Some(place)) => {
-                if matches!(end, End::Here(_)) {
+                if let End::Here(fd) = &end {
                     self.ends_here += 1;
+                    note(guest.journal.as_mut().map(|j| &mut j.ends), id as usize, Some(fd));
                 }
                 match std::mem::replace(place, end) {
                     End::None => guest.ends.placeholder_count += 1,
@@ -1349,16 +1568,18 @@ impl Worker {
 
     fn process_over(&mut self, slot: u32, number: u32) {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        guest.note_process(number as usize, [0; 2]);
         let Some(process) = guest.processes.get_mut(number as usize).and_then(Option::take) else { return };
         if process.tag == 0 {
             self.shared.heirs.answer(guest.id);
+            guest.keep_agent([0; 3], None);
         }
         let Some(module) = &mut self.modules[guest.nsm] else { return };
         if let Err(violation) = guest.service.end_process(&mut *module.stack, process.tag) {
             return self.violation(slot, violation);
         }
         for q in guest.service.take_released() {
-            guest.ends.doorbells[q as usize] = Bell::None;
+            guest.set_bell(q, Bell::None);
         }
         self.warm(slot);
         self.maybe_over(slot);
@@ -1409,6 +1630,9 @@ impl Worker {
         self.hot.retain(|&hot| hot != slot);
         if guest.has_agent {
             self.shared.heirs.answer(guest.id);
+        }
+        if let Some(root) = &self.shared.root {
+            root.remove(guest.id);
         }
         if let Some(module) = &mut self.modules[guest.nsm] {
             if let Some(lender) = &mut guest.lender {
@@ -1472,21 +1696,31 @@ fn pids(processes: &[Option<Process>]) -> Vec<u32> {
 /// What went through the queues, and through the relay.
 fn usage(guest: &Guest) -> Usage {
     let stats = guest.service.stats();
-    let relayed = |count: fn(&Counters) -> &AtomicU64| {
-        guest.agent.as_ref().map_or(0, |counters| count(counters).load(Relaxed))
-    };
-    Usage {
-        bytes_in: stats.bytes_in + relayed(|counters| &counters.bytes_in),
-        bytes_out: stats.bytes_out + relayed(|counters| &counters.bytes_out),
+    let mut usage = Usage {
+        bytes_in: stats.bytes_in,
+        bytes_out: stats.bytes_out,
         operations: stats.operations,
-        connections: stats.connections + relayed(|counters| &counters.connections),
-        cpu_ns: guest.cpu.spent_ns() + guest.agent.as_ref().map_or(0, |counters| counters.cpu.ns()),
+        connections: stats.connections,
         // How long it lived is known to the registry.
         ..Usage::default()
     }
-    .with_tcp(&stats.tcp)
-    .with_tcp(&guest.lender.as_ref().map(Lender::tcp).unwrap_or_default())
-    .with_tcp(&guest.agent.as_ref().map(|counters| relayed_tcp(counters)).unwrap_or_default())
+    .with_tcp(&stats.tcp);
+    usage.add(&besides(guest));
+    usage
+}
+
+/// The part of it that the service does not count, and which processes before this one are not to be forgotten with.
+fn besides(guest: &Guest) -> Usage {
+    let mut usage = guest.carried;
+    if let Some(counters) = &guest.agent {
+        usage.bytes_in += counters.bytes_in.load(Relaxed);
+        usage.bytes_out += counters.bytes_out.load(Relaxed);
+        usage.connections += counters.connections.load(Relaxed);
+        usage.cpu_ns += counters.cpu.ns();
+        usage = usage.with_tcp(&relayed_tcp(counters));
+    }
+    usage.cpu_ns += guest.cpu.spent_ns();
+    usage.with_tcp(&guest.lender.as_ref().map(Lender::tcp).unwrap_or_default())
 }
 
 /// What the relay's own stack counted.

@@ -625,6 +625,10 @@ impl Sock {
                 return Err(libc::ENETDOWN);
             }
             let s = self.state();
+            if s & state::DEAD != 0 {
+                // With the process of its stack.
+                return Err(libc::ENETDOWN);
+            }
             if s & state::LISTENING == 0 {
                 return Err(libc::EINVAL);
             }
@@ -664,7 +668,7 @@ impl Sock {
             let timeout = self.entry.rcv_timeout_us.load(Ordering::Relaxed);
             self.wait_for(timeout, || {
                 self.rx_used() > 0
-                    || self.state() & (state::LISTENING | state::ACCEPTABLE) != state::LISTENING
+                    || self.state() & (state::LISTENING | state::ACCEPTABLE | state::DEAD) != state::LISTENING
             })?;
         }
     }

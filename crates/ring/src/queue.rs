@@ -183,6 +183,23 @@ impl<'a> Queue<'a> {
         self.head.load(Ordering::Relaxed)
     }
 
+    /// The element at a position, whoever may be writing it.
+    pub fn at(&self, position: u32) -> [u64; 4] {
+        read(self.slot(position))
+    }
+
+    /// A producer that died is back, with its own copy of its position.
+    pub fn publish(&self, tail: u32) {
+        // SYNC: slot-full
+        self.tail.store(tail, Ordering::Release);
+    }
+
+    /// A consumer that died is back, with its own copy of its position.
+    pub fn resume_head(&self, head: u32) {
+        // SYNC: slot-free
+        self.head.store(head, Ordering::Release);
+    }
+
     /// Empties the ring. Only while nobody pushes or pops.
     pub fn reset(&self) {
         self.head.store(0, Ordering::Relaxed);
@@ -200,6 +217,12 @@ pub struct Batch<'a> {
 }
 
 impl Batch<'_> {
+    /// Behind the element that was taken last.
+    #[inline]
+    pub fn position(&self) -> u32 {
+        self.at
+    }
+
     /// Gives the slots of what was taken back to the producer; the consumer's new position.
     #[inline]
     pub fn finish(self) -> u32 {

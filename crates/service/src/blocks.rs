@@ -13,6 +13,7 @@ const LARGEST: usize = CLASSES - 1;
 
 /// A block: its offset in the region in units of 4 KiB, and its class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
 pub struct Block {
     unit: u32,
     class: u8,
@@ -94,6 +95,44 @@ impl Blocks {
             free_bytes: bytes,
             total_bytes: bytes,
             failed_at: u64::MAX,
+        }
+    }
+
+    /// With these blocks in use. `None`: they overlap, or lie elsewhere.
+    pub fn resume(offset: u64, bytes: u64, mut used: Vec<Block>) -> Option<Blocks> {
+        let mut blocks = Blocks::new(offset, bytes);
+        used.retain(|block| !block.is_none());
+        used.sort_unstable_by_key(|block| block.unit);
+        let mut used = used.as_slice();
+        while !used.is_empty() {
+            if blocks.next >= blocks.end {
+                return None;
+            }
+            let unit = blocks.next;
+            blocks.next += MAX_BLOCK >> UNIT_SHIFT;
+            blocks.carve(unit, LARGEST, &mut used)?;
+        }
+        Some(blocks)
+    }
+
+    /// Frees of the block of `class` at `unit` what is not in use.
+    fn carve(&mut self, unit: u32, class: usize, used: &mut &[Block]) -> Option<()> {
+        let units = 1u32 << (2 * class);
+        match used.first() {
+            Some(first) if first.unit < unit => None,
+            Some(first) if first.unit == unit && first.class as usize == class => {
+                self.free_bytes -= first.size() as u64;
+                *used = &used[1..];
+                Some(())
+            }
+            Some(first) if first.unit < unit + units => {
+                let part = class.checked_sub(1)?;
+                (0..4).try_for_each(|i| self.carve(unit + i * (units / 4), part, used))
+            }
+            _ => {
+                self.free[class].units.push(unit);
+                Some(())
+            }
         }
     }
 
@@ -241,6 +280,29 @@ mod tests {
             assert!(blocks.take(LARGEST as u8).is_some());
         }
         assert!(blocks.take(0).is_none());
+    }
+
+    #[test]
+    fn what_is_free_can_be_told_from_what_is_used() {
+        let base = 64 << 20;
+        let mut blocks = Blocks::new(base, 8 << 20);
+        let mut held: Vec<Block> = (0..200).filter_map(|i| blocks.take((i * 7 % 5) as u8)).collect();
+        held.retain(|block| !(block.offset() / 4096).is_multiple_of(3));
+        let used: u64 = held.iter().map(|block| block.size() as u64).sum();
+        let mut resumed = Blocks::resume(base, 8 << 20, held.clone()).unwrap();
+        assert_eq!(resumed.used_bytes(), used);
+        while let Some(block) = resumed.take(0) {
+            for other in &held {
+                assert!(
+                    block.offset() + 4096 <= other.offset()
+                        || other.offset() + other.size() as u64 <= block.offset()
+                );
+            }
+            held.push(block);
+        }
+        assert_eq!(resumed.used_bytes(), 8 << 20, "all of it can be had");
+        assert!(Blocks::resume(base, 8 << 20, vec![held[0], held[0]]).is_none(), "twice the same");
+        assert!(Blocks::resume(base + (8 << 20), 8 << 20, held).is_none(), "elsewhere");
     }
 
     #[test]

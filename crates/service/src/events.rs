@@ -9,6 +9,7 @@ use netkernel_abi::socket::{WATCHERS, gflag};
 use netkernel_abi::{Nqe, Op, SocketEntry};
 use netkernel_shm::Region;
 
+use crate::journal::{Fixed, Plain};
 use crate::memory::futex_wake;
 use crate::service::{Host, Violation};
 
@@ -19,6 +20,7 @@ pub const URGENT_WAKE: u32 = u32::MAX;
 
 /// The engine's own positions in the rings of a queue set.
 #[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
 pub struct QueueState {
     pub job_head: u32,
     pub send_head: u32,
@@ -34,15 +36,19 @@ pub struct QueueState {
     pub nameless: u8,
 }
 
+// SAFETY: numbers and flags that only this code writes.
+#[allow(unsafe_code)]
+unsafe impl Plain for QueueState {}
+
 impl QueueState {
     pub fn used(&self) -> bool {
         self.doorbell || self.job_head | self.send_head | self.receive_tail != 0
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Events {
-    pub queues: Vec<QueueState>,
+    pub queues: Fixed<QueueState>,
     rang: Vec<u32>,
     completed: Vec<u32>,
     /// Sockets whose sleepers may have to wake, with the most that it helps to wake.
@@ -56,7 +62,52 @@ pub struct Events {
 
 impl Events {
     pub fn new(queue_sets: u32) -> Events {
-        Events { queues: vec![QueueState::default(); queue_sets as usize], ..Events::default() }
+        Events::with(Fixed::new(queue_sets as usize))
+    }
+
+    pub fn with(queues: Fixed<QueueState>) -> Events {
+        Events {
+            queues,
+            rang: Vec::new(),
+            completed: Vec::new(),
+            woken: Vec::new(),
+            urgent: Vec::new(),
+            raised: 0,
+            broadcast: false,
+        }
+    }
+
+    /// After a restart: positions are as they were left, but who was owed a wake-up is not known, so that all get one; those
+    /// who wait for events look at all their sockets.
+    pub fn resume(&mut self, region: &Region) {
+        self.broadcast = true;
+        for q in 0..self.queues.len() as u32 {
+            let state = &mut self.queues[q as usize];
+            (state.rang, state.completed) = (false, false);
+            if !state.used() && state.complete_tail == 0 {
+                continue;
+            }
+            let (Some(set), Some(complete), Some(receive)) =
+                (region.queue_set(q), region.complete(q), region.receive(q))
+            else {
+                continue;
+            };
+            for (ring, tail) in [(complete, &mut state.complete_tail), (receive, &mut state.receive_tail)] {
+                // The position is noted first, then published: what is noted holds, but for the slot's content, which may
+                // be old. An event too many is none; a completion is told apart by its position.
+                ring.publish(*tail);
+            }
+            set.overflow.store(1, SeqCst);
+            state.rang = true;
+            self.rang.push(q);
+            state.completed = true;
+            self.completed.push(q);
+        }
+    }
+
+    /// Position behind the last completion.
+    pub fn completed(&self, q: u32) -> u32 {
+        self.queues.get(q as usize).map_or(0, |state| state.complete_tail)
     }
 
     /// Tells everybody who cares that the readiness of `id` changed. `most`: how many sleepers it helps to wake.

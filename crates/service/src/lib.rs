@@ -13,6 +13,8 @@ mod address;
 mod blocks;
 mod events;
 #[allow(unsafe_code)]
+mod journal;
+#[allow(unsafe_code)]
 mod memory;
 mod namespace;
 mod observed;
@@ -27,15 +29,16 @@ mod turn;
 
 pub use address::SocketAddress;
 pub use events::{MAX_WAKE, URGENT_WAKE};
+pub use journal::{Fixed, Plain, take_descriptor};
 pub use memory::{GuestBytes, Segments, now_ns};
 pub use namespace::namespace_path;
 pub use observed::{Event, Held, Observed, Observer, Payload, Timer};
 pub use police::{Bucket, Limits, Police, Quota, UNLIMITED};
 pub use policed::Policed;
-pub use service::{Drained, Host, Service, SocketInfo, Stats, Violation};
+pub use service::{Drained, Host, Service, SocketInfo, Stats, Violation, journal_format};
 pub use stack::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, RELAYED, Readiness, Ready,
-    Received, ReceivedDatagram, SendFlags, Shutdown, Stack, TakeDatagram, key,
+    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, Progress, RELAYED, Readiness,
+    Ready, Received, ReceivedDatagram, SendFlags, Shutdown, Stack, TakeDatagram, key,
 };
 pub use stages::{Histogram, Stages};
 pub use table::Table;

@@ -4,7 +4,7 @@ use std::os::fd::{OwnedFd, RawFd};
 
 use crate::stages::Histogram;
 use crate::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, Ready, Received,
+    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, Progress, Ready, Received,
     ReceivedDatagram, Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram, now_ns,
 };
 
@@ -345,6 +345,24 @@ impl<S: Held, O: Observer> Stack for Observed<S, O> {
 
     fn tcp_counts(&mut self, handle: Handle) -> Option<crate::TcpCounts> {
         self.stack.get().tcp_counts(handle)
+    }
+
+    fn lasting(&self, handle: Handle) -> Option<RawFd> {
+        self.stack.see().lasting(handle)
+    }
+
+    fn adopt(&mut self, key: u64, fd: OwnedFd, tells: bool) -> Result<Handle, Errno> {
+        let handle = self.stack.get().adopt(key, fd, tells)?;
+        self.tell(handle, Event::Opened(key));
+        Ok(handle)
+    }
+
+    fn progress(&mut self, handle: Handle, connected: bool) -> Option<Progress> {
+        self.stack.get().progress(handle, connected)
+    }
+
+    fn connecting(&mut self, handle: Handle) -> bool {
+        self.stack.get().connecting(handle)
     }
 
     fn deadline_ns(&self) -> Option<u64> {

@@ -2,7 +2,7 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{
     Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst},
-    fence,
+    compiler_fence, fence,
 };
 
 use netkernel_abi::ancillary::{self, Fate, MAX_CONTROL};
@@ -13,8 +13,12 @@ use netkernel_abi::{Nqe, Op, SocketEntry};
 use netkernel_ring::bytes;
 use netkernel_shm::Region;
 
+mod recover;
+pub use recover::journal_format;
+
 use crate::blocks::{Block, Blocks, CLASSES};
 use crate::events::Events;
+use crate::journal::{One, Plain};
 use crate::memory::now_ns;
 use crate::memory::ring_segments;
 use crate::police::Limits;
@@ -87,6 +91,7 @@ pub struct SocketInfo {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u32)]
 enum Kind {
     #[default]
     Free,
@@ -135,11 +140,16 @@ mod bit {
     pub const COUNTED: u32 = 1 << 18;
     /// The guests move its payload themselves.
     pub const PAIRED: u32 = 1 << 19;
+    /// The connection was made by `connect`.
+    pub const ACTIVE: u32 = 1 << 20;
+    /// There was urgent data.
+    pub const URGENT_SEEN: u32 = 1 << 21;
 }
 use bit::*;
 
 /// What the engine knows of a socket; nothing of it stands in guest memory.
 #[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
 struct Sock {
     handle: Handle,
     /// As published.
@@ -167,15 +177,51 @@ struct Sock {
     peeked: u32,
     /// What was counted of its connection.
     tcp: Option<TcpCounts>,
+    /// The descriptor of the stack's socket + 1; [`FLEETING`]: it has none, and ends with the process.
+    fd: i32,
+    /// Positions at which the connection began.
+    tx_start: u32,
+    rx_start: u32,
+}
+
+/// In [`Sock::fd`]: a socket that no other process can take over.
+const FLEETING: i32 = -1;
+
+/// What [`Sock::fd`] is.
+fn lasting(stack: &dyn Stack, handle: Handle) -> i32 {
+    stack.lasting(handle).map_or(FLEETING, |fd| fd + 1)
 }
 
 impl Sock {
     /// Takes the bytes that were only peeked at out of the stack's socket. False: they are not there.
     fn take_peeked(&mut self, stack: &mut dyn Stack) -> bool {
-        let bytes = std::mem::take(&mut self.peeked);
-        bytes == 0 || stack.discard(self.handle, bytes as usize).is_ok()
+        let bytes = self.peeked;
+        let taken = bytes == 0 || stack.discard(self.handle, bytes as usize).is_ok();
+        // After it: who finds the journal knows by this that the stack may still have the bytes.
+        compiler_fence(SeqCst);
+        self.peeked = 0;
+        taken
     }
 }
+
+// SAFETY: numbers, and a kind that only this code writes.
+#[allow(unsafe_code)]
+unsafe impl Plain for Sock {}
+
+/// What was done so far.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct Totals {
+    bytes_in: u64,
+    bytes_out: u64,
+    operations: u64,
+    connections: u64,
+    tcp: TcpSums,
+}
+
+// SAFETY: plain numbers.
+#[allow(unsafe_code)]
+unsafe impl Plain for Totals {}
 
 /// First sizes of rings: class of 16 KiB for streams, of 4 KiB for listeners, of 256 KiB for datagrams.
 const STREAM_CLASS: u8 = 1;
@@ -250,12 +296,8 @@ struct Core {
     sweeps: u32,
     sweep_wanted: bool,
     suspects: bool,
-    bytes_in: u64,
-    bytes_out: u64,
-    operations: u64,
-    connections: u64,
+    totals: One<Totals>,
     counted: paired::Counted,
-    tcp: TcpSums,
     /// Where the next look at open connections begins.
     tcp_next: u32,
     /// How long the elements with a stamp stood in the guest's rings.
@@ -302,12 +344,8 @@ impl Service {
                 sweeps: 1,
                 sweep_wanted: false,
                 suspects: false,
-                bytes_in: 0,
-                bytes_out: 0,
-                operations: 0,
-                connections: 0,
+                totals: One::new(),
                 counted: paired::Counted::default(),
-                tcp: TcpSums::default(),
                 tcp_next: 0,
                 waited: Histogram::default(),
             },
@@ -602,14 +640,14 @@ impl Service {
 
     pub fn stats(&self) -> Stats {
         Stats {
-            bytes_in: self.core.bytes_in,
-            bytes_out: self.core.bytes_out,
-            operations: self.core.operations,
-            connections: self.core.connections,
+            bytes_in: self.core.totals.bytes_in,
+            bytes_out: self.core.totals.bytes_out,
+            operations: self.core.totals.operations,
+            connections: self.core.totals.connections,
             events: self.core.events.raised,
             sockets: self.core.sockets,
             ring_bytes: self.core.blocks.used_bytes(),
-            tcp: self.core.tcp,
+            tcp: self.core.totals.tcp,
         }
     }
 
@@ -730,9 +768,14 @@ impl Core {
         let generation = sock.generation;
         let kind = kind as i32 & 0xf;
         *sock = Sock { generation, domain: domain as u16, used_at: self.sweeps, ..Sock::default() };
+        // What stands in the journal is a socket only when it is complete.
+        compiler_fence(SeqCst);
         sock.kind = if kind == libc::SOCK_DGRAM { Kind::Datagram } else { Kind::Stream };
         match cx.stack.open(key(self.guest, id), domain as i32, kind, protocol as i32) {
-            Ok(handle) => sock.handle = handle,
+            Ok(handle) => {
+                sock.handle = handle;
+                sock.fd = lasting(cx.stack, handle);
+            }
             Err(errno) => sock.error = errno.0,
         }
         sock.state = state::OPEN | if sock.kind == Kind::Datagram { state::DATAGRAM } else { 0 };
@@ -789,7 +832,7 @@ impl Core {
                     return self.pair_ready(cx, id, readiness);
                 }
                 if readiness.has(Readiness::URGENT) {
-                    sock.bits |= URGENT | MARK;
+                    sock.bits |= URGENT | MARK | URGENT_SEEN;
                     self.events.urgent(id);
                 }
                 if readiness.has(Readiness::ERROR)
@@ -883,7 +926,7 @@ impl Core {
             return false;
         }
         if let Some(now) = stack.tcp_counts(sock.handle) {
-            self.tcp.note(&mut sock.tcp, now);
+            self.totals.tcp.note(&mut sock.tcp, now);
         }
         true
     }
@@ -1023,7 +1066,7 @@ impl Core {
                     sock.rx_tail = sock.rx_tail.wrapping_add(n);
                     sock.used_at = self.sweeps;
                     got += n;
-                    self.bytes_in += n as u64;
+                    self.totals.bytes_in += n as u64;
                     self.turn.charge(n);
                     self.limits.receive.take(n.into(), now);
                     if n == size - used {
@@ -1086,6 +1129,7 @@ impl Core {
     fn refuse(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
         self.look_at_tcp(cx.stack, id);
         let Some(sock) = self.socks.get_mut(id).filter(|sock| sock.kind != Kind::Free) else { return Ok(()) };
+        sock.fd = 0;
         let handle = std::mem::replace(&mut sock.handle, Handle::NONE);
         if handle != Handle::NONE {
             cx.stack.close(handle, Close::Abort);
@@ -1192,7 +1236,7 @@ impl Core {
                 Ok(n) => {
                     let n = (n as u32).min(len);
                     sock.tx_head = sock.tx_head.wrapping_add(n);
-                    self.bytes_out += n as u64;
+                    self.totals.bytes_out += n as u64;
                     self.turn.charge(n);
                     self.limits.send.take(n.into(), now);
                     // SYNC: tx-head - the stack has taken the bytes.
@@ -1380,7 +1424,7 @@ impl Core {
                     sock.tx_head = ends[k - 1];
                     let passed =
                         if k == n { payload } else { batch[..k].iter().map(|d| d.data.len() as u64).sum() };
-                    self.bytes_out += passed;
+                    self.totals.bytes_out += passed;
                     self.limits.send.take(passed, now);
                     self.turn.charge((passed as u32).saturating_add(k as u32 * DATAGRAM));
                     sent += k as u32;
@@ -1423,9 +1467,9 @@ impl Core {
                 return Ok(());
             }
             if sock.bits & SHUT_WR != 0 {
-                sock.bits &= !SHUT_WR;
                 let _ = cx.stack.shutdown(sock.handle, Shutdown::Write);
                 sock.state |= state::TX_END;
+                sock.bits &= !SHUT_WR;
                 entry.state.store(sock.state, Release);
                 let generation = sock.generation;
                 self.events.raise(region, entry, id, generation, OUT, u32::MAX)?;
@@ -1559,7 +1603,7 @@ impl Core {
                         }
                         sock.rx_tail = tail;
                         sock.used_at = self.sweeps;
-                        self.bytes_in += bytes as u64;
+                        self.totals.bytes_in += bytes as u64;
                         self.limits.receive.charge(bytes as u64);
                         self.turn.charge((bytes as u32).saturating_add(n as u32 * DATAGRAM));
                         // Told together with what follows at once, so that recvmmsg finds together what was sent so.
@@ -1598,7 +1642,7 @@ impl Core {
                     let small = len as usize <= SMALL_DATAGRAM;
                     sock.bits = if small { sock.bits | SMALL } else { sock.bits & !SMALL };
                     sock.used_at = self.sweeps;
-                    self.bytes_in += len as u64;
+                    self.totals.bytes_in += len as u64;
                     self.limits.receive.charge(len as u64);
                     self.turn.charge(len + DATAGRAM);
                     got += 1;
@@ -1799,25 +1843,26 @@ impl Core {
                 sock.bits |= COUNTED;
             }
             self.receive(cx, id)?;
-            let (generation, record) = {
+            let at = self.socks.get(listener).map_or(0, |sock| sock.rx_tail);
+            if let Some(sock) = self.socks.get_mut(id) {
+                sock.link = listener;
+                sock.bits |= inherited;
+                sock.record = at.wrapping_add(ACCEPT_RECORD);
+            }
+            let generation = {
                 let generation = self.socks.get_mut(id).map_or(0, |s| s.generation);
                 let Some(sock) = self.socks.get_mut(listener) else { break };
-                let at = sock.rx_tail;
-                sock.rx_tail = at.wrapping_add(ACCEPT_RECORD);
                 let mut record = [0u8; ACCEPT_RECORD as usize];
                 record[..4].copy_from_slice(&id.to_le_bytes());
                 record[4..].copy_from_slice(&generation.to_le_bytes());
                 ring_segments(region, sock.rx.offset(), size, sock.rx_base, at, ACCEPT_RECORD)
                     .copy_from(&record);
+                compiler_fence(SeqCst);
+                sock.rx_tail = at.wrapping_add(ACCEPT_RECORD);
                 // SYNC: rx-tail - the record and the new socket's entry.
                 entry.rx_tail.store(sock.rx_tail, Release);
-                (sock.generation, sock.rx_tail)
+                sock.generation
             };
-            if let Some(sock) = self.socks.get_mut(id) {
-                sock.link = listener;
-                sock.record = record;
-                sock.bits |= inherited;
-            }
             new += u32::from(ahead == Ahead::Usual);
             if new == 1 {
                 self.events.raise(region, entry, listener, generation, IN, 0)?;
@@ -1839,12 +1884,14 @@ impl Core {
             handle: accepted.handle,
             state: state::OPEN | state::CONNECTED | state::BOUND,
             bits: UNTAKEN | RX_READY,
-            kind: Kind::Stream,
+            fd: lasting(cx.stack, accepted.handle),
             domain,
             generation,
             used_at: self.sweeps,
             ..Sock::default()
         };
+        compiler_fence(SeqCst);
+        sock.kind = Kind::Stream;
         clear_guest_lines(entry);
         entry.kind.store((domain as u32) << 16, Relaxed);
         entry.generation.store(generation, Relaxed);
@@ -1855,7 +1902,7 @@ impl Core {
         let paired = paired::begin(cx.stack, entry, sock);
         entry.state.store(sock.state, Release);
         self.sockets += 1;
-        self.connections += 1;
+        self.totals.connections += 1;
         if self.blocks.plenty() && !paired {
             self.ensure_tx(cx, id, STREAM_CLASS);
         }
@@ -1871,7 +1918,7 @@ impl Core {
                 sock.state = (sock.state & !state::CONNECTING) | state::CONNECTED | state::BOUND;
                 sock.bits &= !TX_BLOCKED;
                 sock.bits |= RX_READY;
-                self.connections += 1;
+                self.totals.connections += 1;
                 let paired = paired::begin(cx.stack, entry, sock);
                 if !paired {
                     self.ensure_tx(cx, id, STREAM_CLASS);
@@ -2043,6 +2090,9 @@ impl Core {
         if sock.kind == Kind::Free {
             return;
         }
+        // The number may be another descriptor's as soon as it is closed.
+        sock.fd = 0;
+        compiler_fence(SeqCst);
         if sock.handle != Handle::NONE {
             if how == Close::Graceful {
                 // It was read: the peer is told of the end, and not of a reset.
@@ -2165,15 +2215,25 @@ impl Core {
             let Ok(mut batch) = ring.batch(head, QUEUE_BATCH) else {
                 return Err(Violation(if is_job { "job ring positions" } else { "send ring positions" }));
             };
-            for words in batch.by_ref() {
+            while let Some(words) = batch.next() {
                 *taken += 1;
-                self.operations += 1;
+                self.totals.operations += 1;
                 self.turn.charge(if is_job { JOB } else { ELEMENT });
                 let nqe = Nqe::from_words(words);
                 if nqe.stamp != 0 {
                     self.waited.record(since(nqe.stamp));
                 }
+                // Of a job that somebody waits for, the journal says that it was taken, and its answer that it was done.
+                // Others are noted when they were done: each may be done twice.
+                let noted = is_job && nqe.flags & flag::SYNC != 0;
+                if noted {
+                    self.events.queues[q as usize].job_head = batch.position();
+                    compiler_fence(SeqCst);
+                }
                 self.element(cx, q, nqe, false)?;
+                if is_job && !noted && self.held.is_none() {
+                    self.events.queues[q as usize].job_head = batch.position();
+                }
                 if self.held.is_some() || self.turn.is_over() {
                     break;
                 }
@@ -2346,6 +2406,10 @@ impl Core {
                 }
                 cx.region.read_argument(q, &mut argument[..size]);
                 let address = SocketAddress::from_bytes(&argument[..size]);
+                if sock.kind == Kind::Stream {
+                    sock.bits |= ACTIVE;
+                    (sock.tx_start, sock.rx_start) = (sock.tx_head, sock.rx_tail);
+                }
                 let mut result = cx.stack.connect(handle, &address);
                 if sock.state & state::CONNECT_FAILED != 0 && matches!(result, Err(Errno(libc::ECONNABORTED)))
                 {

@@ -193,6 +193,17 @@ pub struct Member {
     pub captures: std::sync::Arc<std::sync::atomic::AtomicU32>,
 }
 
+/// How far a connection came, for [`Stack::progress`]. Counts of payload bytes since it began, modulo 2^32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Taken by [`Stack::send`]. `None`: nothing can be sent any more.
+    pub sent: Option<u32>,
+    /// Given by [`Stack::recv`].
+    pub received: u32,
+    /// `received` may be one too many.
+    pub or_one_less: bool,
+}
+
 /// A network stack, as a module sees it: sockets that never block.
 ///
 /// One value belongs to one switch thread and is only called by it. It serves the sockets of many guests.
@@ -363,6 +374,28 @@ pub trait Stack: Send {
     /// `None`: it knows nothing.
     fn tcp_counts(&mut self, _handle: Handle) -> Option<crate::TcpCounts> {
         None
+    }
+
+    /// The descriptor that a socket is. A stack that has some can live on after the death of its process, which leaves them open:
+    /// a new instance gets them by [`adopt`](Stack::adopt). `None`: its sockets end with the process.
+    fn lasting(&self, _handle: Handle) -> Option<RawFd> {
+        None
+    }
+
+    /// Takes over a socket of an instance that is no more. `tells`: it is a datagram socket, listens, or is or becomes connected,
+    /// and its readiness must be reported; all of it counts as not reported yet.
+    fn adopt(&mut self, _key: u64, _fd: OwnedFd, _tells: bool) -> Result<Handle, Errno> {
+        Err(Errno(libc::EOPNOTSUPP))
+    }
+
+    /// How far an adopted connection came. `connected`: it was made by `connect`. `None`: it cannot be known.
+    fn progress(&mut self, _handle: Handle, _connected: bool) -> Option<Progress> {
+        None
+    }
+
+    /// True when a connect was begun, or has succeeded, on an adopted stream socket. Reports of its readiness begin.
+    fn connecting(&mut self, _handle: Handle) -> bool {
+        false
     }
 
     /// When `poll` must be called at the latest, in nanoseconds of CLOCK_MONOTONIC; for stacks with timers of their own.

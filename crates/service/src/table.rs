@@ -1,9 +1,56 @@
+use std::sync::Arc;
+
+use netkernel_shm::Journal;
+
+use crate::journal::{Fixed, Plain};
+
 const CHUNK: usize = 256;
 
 /// A sparse table indexed by socket id: chunks appear when an id in them is first used. No hashing, no moving.
 #[derive(Debug)]
 pub struct Table<T> {
-    chunks: Vec<Option<Box<[T]>>>,
+    chunks: Vec<Option<Fixed<T>>>,
+    kept: Option<Kept<T>>,
+}
+
+/// As [`Fixed::kept`].
+type Make<T> = fn(&Arc<Journal>, usize, usize, bool) -> Option<Fixed<T>>;
+
+/// Where chunks are made when they stand in a journal.
+struct Kept<T> {
+    journal: Arc<Journal>,
+    offset: usize,
+    /// Of each chunk: 1 when it was made.
+    made: Fixed<u8>,
+    make: Make<T>,
+}
+
+impl<T> std::fmt::Debug for Kept<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("kept")
+    }
+}
+
+impl<T: Plain> Table<T> {
+    /// Bytes that a table for ids below `ids` takes in a journal.
+    pub fn kept_bytes(ids: u32) -> usize {
+        let chunks = (ids as usize).div_ceil(CHUNK);
+        chunks.next_multiple_of(64) + chunks * CHUNK * size_of::<T>()
+    }
+
+    /// One that stands at `offset`, a multiple of 64, with what was left there.
+    pub fn kept(ids: u32, journal: &Arc<Journal>, offset: usize) -> Option<Table<T>> {
+        let count = (ids as usize).div_ceil(CHUNK);
+        let made = Fixed::<u8>::kept(journal, offset, count, false)?;
+        let offset = offset + count.next_multiple_of(64);
+        let mut chunks = Vec::new();
+        for (i, made) in made.iter().enumerate() {
+            let at = offset + i * CHUNK * size_of::<T>();
+            chunks.push(if *made == 1 { Some(Fixed::kept(journal, at, CHUNK, false)?) } else { None });
+        }
+        let journal = Arc::clone(journal);
+        Some(Table { chunks, kept: Some(Kept { journal, offset, made, make: Fixed::kept }) })
+    }
 }
 
 impl<T: Default> Table<T> {
@@ -11,7 +58,7 @@ impl<T: Default> Table<T> {
     pub fn new(ids: u32) -> Table<T> {
         let mut chunks = Vec::new();
         chunks.resize_with((ids as usize).div_ceil(CHUNK), || None);
-        Table { chunks }
+        Table { chunks, kept: None }
     }
 
     /// The value of `id`, if its chunk exists.
@@ -27,9 +74,20 @@ impl<T: Default> Table<T> {
 
     /// The value of `id`, made when there is none yet. `None`: out of the table.
     pub fn make(&mut self, id: u32) -> Option<&mut T> {
-        let chunk = self.chunks.get_mut(id as usize / CHUNK)?;
-        let chunk = chunk.get_or_insert_with(|| (0..CHUNK).map(|_| T::default()).collect());
-        Some(&mut chunk[id as usize % CHUNK])
+        let index = id as usize / CHUNK;
+        let chunk = self.chunks.get_mut(index)?;
+        if chunk.is_none() {
+            *chunk = Some(match &mut self.kept {
+                None => Fixed::new(CHUNK),
+                Some(kept) => {
+                    let at = kept.offset + index * CHUNK * size_of::<T>();
+                    let new = (kept.make)(&kept.journal, at, CHUNK, true)?;
+                    kept.made[index] = 1;
+                    new
+                }
+            });
+        }
+        chunk.as_mut().map(|chunk| &mut chunk[id as usize % CHUNK])
     }
 
     /// All values whose chunks exist, with their ids.

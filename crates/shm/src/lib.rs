@@ -6,11 +6,13 @@
 
 mod bytes;
 pub mod fds;
+mod journal;
 mod pair;
 mod region;
 mod word;
 
 pub use bytes::Bytes;
+pub use journal::Journal;
 pub use pair::{PairMemory, PairView};
 pub use region::{HugePages, Region, RegionError};
 pub use word::Word;

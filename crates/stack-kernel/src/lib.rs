@@ -7,6 +7,7 @@
 mod direct;
 mod host;
 mod options;
+mod recover;
 mod stack;
 
 pub use direct::DirectSockets;

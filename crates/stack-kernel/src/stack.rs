@@ -2,13 +2,13 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use netkernel_service::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Peeked, Readiness, Ready, Received, ReceivedDatagram,
-    Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram, TcpCounts,
+    Accepted, Close, Connect, Datagram, Errno, Handle, Peeked, Progress, Readiness, Ready, Received,
+    ReceivedDatagram, Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram, TcpCounts,
 };
 
 use crate::host::{self, Namespace};
 use crate::options::{Rule, rule};
-use crate::{KernelConfig, Policy};
+use crate::{KernelConfig, Policy, recover};
 
 /// Events of one `epoll_wait`.
 const BATCH: usize = 256;
@@ -655,6 +655,35 @@ impl Stack for KernelStack {
     fn wake_fd(&self) -> Option<RawFd> {
         Some(self.epoll.as_raw_fd())
     }
+
+    fn lasting(&self, handle: Handle) -> Option<RawFd> {
+        self.fd(handle).ok()
+    }
+
+    fn adopt(&mut self, key: u64, fd: OwnedFd, tells: bool) -> Result<Handle, Errno> {
+        let tcp = recover::is_inet(fd.as_raw_fd())?;
+        if tcp && let Some(name) = &self.config.congestion_control {
+            // Refused to a socket that is over; the one that it has is as good then.
+            let _ = host::set_congestion(&fd, name);
+        }
+        let _ = host::mark_and_pace(&fd, &self.config);
+        let handle = self.insert(fd, key);
+        // What ended before is not reported again; reading on until nothing comes costs one call more.
+        self.sockets[handle.0 as usize].ended = true;
+        if tells {
+            self.register(handle)?;
+        }
+        Ok(handle)
+    }
+
+    fn progress(&mut self, handle: Handle, connected: bool) -> Option<Progress> {
+        recover::progress(self.fd(handle).ok()?, connected)
+    }
+
+    fn connecting(&mut self, handle: Handle) -> bool {
+        let begun = self.fd(handle).is_ok_and(recover::connecting);
+        begun && self.register(handle).is_ok()
+    }
 }
 
 /// Leaves a sixteenth of the table, at most 256 descriptors, for everything but sockets.
@@ -702,14 +731,14 @@ fn header(iovecs: &[libc::iovec; 2], n: usize) -> libc::msghdr {
     message
 }
 
-fn option(fd: RawFd, level: i32, name: i32, out: &mut [u8]) -> Result<usize, Errno> {
+pub(crate) fn option(fd: RawFd, level: i32, name: i32, out: &mut [u8]) -> Result<usize, Errno> {
     let mut len = out.len() as libc::socklen_t;
     // SAFETY: out is valid for writes of len bytes.
     check(unsafe { libc::getsockopt(fd, level, name, out.as_mut_ptr().cast(), &mut len) })?;
     Ok((len as usize).min(out.len()))
 }
 
-fn ioctl_int(fd: RawFd, request: u64) -> Result<i32, Errno> {
+pub(crate) fn ioctl_int(fd: RawFd, request: u64) -> Result<i32, Errno> {
     let mut value = 0i32;
     // SAFETY: all requests that come here write one int.
     check(unsafe { libc::ioctl(fd, request as _, &raw mut value) })?;

@@ -5,18 +5,25 @@
 
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::confine::confine;
+use super::journal::Root;
 use super::wire::{Reader, Report, Start, send};
 use super::worker;
 
-/// Exit codes of a worker: the engine is gone or said stop.
+/// Exit codes of a worker: the engine is gone or said stop; another one is to go on.
 pub const ENDED: i32 = 40;
+pub const AGAIN: i32 = 42;
 
 /// So many deaths within [`WINDOW`] are a loop: from then on each start is delayed.
 const MANY: usize = 8;
 const WINDOW: Duration = Duration::from_secs(10);
 const DELAY: Duration = Duration::from_millis(500);
+/// The same of deaths by SIGKILL, which are no fault of the worker's or its guests'.
+const MANY_KILLS: usize = 50;
+const DELAY_OF_KILLED: Duration = Duration::from_millis(20);
 
 /// Runs an NSM whose engine holds the other end of `control`; returns the exit code of the process. The caller is the only
 /// thread.
@@ -31,13 +38,14 @@ pub fn main(control: OwnedFd) -> i32 {
 }
 
 fn hold(control: &OwnedFd) -> io::Result<()> {
-    restrict()?;
     let Some((start, _)) = Reader::default().receive::<Start>(control)? else { return Ok(()) };
-    let mut deaths: Vec<Instant> = Vec::new();
+    confine(&start.nsm)?;
+    let root = Arc::new(Root::create(start.max_guests)?);
+    let (mut deaths, mut kills): (Vec<Instant>, Vec<Instant>) = Default::default();
     loop {
         let pid = clone_worker()?;
         if pid == 0 {
-            let code = worker::run(control, &start);
+            let code = worker::run(control, &start, &root);
             // SAFETY: ends the process at once; nothing of the holder's, whose memory this is a copy of, is to be run.
             unsafe { libc::_exit(code) }
         }
@@ -45,20 +53,29 @@ fn hold(control: &OwnedFd) -> io::Result<()> {
         if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == ENDED {
             return Ok(());
         }
+        if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == AGAIN {
+            continue;
+        }
+        let killed = libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL;
         let how = if libc::WIFSIGNALED(status) {
             format!("signal {}", libc::WTERMSIG(status))
         } else {
             format!("exit code {}", libc::WEXITSTATUS(status))
         };
-        worker::collect_garbage(control);
         if send(control.as_raw_fd(), &Report::Died(how), &[]).is_err() {
             return Ok(());
         }
         let now = Instant::now();
-        deaths.retain(|death| now.duration_since(*death) < WINDOW);
-        deaths.push(now);
-        if deaths.len() >= MANY {
+        let list = if killed { &mut kills } else { &mut deaths };
+        list.push(now);
+        list.retain(|death| now.duration_since(*death) < WINDOW);
+        if !killed && list.len() >= MANY {
+            log::error!("stack {}: its process dies again and again; its guests are reset", start.nsm.name);
+            root.doom_all();
             std::thread::sleep(DELAY);
+        } else if killed && list.len() >= MANY_KILLS {
+            // Who kills it has reasons that are not its guests', but it may be for want of memory.
+            std::thread::sleep(DELAY_OF_KILLED);
         }
     }
 }
@@ -84,13 +101,4 @@ fn wait(pid: i32) -> io::Result<i32> {
             return Err(error);
         }
     }
-}
-
-/// No new privileges, whatever is executed.
-fn restrict() -> io::Result<()> {
-    // SAFETY: plain system call.
-    if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }

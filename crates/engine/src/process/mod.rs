@@ -11,7 +11,9 @@
 //! both: nothing is registered, duplicated or counted, and a worker that is killed leaves every descriptor open.
 
 mod capture;
+mod confine;
 pub(crate) mod holder;
+pub(crate) mod journal;
 pub(crate) mod remote;
 pub(crate) mod wire;
 pub(crate) mod worker;

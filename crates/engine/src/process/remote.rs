@@ -5,9 +5,10 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command as Process, Stdio};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use netkernel_capture::Session;
 use netkernel_shm::fds;
@@ -33,11 +34,19 @@ struct State {
     stopped: bool,
     /// What its worker was told to capture.
     captures: Vec<Arc<Session>>,
+    /// Who waits for the next worker to serve.
+    restarting: Vec<Sender<()>>,
 }
 
 struct Running {
     control: Arc<OwnedFd>,
+    holder: u32,
+    /// 0: none said yet that it serves.
+    worker: u32,
 }
+
+/// How long the process may take to end, and a worker to stop between two turns.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Who waits for an answer. Dropped: it gets none.
 enum Pending {
@@ -85,6 +94,7 @@ impl Remote {
             Command::End(id) => (Request::End(id), Vec::new(), None),
             Command::Status(answer) => (Request::Status, Vec::new(), Some(Pending::Status(answer))),
             Command::Usage(answer) => (Request::Usage, Vec::new(), Some(Pending::Usage(answer))),
+            Command::Recover(..) | Command::Freeze(_) => return,
             // All at once: it has a switch thread of its own, which is asked in parts.
             Command::Sockets(id, _, answer) => {
                 (Request::Sockets(id), Vec::new(), Some(Pending::Sockets(answer)))
@@ -141,7 +151,6 @@ impl Remote {
 
     /// A process that knows of no capture was started.
     fn tell_of_captures(&self, state: &mut State, shared: &Shared) {
-        state.captures.clear();
         for session in shared.captures.running() {
             self.capture(state, &session, None);
         }
@@ -177,7 +186,7 @@ impl Remote {
         };
         send(control.as_raw_fd(), &start, &[]).map_err(|e| format!("its process does not listen: {e}"))?;
         let control = Arc::new(control);
-        state.running = Some(Running { control: Arc::clone(&control) });
+        state.running = Some(Running { control: Arc::clone(&control), holder: child.id(), worker: 0 });
         self.tell_of_captures(state, shared);
         let weak = Arc::downgrade(shared);
         let index = self.nsm;
@@ -189,11 +198,46 @@ impl Remote {
         Ok(())
     }
 
-    /// After Stop: waits for the process.
+    /// Exchanges the worker. Returns when the next one serves, with the time that guests had none; `None`: there is no process,
+    /// and the next guest gets a new one. A worker that hangs is killed: the next one goes on as after a crash.
+    pub fn restart(&self) -> Result<Option<Duration>, EngineError> {
+        let (served, next) = channel();
+        let (worker, begun) = {
+            let mut state = lock(&self.state);
+            let Some(worker) = state.running.as_ref().map(|running| running.worker) else { return Ok(None) };
+            state.restarting.push(served);
+            state.captures.clear();
+            self.call(&mut state, Request::Restart, &[], None);
+            (worker, Instant::now())
+        };
+        if next.recv_timeout(PATIENCE).is_err() {
+            log::warn!("the process of a stack does not stop for its successor and is killed");
+            self.kill(|running| Some(running.worker).filter(|&now| now == worker && now != 0));
+            next.recv_timeout(PATIENCE).map_err(|_| EngineError::Stopped)?;
+        }
+        Ok(Some(begun.elapsed()))
+    }
+
+    /// After Stop: waits for the process, which is killed if it hangs.
     pub fn join(&self) {
-        let reader = lock(&self.state).reader.take();
-        if let Some(reader) = reader {
-            let _ = reader.join();
+        let Some(reader) = lock(&self.state).reader.take() else { return };
+        let until = Instant::now() + PATIENCE;
+        while !reader.is_finished() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        if !reader.is_finished() {
+            // The worker goes with its holder.
+            self.kill(|running| Some(running.holder));
+        }
+        let _ = reader.join();
+    }
+
+    fn kill(&self, which: impl Fn(&Running) -> Option<u32>) {
+        // Held, so that the reader has not waited for the process yet.
+        let state = lock(&self.state);
+        if let Some(pid) = state.running.as_ref().and_then(which) {
+            // SAFETY: plain system call.
+            unsafe { libc::kill(pid as i32, libc::SIGKILL) };
         }
     }
 
@@ -241,14 +285,22 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, mut child: Child
         match report {
             Report::Answer(serial, answer) => remote.answer(serial, answer),
             Report::Over(id, usage, violation) => shared.remote_guest_over(id, usage, violation),
-            Report::Ready(alive) => shared.keep_guests_of(index, &alive),
+            Report::Ready(worker, alive) => {
+                shared.keep_guests_of(index, &alive);
+                let mut state = lock(&remote.state);
+                if let Some(running) = &mut state.running {
+                    running.worker = worker;
+                }
+                remote.tell_of_captures(&mut state, &shared);
+                state.restarting.drain(..).for_each(|waiter| _ = waiter.send(()));
+            }
             Report::Died(how) => {
                 let name = &shared.config.nsms[index].name;
                 log::error!(nsm:% = name; "the process of stack {name} died ({how}) and is started again");
                 // Of what it was asked nobody knows how far it came.
                 let mut state = lock(&remote.state);
                 state.pending.clear();
-                remote.tell_of_captures(&mut state, &shared);
+                state.captures.clear();
             }
         }
     }

@@ -42,6 +42,8 @@ pub enum Request {
     Sockets(u32),
     /// With the end of a pipe to write to: pcapng of these guests, packets of at most so many bytes.
     Capture(Target, usize),
+    /// Stop where you are, and let another worker go on.
+    Restart,
     /// The engine ends.
     Stop,
 }
@@ -61,8 +63,8 @@ pub struct NewGuest {
 /// Worker, or holder, to engine.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Report {
-    /// The worker serves. Guests that it has.
-    Ready(Vec<u32>),
+    /// The worker serves: its process, and guests that it has.
+    Ready(u32, Vec<u32>),
     Answer(u64, Answer),
     /// A guest is over; true: it broke the protocol.
     Over(u32, Usage, bool),
@@ -171,12 +173,12 @@ mod tests {
         let extra = fds::eventfd().unwrap();
         let list: Vec<u32> = (0..30_000).collect();
         let sender = std::thread::spawn(move || {
-            send(theirs.as_raw_fd(), &Report::Ready(list), &[extra.as_raw_fd()]).unwrap();
+            send(theirs.as_raw_fd(), &Report::Ready(1, list), &[extra.as_raw_fd()]).unwrap();
             send(theirs.as_raw_fd(), &Report::Died("why".into()), &[]).unwrap();
         });
         let mut reader = Reader::default();
         let (message, fds) = reader.receive::<Report>(&ours).unwrap().unwrap();
-        assert!(matches!(message, Report::Ready(list) if list.len() == 30_000));
+        assert!(matches!(message, Report::Ready(1, list) if list.len() == 30_000));
         assert_eq!(fds.len(), 1);
         let (message, fds) = reader.receive::<Report>(&ours).unwrap().unwrap();
         assert!(matches!(message, Report::Died(why) if why == "why") && fds.is_empty());
@@ -188,7 +190,7 @@ mod tests {
     fn a_message_that_broke_off_is_dropped_when_its_sender_died() {
         apart();
         let (ours, theirs) = fds::pair(libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC).unwrap();
-        fds::send(theirs.as_raw_fd(), b"\x01{\"Ready\":[1,2,", &[], 0).unwrap();
+        fds::send(theirs.as_raw_fd(), b"\x01{\"Ready\":[1,[2,", &[], 0).unwrap();
         send(theirs.as_raw_fd(), &Report::Died(String::new()), &[]).unwrap();
         let (message, _) = Reader::default().receive::<Report>(&ours).unwrap().unwrap();
         assert!(matches!(message, Report::Died(_)));

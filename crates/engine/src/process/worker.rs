@@ -1,10 +1,12 @@
 //! The process that serves the guests of an NSM: an engine of one switch thread and one module.
 
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
-use std::sync::mpsc::channel;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
 
 use super::Form;
-use super::holder::ENDED;
+use super::holder::{AGAIN, ENDED};
+use super::journal::Root;
 use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
 use crate::engine::Engine;
 use crate::{EngineConfig, NsmConfig, TenantConfig};
@@ -16,16 +18,19 @@ use netkernel_shm::Region;
 const FAILED: i32 = 41;
 
 /// Serves until the engine is gone or says stop; returns the exit code.
-pub fn run(control: &OwnedFd, start: &Start) -> i32 {
+pub fn run(control: &OwnedFd, start: &Start, root: &Arc<Root>) -> i32 {
     // SAFETY: plain system call: who holds the descriptors must not be outlived.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
-    let (reports, queue) = channel::<Report>();
+    // No other thread runs yet.
+    collect_garbage(control, root);
+    let (reports, queue) = channel::<(Report, Option<Sender<()>>)>();
     let socket = control.as_raw_fd();
     let sender = std::thread::Builder::new().name("nk-reports".into()).spawn(move || {
-        for report in queue {
+        for (report, sent) in queue {
             if send(socket, &report, &[]).is_err() {
                 return;
             }
+            drop(sent);
         }
     });
     let Ok(sender) = sender else { return FAILED };
@@ -44,21 +49,30 @@ pub fn run(control: &OwnedFd, start: &Start) -> i32 {
         placeholders_in_main_table: Some(usize::MAX),
         ..EngineConfig::default()
     };
-    let hook = Box::new(move |id, usage, violation| _ = over.send(Report::Over(id, usage, violation)));
-    let engine = match Engine::start_with(config, Some(hook)) {
+    let hook =
+        Box::new(move |id, usage, violation| _ = over.send((Report::Over(id, usage, violation), None)));
+    let engine = match Engine::start_with(config, Some(hook), Some(Arc::clone(root))) {
         Ok(engine) => engine,
         Err(error) => {
             log::error!(nsm:% = start.nsm.name; "the process of stack {} cannot start: {error}", start.nsm.name);
             return FAILED;
         }
     };
-    let _ = reports.send(Report::Ready(Vec::new()));
+    match engine.recover() {
+        Ok(alive) => _ = reports.send((Report::Ready(std::process::id(), alive), None)),
+        Err(id) => {
+            // What was made for it is undone by who comes next, which finds what else there is as it stands here.
+            root.doom(id);
+            std::mem::forget(engine);
+            return AGAIN;
+        }
+    }
     let mut reader = Reader::default();
     loop {
         let call: Call = match reader.receive(control) {
             Ok(Some((call, fds))) => {
                 if let Some(answer) = serve(&engine, &call, fds) {
-                    let _ = reports.send(Report::Answer(call.serial, answer));
+                    let _ = reports.send((Report::Answer(call.serial, answer), None));
                 }
                 call
             }
@@ -68,6 +82,17 @@ pub fn run(control: &OwnedFd, start: &Start) -> i32 {
                 return ENDED;
             }
         };
+        if matches!(call.request, Request::Restart) {
+            engine.freeze();
+            root.stopped();
+            let (sent, all) = channel();
+            let _ = reports.send((Report::Answer(call.serial, Answer::Done(Ok(()))), Some(sent)));
+            // Ends when everything before was sent.
+            let _ = all.recv();
+            // Its end would wait for the thread that stands still.
+            std::mem::forget(engine);
+            return AGAIN;
+        }
         if matches!(call.request, Request::Stop) {
             engine.shutdown();
             drop(engine);
@@ -100,7 +125,7 @@ fn serve(engine: &Engine, call: &Call, fds: Vec<OwnedFd>) -> Option<Answer> {
             Some(pipe) => engine.capture_into(target.clone(), *snap, pipe).map_err(text),
             None => Err("this NSM has no descriptor left".into()),
         }),
-        Request::Stop => return None,
+        Request::Restart | Request::Stop => return None,
     })
 }
 
@@ -114,21 +139,23 @@ fn add(engine: &Engine, guest: &NewGuest, fds: Vec<OwnedFd>) -> Result<(), Strin
     engine.adopt_guest(guest, region, channel, doorbell).map_err(|e| e.to_string())
 }
 
-/// Closes what nobody knows of: a worker that died may have left it half-way. Called with no worker alive.
-pub fn collect_garbage(control: &OwnedFd) {
-    keep_only(&[0, 1, 2, control.as_raw_fd()]);
-}
-
-/// Closes every descriptor but these.
-fn keep_only(keep: &[RawFd]) {
-    let mut keep = keep.to_vec();
-    keep.sort_unstable();
-    let mut from = 0;
-    for fd in keep.into_iter().chain([RawFd::MAX]) {
-        if fd > from {
-            // SAFETY: the process has no other thread, and nothing in it refers to descriptors that are not in the list.
-            unsafe { libc::syscall(libc::SYS_close_range, from as u32, fd as u32 - 1, 0) };
-        }
-        from = from.max(fd.saturating_add(1));
+/// Closes what nobody knows of: a worker that died may have left it half-way. Peers of guests that are lost see a reset: what
+/// they were sent is not all.
+fn collect_garbage(control: &OwnedFd, root: &Root) {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    let len = size_of::<libc::linger>() as libc::socklen_t;
+    for fd in root.lost() {
+        // SAFETY: linger is valid for reads of its size; what is no socket is an error.
+        unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), len) };
+    }
+    let mut keep = root.descriptors();
+    keep.extend([0, 1, 2, control.as_raw_fd()]);
+    let Ok(open) = std::fs::read_dir("/proc/self/fd") else { return };
+    let numbers = open.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
+    let unknown: Vec<RawFd> = numbers.filter(|fd| !keep.contains(fd)).collect();
+    for fd in unknown {
+        // SAFETY: the process has no other thread, and nothing in it refers to descriptors that are not in the list. The
+        // directory's own is closed already.
+        unsafe { libc::close(fd) };
     }
 }

@@ -108,8 +108,8 @@ impl Core {
         let (new_in, new_out) = (now.bytes_in.saturating_sub(known.0), now.bytes_out.saturating_sub(known.1));
         *known = (known.0.max(now.bytes_in), known.1.max(now.bytes_out));
         let (new_in, new_out) = (new_in.min(MOST_AT_ONCE), new_out.min(MOST_AT_ONCE));
-        self.bytes_in = self.bytes_in.saturating_add(new_in);
-        self.bytes_out = self.bytes_out.saturating_add(new_out);
+        self.totals.bytes_in = self.totals.bytes_in.saturating_add(new_in);
+        self.totals.bytes_out = self.totals.bytes_out.saturating_add(new_out);
         self.limits.receive.charge(new_in);
         self.limits.send.charge(new_out);
     }

@@ -1,0 +1,320 @@
+//! After the death of a process: the service as its journal says, brought up to what the kernel says.
+//!
+//! The journal is exact but for the one operation that was under way: bytes may have moved between a ring and the stack without
+//! their position being noted. A stack that can tell how many bytes it has taken and given ([`Stack::progress`]) settles that;
+//! where it cannot, or says what cannot be, the connection is reset. Everything else that was under way is done again (jobs
+//! of sleeping threads, hints, wake-ups) or undone (sockets that nobody can reach).
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+
+use netkernel_abi::layout::ACTIVE_WORDS;
+use netkernel_abi::nqe::flag;
+use netkernel_abi::socket::state;
+use netkernel_abi::{Limits, Nqe, Op};
+use netkernel_ring::bytes;
+use netkernel_shm::{Journal, Region};
+
+use super::bit::*;
+use super::{Core, Cx, Kind, Service, Sock, Totals, Violation, publish_tx};
+use crate::blocks::{Block, Blocks};
+use crate::events::{Events, QueueState};
+use crate::journal::{Fixed, One, take_descriptor};
+use crate::stack::{Close, Handle, Stack, key};
+use crate::{SocketAddress, Table};
+
+/// Where the parts of a service stand in a journal.
+struct Parts {
+    queues: usize,
+    socks: usize,
+    end: usize,
+}
+
+impl Parts {
+    /// Totals stand first.
+    fn of(limits: Limits) -> Parts {
+        let queues = size_of::<Totals>().next_multiple_of(64);
+        let socks = (queues + limits.queue_sets as usize * size_of::<QueueState>()).next_multiple_of(64);
+        let end = (socks + Table::<Sock>::kept_bytes(limits.sockets)).next_multiple_of(64);
+        Parts { queues, socks, end }
+    }
+}
+
+/// What must be the same in the program that wrote a journal and the one that reads it.
+pub fn journal_format() -> u64 {
+    let sizes = [size_of::<Sock>(), size_of::<QueueState>(), size_of::<Totals>()];
+    sizes.into_iter().fold(FORMAT, |hash, size| hash.wrapping_mul(1009).wrapping_add(size as u64))
+}
+
+/// Changes with what the fields mean.
+const FORMAT: u64 = 2;
+
+impl Service {
+    /// Bytes of a journal that a service takes, from offset 0.
+    pub fn journal_bytes(limits: Limits) -> usize {
+        Parts::of(limits).end
+    }
+
+    /// Keeps from now on, in an empty journal, what [`Service::recover`] needs. For a service without sockets.
+    pub fn keep_in(&mut self, journal: &Arc<Journal>) -> Option<()> {
+        let limits = self.region.layout().limits;
+        let parts = Parts::of(limits);
+        self.core.totals = One(Fixed::kept(journal, 0, 1, true)?);
+        self.core.events =
+            Events::with(Fixed::kept(journal, parts.queues, limits.queue_sets as usize, true)?);
+        self.core.socks = Table::kept(limits.sockets, journal, parts.socks)?;
+        Some(())
+    }
+
+    /// Descriptors of stacks' sockets in a journal.
+    pub fn journal_descriptors(journal: &Arc<Journal>, limits: Limits) -> Vec<i32> {
+        let parts = Parts::of(limits);
+        let Some(socks) = Table::<Sock>::kept(limits.sockets, journal, parts.socks) else {
+            return Vec::new();
+        };
+        socks.iter().filter(|(_, sock)| sock.fd > 0).map(|(_, sock)| sock.fd - 1).collect()
+    }
+
+    /// The service that an earlier process left. Its stack's sockets are taken over: nothing else in this process may own
+    /// their descriptors. `held`: sockets whose placeholder is there. `exact`: the process ended between two turns, so that nothing was under way.
+    pub fn recover(
+        region: Region,
+        guest: u32,
+        privileged: bool,
+        journal: &Arc<Journal>,
+        stack: &mut dyn Stack,
+        held: &dyn Fn(u32) -> bool,
+        exact: bool,
+    ) -> Result<Service, Violation> {
+        const BAD: Violation = Violation("its journal is damaged");
+        let limits = region.layout().limits;
+        let parts = Parts::of(limits);
+        let mut service = Service::new(region, guest, privileged);
+        let core = &mut service.core;
+        core.totals = One(Fixed::kept(journal, 0, 1, false).ok_or(BAD)?);
+        let queues = Fixed::kept(journal, parts.queues, limits.queue_sets as usize, false).ok_or(BAD)?;
+        core.events = Events::with(queues);
+        core.socks = Table::kept(limits.sockets, journal, parts.socks).ok_or(BAD)?;
+        let blocks = core.socks.iter().filter(|(_, sock)| sock.kind != Kind::Free);
+        let used: Vec<Block> = blocks.flat_map(|(_, sock)| [sock.rx, sock.tx]).collect();
+        let layout = *service.region.layout();
+        core.blocks = Blocks::resume(layout.payload_offset, layout.payload_bytes, used).ok_or(BAD)?;
+        let cx = &mut Cx { region: &service.region, stack };
+        core.resume_sockets(cx, exact)?;
+        core.resume_ids(cx, held)?;
+        core.events.resume(cx.region);
+        core.resume_queues(cx)?;
+        core.sweep_wanted = true;
+        Ok(service)
+    }
+}
+
+impl Core {
+    fn resume_sockets(&mut self, cx: &mut Cx, exact: bool) -> Result<(), Violation> {
+        let ids: Vec<u32> =
+            self.socks.iter().filter(|(_, s)| s.kind != Kind::Free).map(|(id, _)| id).collect();
+        for id in ids {
+            let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { continue };
+            self.sockets += 1;
+            sock.bits &= !(QUEUED | STARVED | THROTTLED | COUNTED | PAIRED | TX_BLOCKED | RX_STALLED);
+            sock.bits |= RX_READY;
+            sock.used_at = self.sweeps;
+            sock.handle = Handle::NONE;
+            let fd = sock.fd;
+            let tells = sock.kind != Kind::Stream || sock.state & (state::CONNECTED | state::CONNECTING) != 0;
+            let handed = sock.state & state::HANDED != 0;
+            if handed {
+                // Programs have it; this process does not touch it any more.
+                sock.fd = 0;
+                drop(take_descriptor(fd));
+            } else if let Some(fd) = take_descriptor(fd)
+                && let Ok(handle) = cx.stack.adopt(key(self.guest, id), fd, tells)
+            {
+                sock.handle = handle;
+            }
+            // A guest that wrote here only hurt itself; one that did not finds what was not published yet.
+            entry.generation.store(sock.generation, Relaxed);
+            entry.rx_offset.store((sock.rx.offset() / 64) as u32, Relaxed);
+            entry.rx_base.store(sock.rx_base, Relaxed);
+            entry.rx_size.store(sock.rx.size(), Relaxed);
+            publish_tx(entry, sock.tx);
+            entry.rx_stalled.store(0, Relaxed);
+            // An element that said so may have been taken.
+            entry.tx_pending.store(0, SeqCst);
+            entry.tx_head.store(sock.tx_head, Release);
+            entry.rx_tail.store(sock.rx_tail, Release);
+            entry.state.store(sock.state, Release);
+            if handed {
+                continue;
+            }
+            let gone = fd != 0 && sock.handle == Handle::NONE;
+            if gone || !exact && sock.kind == Kind::Stream && !self.settle(cx, id) {
+                if let Some(sock) = self.socks.get_mut(id) {
+                    sock.fd = 0;
+                    let handle = std::mem::replace(&mut sock.handle, Handle::NONE);
+                    if handle != Handle::NONE {
+                        cx.stack.close(handle, Close::Abort);
+                    }
+                    sock.error = libc::ECONNRESET;
+                }
+                self.fail(cx, id, libc::ECONNRESET)?;
+            }
+            self.events.wake(id, u32::MAX);
+            self.enqueue(id);
+        }
+        Ok(())
+    }
+
+    /// Brings the positions of a connection up to what the stack says. False: they cannot be known.
+    fn settle(&mut self, cx: &mut Cx, id: u32) -> bool {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return true };
+        if sock.state & (state::CONNECTED | state::DEAD) != state::CONNECTED {
+            return true;
+        }
+        let Some(progress) = cx.stack.progress(sock.handle, sock.bits & ACTIVE != 0) else { return false };
+        if let Some(sent) = progress.sent
+            && sock.state & state::TX_END == 0
+        {
+            let more = sent.wrapping_sub(sock.tx_head.wrapping_sub(sock.tx_start));
+            let Ok(unsent) = bytes::used(sock.tx_head, entry.tx_tail.load(Acquire), sock.tx.size()) else {
+                return false;
+            };
+            if more > unsent {
+                return false;
+            }
+            sock.tx_head = sock.tx_head.wrapping_add(more);
+            self.totals.bytes_out += more as u64;
+            entry.tx_head.store(sock.tx_head, Release);
+        }
+        if sock.bits & CLOSING != 0 {
+            return sock.peeked == 0;
+        }
+        // Urgent bytes are counted and not in the ring.
+        if sock.bits & URGENT_SEEN != 0 {
+            return false;
+        }
+        let published = sock.rx_tail.wrapping_sub(sock.rx_start);
+        let both = published.wrapping_sub(progress.received);
+        if sock.peeked > 0
+            && (progress.or_one_less || both != 0 && (progress.received != 0 || both > sock.peeked))
+        {
+            return false;
+        }
+        if sock.peeked > 0 && both != 0 {
+            // Only the first bytes of a connection are peeked at: either none of them was taken out of the stack, or all.
+            // The last peek may not have been published.
+            sock.peeked = both;
+        } else {
+            sock.peeked = 0;
+            let received = progress.received.wrapping_sub(sock.rx_tail.wrapping_sub(sock.rx_start));
+            // One less after an end. After a reset it is one byte too few, which resets may cost.
+            let more = if progress.or_one_less { received.saturating_sub(1) } else { received };
+            let Ok(unread) = bytes::used(entry.rx_head.load(Acquire), sock.rx_tail, sock.rx.size()) else {
+                return false;
+            };
+            if more > sock.rx.size() - unread {
+                return false;
+            }
+            sock.rx_tail = sock.rx_tail.wrapping_add(more);
+            self.totals.bytes_in += more as u64;
+            entry.rx_tail.store(sock.rx_tail, Release);
+        }
+        true
+    }
+
+    /// Ids that are free, and sockets that nobody can reach.
+    fn resume_ids(&mut self, cx: &mut Cx, held: &dyn Fn(u32) -> bool) -> Result<(), Violation> {
+        let used: Vec<(u32, Sock)> = self.socks.iter().map(|(id, sock)| (id, *sock)).collect();
+        for &(id, sock) in &used {
+            if id >= self.guest_sockets && (sock.kind != Kind::Free || sock.generation != 0) {
+                self.next_id = self.next_id.max(id + 1);
+            }
+        }
+        for &(id, sock) in &used {
+            if sock.kind == Kind::Free {
+                if id >= self.guest_sockets && id < self.next_id {
+                    self.free_ids.push(id);
+                }
+            } else if sock.bits & UNTAKEN != 0 {
+                let listener = self.socks.get(sock.link).filter(|l| l.kind == Kind::Listener);
+                // Accepted, but not put into its listener's ring.
+                let untold = listener.is_some_and(|l| l.rx_tail.wrapping_sub(sock.record) as i32 <= -1);
+                if untold || sock.record == 0 {
+                    self.finish_close(cx, id, Close::Abort);
+                } else {
+                    self.suspects |= sock.bits & SUSPECT != 0;
+                }
+            } else if sock.bits & CLOSING == 0 && !held(id) && sock.error != libc::ENFILE {
+                self.close(cx, id)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Elements that were taken and not done.
+    fn resume_queues(&mut self, cx: &mut Cx) -> Result<(), Violation> {
+        for q in 0..self.events.queues.len() as u32 {
+            let queue = self.events.queues[q as usize];
+            if !queue.used() {
+                continue;
+            }
+            self.highest_queue = self.highest_queue.max(q);
+            if (q as usize / 64) < ACTIVE_WORDS {
+                self.pending[q as usize / 64] |= 1 << (q % 64);
+            }
+            let (Some(jobs), Some(sends)) = (cx.region.job(q), cx.region.send(q)) else { continue };
+            jobs.resume_head(queue.job_head);
+            sends.resume_head(queue.send_head);
+            if queue.job_head == 0 {
+                continue;
+            }
+            // Still in its slot: a guest that waits does not push. Of a guest that does, nothing is to be taken on trust:
+            // the element is checked as any.
+            let last = Nqe::from_words(jobs.at(queue.job_head.wrapping_sub(1)));
+            if last.op == Op::Release as u8 {
+                self.events.queues[q as usize].releasing = true;
+            } else if last.flags & flag::SYNC != 0
+                && last.position == self.events.completed(q).wrapping_add(1)
+            {
+                self.again(cx, q, last)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A job that somebody waits for, which may have been done already.
+    fn again(&mut self, cx: &mut Cx, q: u32, nqe: Nqe) -> Result<(), Violation> {
+        let id = nqe.socket;
+        let mut status = None;
+        if let Some(sock) = self.socks.get_mut(id)
+            && sock.kind != Kind::Free
+            && nqe.status as u32 == sock.generation
+        {
+            let bound = |name: SocketAddress| name.port() != 0;
+            match Op::from_u8(nqe.op) {
+                Some(Op::Bind) if cx.stack.local_name(sock.handle).is_ok_and(bound) => {
+                    sock.state |= state::BOUND;
+                    status = Some(0);
+                }
+                Some(Op::Connect) if sock.kind == Kind::Stream => {
+                    if sock.state & state::CONNECTED != 0 {
+                        status = Some(0);
+                    } else if sock.state & state::CONNECTING != 0 || cx.stack.connecting(sock.handle) {
+                        sock.state |= state::CONNECTING | state::BOUND;
+                        sock.state &= !state::CONNECT_FAILED;
+                        status = Some(-libc::EINPROGRESS);
+                    }
+                }
+                _ => {}
+            }
+            self.publish_state(cx, id);
+        }
+        match status {
+            None => self.element(cx, q, nqe, true),
+            Some(status) => {
+                let answer = Nqe { op: Op::Complete as u8, queue_set: q as u16, size: 0, status, ..nqe };
+                self.events.complete(cx.region, q, answer)
+            }
+        }
+    }
+}
