@@ -101,6 +101,11 @@ impl Session {
         self.more.notify_one();
     }
 
+    /// So many packets were lost before they came here.
+    pub fn lose(&self, packets: u64) {
+        self.lost.fetch_add(packets, Relaxed);
+    }
+
     pub fn is_over(&self) -> bool {
         self.over.load(Relaxed)
     }
@@ -162,7 +167,7 @@ pub fn write(
         to.write_all(&pcapng::section(
             "netkernel",
             &format!(
-                "Headers are synthetic: packets are made from what guests and their stacks exchanged. {about}"
+                "Headers are synthetic: packets are made from what guests and their stacks exchanged; those of direct sockets are the kernel's. {about}"
             ),
         ))?;
         // One for all: libpcap takes no second interface of raw packets. Whose a packet is stands in its comment.

@@ -74,8 +74,9 @@ pub enum Command {
     /// Capture what a tenant, or a guest, sends and receives, as pcapng
     ///
     /// Of its guests only, whatever stack serves them. Headers are synthetic: packets are made from what guests and stacks
-    /// exchange. Direct sockets are not seen, nor are connections that two guests moved in memory already when the capture
-    /// began (later ones go through the engine): how many there are is said on standard error.
+    /// exchange, but for direct sockets, whose packets are the kernel's (by eBPF: the engine must be root). Connections that two guests
+    /// moved in memory already when the capture began are not seen; later ones go through the engine. What is not seen is said
+    /// on standard error.
     Pcap(PcapArgs),
     /// Say of each socket of the guests by which stack it is served, in which way, and why
     Explain(ExplainArgs),

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Stdio};
 use std::sync::mpsc::Receiver;
 
-use common::{Engine, Place, WATCHDOG, echo, lines, until};
+use common::{Engine, Place, WATCHDOG, echo, is_root, lines, until};
 
 /// A guest that runs the lines of Python that it is told, and says what they are worth.
 struct Guest {
@@ -126,25 +126,75 @@ fn guests_that_are_captured_get_no_new_memory_of_their_own() {
     engine.end();
 }
 
+/// By the engine's eBPF, which only root may have; else they are counted.
 #[test]
-fn direct_sockets_are_counted_and_named() {
-    let place = Place::new("pcap-direct");
+fn direct_sockets_are_captured_or_counted() {
+    for (form, also) in [("engine", ""), ("process", "-process")] {
+        let place = Place::new(&format!("pcap-direct{also}"));
+        let config = place.file("nk.toml", &format!("[[nsm]]\nname = \"kernel\"\nform = \"{form}\"\n"));
+        let engine = place.up(&["--config", config.to_str().unwrap()]);
+        let port = echo();
+        let connect = |name: &str| format!("{name} = socket.create_connection(('127.0.0.1', {port}))");
+        let start = || {
+            let mut guest = Guest::start(&place, &["--attach", "direct"]);
+            guest.does(&connect("s"));
+            guest.does("s.send(b'before')");
+            guest
+        };
+        let (mut guest, mut other) = (start(), start());
+        let capture = Capture::of(&place, "1", "direct.pcapng");
+        if !is_root() {
+            let said = capture.says();
+            assert!(
+                said.contains("Not seen: 1 direct socket; direct sockets that 1 guest may make"),
+                "{said}"
+            );
+            continue;
+        }
+        guest.does("s.send(b'of-a-socket-that-was-there')");
+        other.does("s.send(b'foreign-of-old')");
+        // New ones, and what a listener accepts, of one process and of its child.
+        guest.does(&connect("n"));
+        guest.does("n.send(b'of-a-new-socket')");
+        guest.does("l = socket.create_server(('127.0.0.1', 0))");
+        let listener = guest.does("l.getsockname()[1]");
+        other.does(&format!("c = socket.create_connection(('127.0.0.1', {listener}))"));
+        other.does("c.send(b'to-what-was-accepted')");
+        other.does(&connect("n"));
+        other.does("n.send(b'foreign-of-new')");
+        assert_eq!(guest.does("l.accept()[0].recv(100)"), "b'to-what-was-accepted'");
+        guest.does("u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)");
+        guest.does("u.sendto(b'datagram-of-it', ('127.0.0.1', 9))");
+        for word in
+            ["of-a-socket-that-was-there", "of-a-new-socket", "to-what-was-accepted", "datagram-of-it"]
+        {
+            until(word, || capture.has(word));
+        }
+        let file = capture.file.clone();
+        capture.process.end();
+        let bytes = std::fs::read(file).unwrap();
+        let has = |word: &str| bytes.windows(word.len()).any(|window| window == word.as_bytes());
+        assert!(!has("before") && !has("foreign") && !has("Not seen"));
+        // Nothing is left of it when the last capture is over, and the next one begins anew.
+        let next = Capture::of(&place, "others", "next.pcapng");
+        guest.does("s.send(b'once-more')");
+        other.does("s.send(b'of-both')");
+        until("both are captured", || next.has("once-more") && next.has("of-both"));
+        next.process.end();
+        drop((guest, other));
+        engine.end();
+    }
+}
+
+/// Whom the engine sees whole.
+#[test]
+fn nothing_is_said_where_all_is_seen() {
+    let place = Place::new("pcap-whole");
     let engine = place.up(&[]);
-    let port = echo();
-    let mut guest = Guest::start(&place, &["--attach", "direct"]);
-    guest.does(&format!("s = socket.create_connection(('127.0.0.1', {port}))"));
-    let capture = Capture::of(&place, "1", "direct.pcapng");
-    let said = capture.says();
-    assert!(
-        said.contains("Not seen: 1 direct socket; direct sockets that 1 guest may make from now on."),
-        "{said}"
-    );
-    capture.process.end();
-    // Whom the engine sees whole.
-    let mut queued = Guest::start(&place, &["--attach", "queued"]);
-    queued.does(&format!("s = socket.create_connection(('127.0.0.1', {port}))"));
-    let capture = Capture::of(&place, "2", "queued.pcapng");
-    queued.does("s.send(b'seen')");
+    let mut guest = Guest::start(&place, &["--attach", "queued"]);
+    guest.does(&format!("s = socket.create_connection(('127.0.0.1', {}))", echo()));
+    let capture = Capture::of(&place, "1", "queued.pcapng");
+    guest.does("s.send(b'seen')");
     until("it is captured", || capture.has("seen"));
     assert!(!capture.has("Not seen"));
     capture.process.end();

@@ -11,6 +11,7 @@ use netkernel_shm::fds;
 use serde::Serialize;
 
 use crate::EngineError;
+use crate::direct_capture::mark_held;
 use crate::engine::{Engine, lock};
 
 /// At a time.
@@ -29,6 +30,10 @@ impl Captures {
         list.clone()
     }
 
+    pub fn are_there(&self) -> bool {
+        lock(&self.0).iter().any(|session| !session.is_over())
+    }
+
     fn add(&self, session: &Arc<Session>) -> Result<(), EngineError> {
         let mut list = lock(&self.0);
         list.retain(|session| !session.is_over());
@@ -43,7 +48,7 @@ impl Captures {
 }
 
 /// What a capture does not see, of what there was when it began.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Unseen {
     /// Sockets of the kernel's own that programs hold: direct ones, and those that were handed over.
     pub direct_sockets: u64,
@@ -51,6 +56,9 @@ pub struct Unseen {
     pub direct_guests: u64,
     /// Sockets whose connection two guests move in memory that both map.
     pub paired_sockets: u64,
+    /// Why direct sockets are not seen.
+    #[serde(skip)]
+    pub reason: Option<String>,
 }
 
 impl Unseen {
@@ -71,7 +79,8 @@ impl Unseen {
             let pairs = many(self.paired_sockets, "socket");
             parts.push(format!("{pairs} of connections that two guests move in memory that both map"));
         }
-        (!parts.is_empty()).then(|| format!("Not seen: {}.", parts.join("; ")))
+        let reason = self.reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
+        (!parts.is_empty()).then(|| format!("Not seen: {}{reason}.", parts.join("; ")))
     }
 }
 
@@ -83,14 +92,19 @@ impl Engine {
         let (reader, writer) = fds::pipe(libc::O_CLOEXEC, Some(1 << 20)).map_err(resource)?;
         let session = self.begin(target, snap)?;
         let unseen = self.unseen(&session.target);
-        self.write_capture(session, unseen, writer)?;
+        self.write_capture(session, unseen.sentence(), writer)?;
         Ok((reader, unseen))
     }
 
     /// The same for who has a pipe already.
     pub(crate) fn capture_into(&self, target: Target, snap: usize, pipe: OwnedFd) -> Result<(), EngineError> {
         let session = self.begin(target, snap)?;
-        self.write_capture(session, Unseen::default(), pipe)
+        // Connections in memory are told by who asked for this.
+        let unseen = Unseen { paired_sockets: 0, ..self.unseen(&session.target) }.sentence();
+        if let Some(unseen) = &unseen {
+            log::warn!("a capture: {unseen}");
+        }
+        self.write_capture(session, unseen, pipe)
     }
 
     fn begin(&self, target: Target, snap: usize) -> Result<Arc<Session>, EngineError> {
@@ -100,9 +114,14 @@ impl Engine {
         Ok(session)
     }
 
-    fn write_capture(&self, session: Arc<Session>, unseen: Unseen, pipe: OwnedFd) -> Result<(), EngineError> {
+    fn write_capture(
+        &self,
+        session: Arc<Session>,
+        unseen: Option<String>,
+        pipe: OwnedFd,
+    ) -> Result<(), EngineError> {
         let pipe = File::from(pipe);
-        let about = unseen.sentence().unwrap_or_default();
+        let about = unseen.unwrap_or_default();
         let nsms: Vec<String> = self.shared().config.nsms.iter().map(|nsm| nsm.name.clone()).collect();
         let own = Arc::clone(&session);
         let thread = std::thread::Builder::new().name("nk-capture".into()).spawn(move || {
@@ -117,19 +136,29 @@ impl Engine {
         })
     }
 
-    /// Sockets that no switch thread and no relay drives.
+    /// What is past switch threads and relays: direct sockets that there are get their marks. Those of NSMs in processes
+    /// are their engine's, which can as much as this one.
     fn unseen(&self, target: &Target) -> Unseen {
-        let mut unseen = Unseen::default();
+        let (mut unseen, shared) = (Unseen::default(), self.shared());
         let processes = Processes::look();
         let statuses = self.status().guests;
-        for guest in self.shared().guests_of(target) {
-            let status = statuses.iter().find(|status| status.id == guest);
-            unseen.direct_guests +=
-                u64::from(status.is_some_and(|status| status.attachment.contains("direct")));
+        for guest in shared.guests_of(target) {
+            let Some(status) = statuses.iter().find(|status| status.id == guest) else { continue };
+            let is_direct = status.attachment.contains("direct");
+            let tap = if is_direct { Some(shared.direct_tap.begin(shared)) } else { None };
+            if let Some(Err(reason)) = &tap {
+                unseen.direct_guests += 1;
+                unseen.reason = Some(reason.clone());
+            }
+            let is_here = shared.whose(guest).is_some_and(|(.., nsm)| shared.remote(nsm).is_none());
             for socket in self.sockets_without_holders(guest, &processes) {
                 unseen.paired_sockets += u64::from(socket.pair);
-                let given = socket.attachment == "direct" || socket.state == "handed over";
-                unseen.direct_sockets += u64::from(given);
+                let is_seen = match (socket.attachment, &tap) {
+                    ("direct", Some(Ok(tap))) => !is_here || mark_held(tap, &socket).is_ok(),
+                    ("direct", _) => false,
+                    _ => socket.state != "handed over",
+                };
+                unseen.direct_sockets += u64::from(!is_seen);
             }
         }
         unseen
@@ -166,9 +195,12 @@ mod tests {
     #[test]
     fn what_is_not_seen_is_said_in_a_sentence() {
         assert_eq!(Unseen::default().sentence(), None);
-        let some = Unseen { direct_sockets: 1, direct_guests: 2, paired_sockets: 4 };
+        let some =
+            Unseen { direct_sockets: 1, direct_guests: 2, paired_sockets: 4, reason: Some("x".into()) };
         let text = some.sentence().unwrap();
-        for part in ["Not seen: 1 direct socket;", "that 2 guests may make", "; 4 sockets of connections"] {
+        for part in
+            ["Not seen: 1 direct socket;", "that 2 guests may make", "; 4 sockets of connections", "(x)."]
+        {
             assert!(text.contains(part), "{text}");
         }
     }

@@ -12,6 +12,7 @@ use netkernel_agent::{Agent, Carried, Census, Counters, DirectSocket, Ledger, Pr
 use netkernel_shm::fds;
 
 use crate::NsmConfig;
+use crate::direct_capture::Shown;
 use crate::engine::Shared;
 use crate::relay;
 use crate::status::SocketStatus;
@@ -91,10 +92,10 @@ pub(crate) fn start(
     let (ledgers, name) = (Arc::clone(&shared.ledgers), nsm.name.clone());
     let ledger = Box::new(move |sockets: &dyn Sockets| ledgers.of(&name, sockets));
     let agent = Agent { listener, end, settings, counters: Arc::clone(&counters), ledger, guest };
-    let (kinds, nsm) = (shared.config.kinds.clone(), nsm.clone());
+    let (kinds, nsm, weak) = (shared.config.kinds.clone(), nsm.clone(), Arc::downgrade(shared));
     std::thread::Builder::new().name("nk-agent".into()).stack_size(256 << 10).spawn(move || {
         match kinds.direct(&nsm) {
-            Some(Ok(sockets)) => agent.run(sockets),
+            Some(Ok(sockets)) => agent.run(Box::new(Shown { sockets, shared: weak, guest })),
             Some(Err(reason)) => log::error!(
                 guest;
                 "guest {guest}: no sockets for programs that the preloaded library cannot serve: {reason}"

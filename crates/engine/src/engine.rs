@@ -14,6 +14,7 @@ use netkernel_shm::{Region, fds};
 
 use crate::capture::Captures;
 use crate::direct::{self, Direct};
+use crate::direct_capture::DirectTap;
 use crate::heir::Heirs;
 use crate::process::Form;
 use crate::process::journal::{Left, Root};
@@ -59,6 +60,7 @@ pub(crate) struct Shared {
     finished: Finished,
     pub ledgers: Arc<direct::Ledgers>,
     pub captures: Captures,
+    pub direct_tap: DirectTap,
     watches: Vec<Arc<Watch>>,
     pub heirs: Heirs,
 }
@@ -199,6 +201,7 @@ impl Engine {
             finished: Finished::default(),
             ledgers: Arc::default(),
             captures: Captures::default(),
+            direct_tap: DirectTap::default(),
         });
         let mut threads = Vec::new();
         for index in 0..shared.workers.len() {

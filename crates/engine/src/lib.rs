@@ -11,6 +11,7 @@ mod capture;
 mod config;
 mod cpu;
 mod direct;
+mod direct_capture;
 mod engine;
 mod handed;
 pub mod heir;

@@ -9,7 +9,7 @@
 //! to sweep or to try again.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicU32, compiler_fence, fence};
@@ -1399,6 +1399,9 @@ impl Worker {
                 } else {
                     Err(libc::EPERM)
                 };
+                if let Ok(given) = &fd_of {
+                    self.shared.direct_tap.gives(&self.shared, given.as_fd(), guest.id);
+                }
                 handed::answer(&fd, fd_of);
             }
             kind::PAIR => {

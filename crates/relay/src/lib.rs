@@ -33,3 +33,4 @@ mod sys;
 pub use asked::{Asked, ask};
 pub use relay::{Link, Relay, Start};
 pub use socket::RelaySocket;
+pub use sys::{duplicate_of, open_thread};

@@ -79,7 +79,7 @@ impl Ring {
     }
 
     /// The next packet that is there.
-    pub fn next(&mut self) -> Option<Packet> {
+    pub fn take(&mut self) -> Option<Packet> {
         // SAFETY: both stand at the beginning of a page that is mapped as long as self lives, aligned, and are only
         // accessed as atomics, here and by the kernel.
         let (read, written) = unsafe {

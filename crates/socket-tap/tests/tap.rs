@@ -18,7 +18,7 @@ fn until(ring: &mut Ring, seen: &mut Vec<Packet>, mark: u32, word: &str) {
     let deadline = Instant::now() + WATCHDOG;
     while !seen.iter().any(|packet| packet.mark == mark && contains(packet, word)) {
         assert!(Instant::now() < deadline, "no {word} of {mark} in {} packets", seen.len());
-        match ring.next() {
+        match ring.take() {
             Some(packet) => seen.push(packet),
             None => ring.wait(Duration::from_millis(50)),
         }
@@ -101,7 +101,7 @@ fn packets_of_marked_sockets_come_and_no_others() {
     }
     assert!(tap.lost() > 0);
     drop(tap);
-    while ring.next().is_some() {}
+    while ring.take().is_some() {}
     a.send_to(b"after-the-end", b.local_addr().unwrap()).unwrap();
-    assert_eq!(ring.next(), None);
+    assert_eq!(ring.take(), None);
 }
