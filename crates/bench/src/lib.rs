@@ -86,6 +86,7 @@ pub enum Part {
     Micro(micro::MicroArgs),
     Isolation(IsolationArgs),
     Memory(MemoryArgs),
+    Forms(FormsArgs),
     /// Send back what comes.
     #[command(hide = true)]
     PingServer {
@@ -139,6 +140,27 @@ pub struct MemoryArgs {
     pub placement: Placement,
 }
 
+/// Measure an NSM in a process of its own beside the same one in the engine, and its exchange and death under guests.
+#[derive(Args, Debug)]
+pub struct FormsArgs {
+    #[command(flatten)]
+    pub common: Common,
+
+    /// The NSMs' congestion control
+    #[arg(long, value_name = "NAME", default_value = "cubic")]
+    pub stack: String,
+
+    /// The cores: one for the server and its NSM and one for its client, or what the scheduler likes
+    #[arg(long, value_enum, value_name = "WHICH", default_value = "split")]
+    pub placement: Placement,
+}
+
+impl From<FormsArgs> for BenchArgs {
+    fn from(args: FormsArgs) -> BenchArgs {
+        BenchArgs::of(args.common, args.stack, args.placement)
+    }
+}
+
 impl BenchArgs {
     /// Those of a comparison with a catalog of its own.
     fn of(common: Common, stack: String, placement: Placement) -> BenchArgs {
@@ -175,8 +197,11 @@ pub fn run(args: BenchArgs) -> Result<()> {
 pub fn run_as(args: BenchArgs, prefix: &[&str]) -> Result<()> {
     match args.part {
         Some(Part::Micro(args)) => return micro::run(args),
-        Some(Part::Isolation(args)) => return compare(args.into(), prefix, isolation::catalog),
-        Some(Part::Memory(args)) => return compare(args.into(), prefix, bench::memory::catalog),
+        Some(Part::Isolation(args)) => return compare(args.into(), prefix, USUAL, isolation::catalog),
+        Some(Part::Memory(args)) => return compare(args.into(), prefix, USUAL, bench::memory::catalog),
+        Some(Part::Forms(args)) => {
+            return compare(args.into(), prefix, bench::forms::SIDES, bench::forms::catalog);
+        }
         Some(Part::PingServer { port }) => return bench::memory::ping_server(port),
         Some(Part::PingClient { port, seconds }) => return bench::memory::ping_client(port, seconds),
         Some(Part::IsolationLoad(args)) => return isolation::run_load(&args),
@@ -184,11 +209,19 @@ pub fn run_as(args: BenchArgs, prefix: &[&str]) -> Result<()> {
         Some(Part::IdleClient { port, count }) => return bench::idle_client(port, count),
         None => {}
     }
-    compare(args, prefix, bench::catalog)
+    compare(args, prefix, USUAL, bench::catalog)
 }
 
+/// What is compared.
+const USUAL: [&str; 2] = ["plain kernel", "NetKernel"];
+
 /// Measures what `catalog` has by turns, and tells.
-fn compare(args: BenchArgs, prefix: &[&str], catalog: fn(&Settings) -> Vec<Benchmark>) -> Result<()> {
+fn compare(
+    args: BenchArgs,
+    prefix: &[&str],
+    sides: [&'static str; 2],
+    catalog: fn(&Settings) -> Vec<Benchmark>,
+) -> Result<()> {
     let mut settings = settings(&args, prefix)?;
     let most = (sys::descriptor_limit().saturating_sub(1000)).max(1) as usize;
     let fewer = (settings.connections > most).then(|| {
@@ -222,6 +255,7 @@ fn compare(args: BenchArgs, prefix: &[&str], catalog: fn(&Settings) -> Vec<Bench
     let results = Results {
         machine: machine::Machine::look(&session.settings.netkernel),
         surroundings: session.surroundings.clone(),
+        sides,
         stack: session.settings.stack.clone(),
         attachment: session.settings.attach.name(),
         rounds,

@@ -176,6 +176,13 @@ impl Process {
         sys::set_congestion(&socket, name).context("the listener's congestion control")
     }
 
+    /// The processes that a process started that this one started.
+    pub fn grandchildren(&self) -> Vec<i32> {
+        let all = tree(self.pid);
+        let child = |pid: i32| all.iter().any(|stat| stat.pid == pid && stat.parent == self.pid);
+        all.iter().filter(|stat| !stat.zombie && child(stat.parent)).map(|stat| stat.pid).collect()
+    }
+
     /// Memory of this process and its descendants.
     pub fn memory(&self) -> Memory {
         tree(self.pid).iter().map(|stat| Memory::of(stat.pid)).fold(Memory::default(), Memory::and)

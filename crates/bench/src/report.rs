@@ -189,6 +189,8 @@ impl Record {
 pub struct Results {
     pub machine: Machine,
     pub surroundings: Surroundings,
+    /// What is compared.
+    pub sides: [&'static str; 2],
     pub stack: String,
     pub attachment: &'static str,
     pub rounds: u32,
@@ -241,8 +243,8 @@ impl Results {
                 Placement::Free => "placement: the scheduler's".into(),
             },
             format!(
-                "{} rounds of {} s, plain kernel and NetKernel by turns; median (min..max); ratio of the medians",
-                self.rounds, self.seconds
+                "{} rounds of {} s, {} and {} by turns; median (min..max); ratio of the medians",
+                self.rounds, self.seconds, self.sides[0], self.sides[1]
             ),
         ]
     }
@@ -253,7 +255,8 @@ impl Results {
             let _ = writeln!(text, "{fact}");
         }
         let _ = writeln!(text);
-        let head = ["", "unit", "plain kernel", "NetKernel", "ratio", "promise", "verdict"].map(String::from);
+        let [a, b] = self.sides;
+        let head = ["", "unit", a, b, "ratio", "promise", "verdict"].map(String::from);
         let mut lines = vec![head];
         let mut notes = Vec::new();
         for record in &self.records {

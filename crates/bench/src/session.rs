@@ -213,15 +213,18 @@ impl Session {
     /// `program` on one side; the netkernel side needs an engine.
     pub fn command(&self, side: Side, engine: Option<&Engine>, program: impl AsRef<OsStr>) -> Command {
         match (side, engine) {
-            (Side::Netkernel, Some(engine)) => {
-                let mut command = Command::new(&self.settings.netkernel);
-                command.args(["run", "--attach", self.settings.attach.name()]);
-                command.args(["--stack", &self.settings.stack, "--socket"]).arg(&engine.socket);
-                command.arg("--").arg(program);
-                command
-            }
+            (Side::Netkernel, Some(engine)) => self.guest(engine, &self.settings.stack, program),
             _ => Command::new(program),
         }
+    }
+
+    /// `program` as a guest of one of the engine's stacks.
+    pub fn guest(&self, engine: &Engine, stack: &str, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(&self.settings.netkernel);
+        command.args(["run", "--attach", self.settings.attach.name()]);
+        command.args(["--stack", stack, "--socket"]).arg(&engine.socket);
+        command.arg("--").arg(program);
+        command
     }
 
     /// Starts `command` on the core of its role.
@@ -328,7 +331,7 @@ impl Drop for Session {
 /// A long-lived engine.
 pub struct Engine {
     pub process: Process,
-    socket: PathBuf,
+    pub socket: PathBuf,
 }
 
 impl Engine {

@@ -1,5 +1,6 @@
 //! The benchmarks: what each measures, what it needs, and what was promised.
 
+pub(crate) mod forms;
 mod idle;
 mod iperf3;
 pub(crate) mod memory;

@@ -62,7 +62,14 @@ pub fn server_command(
     port: u16,
     directory: &PathBuf,
 ) -> std::process::Command {
-    let mut command = session.command(side, engine, "redis-server");
+    arguments(session.command(side, engine, "redis-server"), port, directory)
+}
+
+pub fn arguments(
+    mut command: std::process::Command,
+    port: u16,
+    directory: &PathBuf,
+) -> std::process::Command {
     command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]);
     command.args(["--daemonize", "no", "--dir"]).arg(directory);
     command
@@ -174,33 +181,12 @@ impl Live for RoundTrip {
 /// Times of GET requests, one after the other, in microseconds. redis-benchmark's own percentiles come in steps of 8 us,
 /// which is too coarse to compare with.
 fn round_trips(port: u16, duration: Duration) -> Result<Vec<f64>> {
-    const LIMIT: Duration = Duration::from_secs(20);
-    let mut stream = TcpStream::connect_timeout(&([127, 0, 0, 1], port).into(), LIMIT).context("redis")?;
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    let mut ask = |request: &[u8], answer: &[u8]| -> Result<f64> {
-        let mut buffer = [0; 64];
-        let start = Instant::now();
-        stream.write_all(request)?;
-        let mut length = 0;
-        while length < answer.len() {
-            match stream.read(&mut buffer[length..]).context("no answer from redis")? {
-                0 => bail!("redis closed the connection"),
-                count => length += count,
-            }
-        }
-        let time = start.elapsed();
-        if buffer[..length] != *answer {
-            bail!("redis answered {:?}", String::from_utf8_lossy(&buffer[..length]));
-        }
-        Ok(time.as_secs_f64() * 1e6)
-    };
-    ask(b"*3\r\n$3\r\nSET\r\n$2\r\nnk\r\n$3\r\nxxx\r\n", b"+OK\r\n")?;
+    let mut client = Asker::connect(port)?;
     let start = Instant::now();
     let warm = duration / 10;
     let mut times = Vec::with_capacity(1 << 18);
     loop {
-        let time = ask(b"*2\r\n$3\r\nGET\r\n$2\r\nnk\r\n", b"$3\r\nxxx\r\n")?;
+        let time = client.ask()?;
         let elapsed = start.elapsed();
         if sys::interrupted() {
             bail!("interrupted");
@@ -210,6 +196,44 @@ fn round_trips(port: u16, duration: Duration) -> Result<Vec<f64>> {
         if elapsed >= duration + warm {
             return Ok(times);
         }
+    }
+}
+
+/// One connection to a redis, with a key in it.
+pub struct Asker(TcpStream);
+
+impl Asker {
+    pub fn connect(port: u16) -> Result<Asker> {
+        const LIMIT: Duration = Duration::from_secs(20);
+        let stream = TcpStream::connect_timeout(&([127, 0, 0, 1], port).into(), LIMIT).context("redis")?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        let mut asker = Asker(stream);
+        asker.exchange(b"*3\r\n$3\r\nSET\r\n$2\r\nnk\r\n$3\r\nxxx\r\n", b"+OK\r\n")?;
+        Ok(asker)
+    }
+
+    /// Time of a GET in microseconds.
+    pub fn ask(&mut self) -> Result<f64> {
+        self.exchange(b"*2\r\n$3\r\nGET\r\n$2\r\nnk\r\n", b"$3\r\nxxx\r\n")
+    }
+
+    fn exchange(&mut self, request: &[u8], answer: &[u8]) -> Result<f64> {
+        let mut buffer = [0; 64];
+        let start = Instant::now();
+        self.0.write_all(request)?;
+        let mut length = 0;
+        while length < answer.len() {
+            match self.0.read(&mut buffer[length..]).context("no answer from redis")? {
+                0 => bail!("redis closed the connection"),
+                count => length += count,
+            }
+        }
+        let time = start.elapsed();
+        if buffer[..length] != *answer {
+            bail!("redis answered {:?}", String::from_utf8_lossy(&buffer[..length]));
+        }
+        Ok(time.as_secs_f64() * 1e6)
     }
 }
 
