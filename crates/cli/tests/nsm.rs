@@ -297,6 +297,26 @@ fn a_worker_may_die_of_any_signal() {
 }
 
 #[test]
+fn a_worker_that_hangs_holds_up_neither_its_exchange_nor_the_end() {
+    let place = Place::new("nsm-hangs");
+    let engine = up(&place);
+    let mut guest = Python::start(&place);
+    assert_eq!(guest.run(CONNECTED), "1");
+    let (holder, worker) = processes(&engine);
+    signal(worker, libc::SIGSTOP);
+    place.run(&["nsm", "restart", "kernel"]).succeeds();
+    assert!(!exists(worker));
+    assert_eq!(guest.run("c.sendall(b'x' * 5000); say(len(a.recv(5000, socket.MSG_WAITALL)))"), "5000");
+    let worker = after(holder, worker);
+    signal(worker, libc::SIGSTOP);
+    engine.end();
+    assert!(!exists(holder));
+    until("the worker ends with it", || !exists(worker));
+    assert_eq!(guest.run("say(c.recv(1))"), "ECONNRESET");
+    guest.ends();
+}
+
+#[test]
 fn a_guest_that_spoils_its_region_while_nobody_looks_takes_nobody_along() {
     let place = Place::new("nsm-spoilt");
     let engine = up(&place);
