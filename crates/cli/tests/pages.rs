@@ -54,9 +54,6 @@ fn every_command_that_tells_facts_prints_json() {
         ("doctor", (&[], "host")),
         ("bench", (&["--list"], "benchmarks")),
         ("bench micro", (&["--quick", "--rounds", "1", "--pool", "8"], "rows")),
-        ("bench isolation", (&["--list"], "benchmarks")),
-        ("bench memory", (&["--list"], "benchmarks")),
-        ("bench multiplex", (&["--list"], "benchmarks")),
     ]);
     let mut seen = 0;
     for (name, words, command) in commands() {
@@ -70,7 +67,12 @@ fn every_command_that_tells_facts_prints_json() {
             continue;
         }
         assert!(option.is_some(), "netkernel {name} has no --json");
-        let (args, key) = needs.get(name.as_str()).copied().unwrap_or((&[], ""));
+        let (args, key) = match needs.get(name.as_str()) {
+            Some(known) => *known,
+            // Comparisons take their time.
+            None if name.starts_with("bench ") => (&["--list"][..], "benchmarks"),
+            None => (&[][..], ""),
+        };
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let done = place.run(&[&words[..], args, &["--json"]].concat());
         let answer: serde_json::Value =

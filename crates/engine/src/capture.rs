@@ -99,12 +99,8 @@ impl Engine {
     /// The same for who has a pipe already.
     pub(crate) fn capture_into(&self, target: Target, snap: usize, pipe: OwnedFd) -> Result<(), EngineError> {
         let session = self.begin(target, snap)?;
-        // Connections in memory are told by who asked for this.
-        let unseen = Unseen { paired_sockets: 0, ..self.unseen(&session.target) }.sentence();
-        if let Some(unseen) = &unseen {
-            log::warn!("a capture: {unseen}");
-        }
-        self.write_capture(session, unseen, pipe)
+        // Who asked for this marks and counts what it does not see.
+        self.write_capture(session, None, pipe)
     }
 
     fn begin(&self, target: Target, snap: usize) -> Result<Arc<Session>, EngineError> {
@@ -136,8 +132,8 @@ impl Engine {
         })
     }
 
-    /// What is past switch threads and relays: direct sockets that there are get their marks. Those of NSMs in processes
-    /// are their engine's, which can as much as this one.
+    /// What is past switch threads and relays: direct sockets that there are get their marks. Those that an agent in the
+    /// process of an NSM gives from now on get none: it may not use eBPF.
     fn unseen(&self, target: &Target) -> Unseen {
         let (mut unseen, shared) = (Unseen::default(), self.shared());
         let processes = Processes::look();
@@ -146,15 +142,18 @@ impl Engine {
             let Some(status) = statuses.iter().find(|status| status.id == guest) else { continue };
             let is_direct = status.attachment.contains("direct");
             let tap = if is_direct { Some(shared.direct_tap.begin(shared)) } else { None };
-            if let Some(Err(reason)) = &tap {
-                unseen.direct_guests += 1;
-                unseen.reason = Some(reason.clone());
-            }
-            let is_here = shared.whose(guest).is_some_and(|(.., nsm)| shared.remote(nsm).is_none());
+            let elsewhere = shared.whose(guest).is_some_and(|(.., nsm)| shared.remote(nsm).is_some());
+            let reason = match &tap {
+                Some(Err(reason)) => Some(reason.clone()),
+                Some(Ok(_)) if elsewhere => Some("NSMs in processes may use no eBPF".to_owned()),
+                _ => None,
+            };
+            unseen.direct_guests += u64::from(reason.is_some());
+            unseen.reason = reason.or(unseen.reason);
             for socket in self.sockets_without_holders(guest, &processes) {
                 unseen.paired_sockets += u64::from(socket.pair);
                 let is_seen = match (socket.attachment, &tap) {
-                    ("direct", Some(Ok(tap))) => !is_here || mark_held(tap, &socket).is_ok(),
+                    ("direct", Some(Ok(tap))) => mark_held(tap, &socket).is_ok(),
                     ("direct", _) => false,
                     _ => socket.state != "handed over",
                 };
