@@ -7,6 +7,7 @@ mod bench;
 mod isolation;
 mod machine;
 mod micro;
+mod multiplex;
 mod output;
 mod plot;
 mod process;
@@ -87,6 +88,7 @@ pub enum Part {
     Isolation(IsolationArgs),
     Memory(MemoryArgs),
     Forms(FormsArgs),
+    Multiplex(multiplex::MultiplexArgs),
     /// Send back what comes.
     #[command(hide = true)]
     PingServer {
@@ -101,6 +103,12 @@ pub enum Part {
     /// What a tenant does in `isolation`.
     #[command(hide = true)]
     IsolationLoad(isolation::LoadArgs),
+    /// What a tenant does in `multiplex`.
+    #[command(hide = true)]
+    MultiplexLoad(multiplex::LoadArgs),
+    /// Have many idle guests.
+    #[command(hide = true)]
+    Crowd(bench::CrowdArgs),
     /// Accept connections, and send back what comes.
     #[command(hide = true)]
     IdleServer {
@@ -202,6 +210,9 @@ pub fn run_as(args: BenchArgs, prefix: &[&str]) -> Result<()> {
         Some(Part::Forms(args)) => {
             return compare(args.into(), prefix, bench::forms::SIDES, bench::forms::catalog);
         }
+        Some(Part::Multiplex(args)) => return multiplex::run(args, prefix),
+        Some(Part::MultiplexLoad(args)) => return multiplex::run_load(&args),
+        Some(Part::Crowd(args)) => return bench::crowd(&args, prefix),
         Some(Part::PingServer { port }) => return bench::memory::ping_server(port),
         Some(Part::PingClient { port, seconds }) => return bench::memory::ping_client(port, seconds),
         Some(Part::IsolationLoad(args)) => return isolation::run_load(&args),

@@ -74,8 +74,7 @@ impl Process {
             .is_ok_and(|status| status.lines().any(|line| line.split_whitespace().eq(["Seccomp:", "2"])))
     }
 
-    #[cfg(test)]
-    fn pid(&self) -> i32 {
+    pub fn pid(&self) -> i32 {
         self.pid
     }
 

@@ -210,6 +210,14 @@ impl Session {
         self.start(name, command, role)
     }
 
+    /// The same with pipes.
+    pub fn spawn_piped(&self, name: &str, role: Role, mut command: Command) -> Result<Process> {
+        if let Some([measured, peer]) = self.cores {
+            sys::keep_on(&mut command, if role == Role::Measured { measured } else { peer });
+        }
+        Process::start_piped(name, command, self.directory())
+    }
+
     /// `program` on one side; the netkernel side needs an engine.
     pub fn command(&self, side: Side, engine: Option<&Engine>, program: impl AsRef<OsStr>) -> Command {
         match (side, engine) {
@@ -335,6 +343,10 @@ pub struct Engine {
 }
 
 impl Engine {
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     fn start(session: &Session, config: Option<&Path>) -> Result<Engine> {
         let socket = session.subdirectory("engine")?.join("engine.sock");
         let mut command = Command::new(&session.settings.netkernel);

@@ -1,5 +1,6 @@
 //! The benchmarks: what each measures, what it needs, and what was promised.
 
+mod crowd;
 pub(crate) mod forms;
 mod idle;
 mod iperf3;
@@ -10,6 +11,7 @@ pub(crate) mod redis;
 use anyhow::Result;
 use serde_json::Value;
 
+pub use crowd::{CrowdArgs, crowd};
 pub use idle::{idle_client, idle_server};
 
 use crate::process::Process;
@@ -76,7 +78,10 @@ pub fn catalog(settings: &Settings) -> Vec<Benchmark> {
     all.extend(redis::benchmarks());
     all.extend(nginx::benchmarks());
     match settings.attach {
-        Attach::Queued => all.extend(idle::benchmarks(settings)),
+        Attach::Queued => {
+            all.extend(idle::benchmarks(settings));
+            all.extend(crowd::benchmarks(settings));
+        }
         // Idle direct connections are the kernel's, and cost an engine nothing.
         Attach::Direct => {
             for row in all.iter_mut().flat_map(|benchmark| &mut benchmark.rows) {

@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-pub use load::{LoadArgs, run as run_load};
+pub use load::{LoadArgs, Peers, run as run_load};
 
 use crate::bench::{Benchmark, Live, Promise, Row, Sample, redis};
 use crate::process::Process;
 use crate::session::{Engine, Role, Session, Settings, Side};
-use load::{Kind, Peers, SAMPLE};
+use load::{Kind, SAMPLE};
 
 /// Bits per second.
 const CAPS: [f64; 2] = [1e9, 500e6];
