@@ -363,9 +363,15 @@ pub struct TenantSetArgs {
     pub guaranteed_receive: Option<String>,
     #[arg(long, value_name = "RATE")]
     pub max_receive: Option<String>,
+    /// Queue elements per second; 0: none
+    #[arg(long, value_name = "N")]
+    pub guaranteed_operations: Option<u64>,
     /// Queue elements per second; 0: no limit
     #[arg(long, value_name = "N")]
     pub max_operations: Option<u64>,
+    /// At a time; 0: none
+    #[arg(long, value_name = "N")]
+    pub guaranteed_connections: Option<u64>,
     /// At a time; 0: no limit
     #[arg(long, value_name = "N")]
     pub max_connections: Option<u64>,

@@ -3,7 +3,7 @@
 use anyhow::{Result, anyhow, bail};
 use netkernel_abi::Limits;
 use netkernel_control::NsmInfo;
-use netkernel_engine::{Capacity, Engine, EngineConfig, NsmConfig};
+use netkernel_engine::{Engine, EngineConfig, NsmConfig};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -16,6 +16,7 @@ pub fn of(config: &Config) -> Result<EngineConfig> {
     if let Some(n) = &section.switch_threads {
         engine.switch_threads = *n.get_ref();
     }
+    engine.placement = section.placement.unwrap_or_default();
     if let Some(n) = &section.spin_us {
         engine.spin_us = u64::from(*n.get_ref());
     }
@@ -52,11 +53,7 @@ pub fn of(config: &Config) -> Result<EngineConfig> {
                     mark: nsm.mark,
                     // The file was checked.
                     smoltcp: crate::smoltcp::config(nsm).ok().flatten(),
-                    capacity: Capacity {
-                        rate: nsm.capacity.map(|rate| rate.0),
-                        operations: nsm.capacity_operations,
-                        connections: nsm.capacity_connections,
-                    },
+                    capacity: nsm.capacity(),
                     memory: nsm.memory.unwrap_or_default(),
                     memory_allow: (!allow.everybody).then_some(allow.list),
                     pair: nsm.pair.unwrap_or(true),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 use netkernel_control::TlsListener;
-use netkernel_engine::{Rates, Recognise, TenantConfig};
+use netkernel_engine::{Capacity, NsmConfig, Rates, Recognise, TenantConfig};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, Visitor};
 use toml::Spanned;
@@ -34,6 +34,7 @@ pub struct Config {
 pub struct EngineSection {
     pub socket: Option<PathBuf>,
     pub switch_threads: Option<Spanned<usize>>,
+    pub placement: Option<netkernel_engine::Placement>,
     pub spin_us: Option<Spanned<u32>>,
     pub huge_pages: Option<HugePages>,
     pub region_bytes: Option<Spanned<Bytes>>,
@@ -79,9 +80,9 @@ pub struct NsmSection {
     /// Guests of one tenant map the memory that their connections stand in.
     pub pair: Option<bool>,
     /// What it can carry in each direction.
-    pub capacity: Option<Rate>,
-    pub capacity_operations: Option<u64>,
-    pub capacity_connections: Option<u64>,
+    pub capacity: Option<Spanned<Rate>>,
+    pub capacity_operations: Option<Spanned<u64>>,
+    pub capacity_connections: Option<Spanned<u64>>,
     /// Cores that the provider reckons with.
     pub cores: Option<Spanned<f64>>,
     pub price_per_hour: Option<Spanned<f64>>,
@@ -102,15 +103,71 @@ pub struct TenantSection {
     pub token_file: Option<Spanned<PathBuf>>,
     #[serde(default)]
     pub nsms: Vec<Spanned<String>>,
-    pub guaranteed_send: Option<Rate>,
+    pub guaranteed_send: Option<Spanned<Rate>>,
     pub max_send: Option<Rate>,
-    pub guaranteed_receive: Option<Rate>,
+    pub guaranteed_receive: Option<Spanned<Rate>>,
     pub max_receive: Option<Rate>,
+    pub guaranteed_operations: Option<Spanned<u64>>,
     pub max_operations: Option<Spanned<u64>>,
+    pub guaranteed_connections: Option<Spanned<u64>>,
     pub max_connections: Option<u64>,
     pub max_guests: Option<u64>,
     pub region_bytes: Option<Spanned<Bytes>>,
     pub weight: Option<Spanned<u32>>,
+}
+
+impl NsmSection {
+    pub fn capacity(&self) -> Capacity {
+        Capacity {
+            rate: self.capacity.as_ref().map(|rate| rate.get_ref().0),
+            operations: self.capacity_operations.as_ref().map(|n| *n.get_ref()),
+            connections: self.capacity_connections.as_ref().map(|n| *n.get_ref()),
+        }
+    }
+
+    fn start_of(&self, key: &str) -> Option<usize> {
+        match key {
+            "capacity" => self.capacity.as_ref().map(|value| value.span().start),
+            "capacity_operations" => self.capacity_operations.as_ref().map(|value| value.span().start),
+            "capacity_connections" => self.capacity_connections.as_ref().map(|value| value.span().start),
+            _ => None,
+        }
+    }
+}
+
+impl TenantSection {
+    /// What it may do, without how it is recognised.
+    fn rights(&self) -> TenantConfig {
+        let rates = |guaranteed: &Option<Spanned<Rate>>, most: Option<Rate>| Rates {
+            guaranteed: guaranteed.as_ref().map_or(0, |rate| rate.get_ref().0),
+            most: most.map(|rate| rate.0),
+        };
+        let number = |value: &Option<Spanned<u64>>| value.as_ref().map(|n| *n.get_ref());
+        TenantConfig {
+            nsms: self.nsms.iter().map(|nsm| nsm.get_ref().clone()).collect(),
+            send: rates(&self.guaranteed_send, self.max_send),
+            receive: rates(&self.guaranteed_receive, self.max_receive),
+            guaranteed_operations: number(&self.guaranteed_operations).unwrap_or(0),
+            operations: number(&self.max_operations),
+            guaranteed_connections: number(&self.guaranteed_connections).unwrap_or(0),
+            connections: self.max_connections,
+            guests: self.max_guests,
+            region_bytes: self.region_bytes.as_ref().map(|n| n.get_ref().0),
+            weight: self.weight.as_ref().map_or(1, |n| *n.get_ref()),
+            ..TenantConfig::new(self.name.get_ref())
+        }
+    }
+
+    fn start_of(&self, key: &str) -> Option<usize> {
+        match key {
+            "nsms" => self.nsms.first().map(|value| value.span().start),
+            "guaranteed_send" => self.guaranteed_send.as_ref().map(|value| value.span().start),
+            "guaranteed_receive" => self.guaranteed_receive.as_ref().map(|value| value.span().start),
+            "guaranteed_operations" => self.guaranteed_operations.as_ref().map(|value| value.span().start),
+            "guaranteed_connections" => self.guaranteed_connections.as_ref().map(|value| value.span().start),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -207,6 +264,7 @@ impl Config {
             resolve(&nsm.memory_allow, path, text)?;
         }
         self.check_tenants(path, text)?;
+        self.check_promises(path, text)?;
         for (i, nsm) in self.nsms.iter().enumerate() {
             let name = nsm.name.get_ref();
             if !is_name(name) {
@@ -301,6 +359,24 @@ impl Config {
         Ok(())
     }
 
+    /// Promises that cannot be kept, where they stand.
+    fn check_promises(&self, path: &Path, text: &str) -> Result<()> {
+        let tenants: Vec<TenantConfig> = self.tenants.iter().map(TenantSection::rights).collect();
+        let nsms: Vec<NsmConfig> = self
+            .nsms
+            .iter()
+            .map(|nsm| NsmConfig { capacity: nsm.capacity(), ..NsmConfig::kernel(nsm.name.get_ref(), None) })
+            .collect();
+        if nsms.is_empty() {
+            return Ok(());
+        }
+        let Err(unkept) = netkernel_engine::admit(tenants.iter(), &nsms) else { return Ok(()) };
+        let tenant = self.tenants.iter().find(|tenant| Some(tenant.name.get_ref()) == unkept.tenant.as_ref());
+        let nsm = self.nsms.iter().find(|nsm| Some(nsm.name.get_ref()) == unkept.nsm.as_ref());
+        let start = tenant.and_then(|t| t.start_of(unkept.key)).or(nsm.and_then(|n| n.start_of(unkept.key)));
+        bail!("{}: {}", Place::of(path, text, start), unkept.why)
+    }
+
     /// Tenants as the engine knows them. Reads their tokens.
     pub fn tenants(&self) -> Result<Vec<TenantConfig>> {
         let one = |section: &TenantSection| -> Result<TenantConfig> {
@@ -308,28 +384,14 @@ impl Config {
                 Some(file) => Some(read_token(file.get_ref())?),
                 None => None,
             };
-            let rates = |guaranteed: Option<Rate>, most: Option<Rate>| Rates {
-                guaranteed: guaranteed.map_or(0, |rate| rate.0),
-                most: most.map(|rate| rate.0),
-            };
             let users = resolve(&section.users, Path::new("configuration"), "")?;
-            Ok(TenantConfig {
-                recognise: Recognise {
-                    users: users.list,
-                    cgroups: section.cgroups.clone(),
-                    netns: section.netns.clone(),
-                    token,
-                },
-                nsms: section.nsms.iter().map(|nsm| nsm.get_ref().clone()).collect(),
-                send: rates(section.guaranteed_send, section.max_send),
-                receive: rates(section.guaranteed_receive, section.max_receive),
-                operations: section.max_operations.as_ref().map(|n| *n.get_ref()),
-                connections: section.max_connections,
-                guests: section.max_guests,
-                region_bytes: section.region_bytes.as_ref().map(|n| n.get_ref().0),
-                weight: section.weight.as_ref().map_or(1, |n| *n.get_ref()),
-                ..TenantConfig::new(section.name.get_ref())
-            })
+            let recognise = Recognise {
+                users: users.list,
+                cgroups: section.cgroups.clone(),
+                netns: section.netns.clone(),
+                token,
+            };
+            Ok(TenantConfig { recognise, ..section.rights() })
         };
         let tenants: Vec<TenantConfig> = self.tenants.iter().map(one).collect::<Result<_>>()?;
         let mut known: HashMap<&str, &str> = HashMap::new();
@@ -522,6 +584,49 @@ mod tests {
 
     fn error(text: &str) -> String {
         format!("{:#}", Config::parse(Path::new("nk.toml"), text).unwrap_err())
+    }
+
+    #[test]
+    fn promises_that_cannot_be_kept_point_at_their_key() {
+        let nsm = "[[nsm]]\nname = \"a\"\ncapacity = \"1 Gbit/s\"\ncapacity_operations = 1000\ncapacity_connections = 10\n";
+        let tenant =
+            |name: &str, rights: &str| format!("[[tenant]]\nname = \"{name}\"\nusers = [1]\n{rights}\n");
+        let error = |rights: [&str; 2]| {
+            let text = format!("{nsm}{}{}", tenant("x", rights[0]), tenant("y", rights[1]));
+            Config::parse(Path::new("f.toml"), &text).unwrap_err().to_string()
+        };
+        for (key, line, kept, arithmetic) in [
+            ("capacity", 3, "guaranteed_send = \"600 Mbit/s\"", "x 600 Mbit/s + y 600 Mbit/s = 1.2 Gbit/s"),
+            ("capacity_operations", 4, "guaranteed_operations = 501", "= 1002 operations/s"),
+            (
+                "capacity_connections",
+                5,
+                "guaranteed_connections = 6",
+                "x 6 connections + y 6 connections = 12",
+            ),
+        ] {
+            let error = error([kept, kept]);
+            let place = format!("f.toml, line {line}, key '{key}'");
+            assert!(error.starts_with(&place) && error.contains(arithmetic), "{error}");
+        }
+        let error = error(["", "guaranteed_operations = 6\nmax_operations = 5"]);
+        assert!(error.starts_with("f.toml, line 13, key 'guaranteed_operations'"), "{error}");
+        let fits =
+            format!("{nsm}{}", tenant("x", "guaranteed_operations = 1000\nguaranteed_connections = 10"));
+        assert!(Config::parse(Path::new("f.toml"), &fits).is_ok());
+    }
+
+    #[test]
+    fn a_thousand_tenants_in_one_file() {
+        let mut text = "[[nsm]]\nname = \"a\"\ncapacity = \"10 Gbit/s\"\n".to_owned();
+        for i in 0..1000 {
+            text += &format!("[[tenant]]\nname = \"t{i}\"\nusers = [{i}]\nguaranteed_send = \"10 Mbit/s\"\n");
+        }
+        let config = Config::parse(Path::new("f.toml"), &text).unwrap();
+        assert_eq!(config.tenants().unwrap().len(), 1000);
+        text += "[[tenant]]\nname = \"more\"\nusers = [5]\nguaranteed_send = \"1 Mbit/s\"\n";
+        let error = Config::parse(Path::new("f.toml"), &text).unwrap_err().to_string();
+        assert!(error.contains("line 3") && error.contains(" + 991 more ") && error.len() < 1000, "{error}");
     }
 
     #[test]

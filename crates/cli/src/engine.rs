@@ -210,6 +210,10 @@ impl EngineApi for Adapter {
             set(&mut tenant.receive.most, change.max_receive);
             set(&mut tenant.operations, change.max_operations);
             set(&mut tenant.connections, change.max_connections);
+            tenant.guaranteed_operations =
+                change.guaranteed_operations.unwrap_or(tenant.guaranteed_operations);
+            tenant.guaranteed_connections =
+                change.guaranteed_connections.unwrap_or(tenant.guaranteed_connections);
             set(&mut tenant.guests, change.max_guests);
             tenant.send.guaranteed = change.guaranteed_send.unwrap_or(tenant.send.guaranteed);
             tenant.receive.guaranteed = change.guaranteed_receive.unwrap_or(tenant.receive.guaranteed);
@@ -276,7 +280,7 @@ impl EngineApi for Adapter {
     fn metrics(&self) -> String {
         let (status, totals) = self.engine.overview();
         let tenants: Vec<String> = self.engine.tenants().into_iter().map(|tenant| tenant.name).collect();
-        crate::metrics::render(&status, &totals, &tenants, self.labels)
+        crate::metrics::render(&status, &totals, &self.engine.attainment(), &tenants, self.labels)
     }
 }
 

@@ -101,6 +101,10 @@ impl Meter {
                 *sum = sum.plus(&amount);
             }
         }
+        for attained in engine.take_attained() {
+            let sum = promises.entry((minute, attained.tenant, attained.nsm)).or_default();
+            *sum = sum.plus(&Attained { seconds: attained.seconds, met: attained.met });
+        }
         if pending.is_empty() && promises.is_empty() {
             return;
         }

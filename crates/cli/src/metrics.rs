@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use netkernel_engine::{OTHERS, StageTimes, Status, Total};
+use netkernel_engine::{Attained, OTHERS, StageTimes, Status, Total};
 use prometheus_client::encoding::text::encode_registry;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::counter::ConstCounter;
@@ -19,11 +19,18 @@ const REST: &str = "other";
 ///
 /// Labels name tenants and stacks, as the configuration does: at most `labels` of each, the first ones, and the rest is
 /// summed under `other`. Guests come and go, name themselves, and have no labels.
-pub fn render(status: &Status, totals: &[Total], tenants: &[String], labels: usize) -> String {
+pub fn render(
+    status: &Status,
+    totals: &[Total],
+    attained: &[Attained],
+    tenants: &[String],
+    labels: usize,
+) -> String {
     let mut registry = Registry::with_prefix("netkernel");
     let engine = Engine {
         status: status.clone(),
         totals: totals.to_vec(),
+        attained: attained.to_vec(),
         // Who belongs to no tenant is no other one.
         tenants: tenants.iter().take(labels).cloned().chain([OTHERS.to_owned()]).collect(),
         nsms: status.stacks.iter().take(labels).map(|nsm| nsm.name.clone()).collect(),
@@ -40,6 +47,7 @@ pub fn render(status: &Status, totals: &[Total], tenants: &[String], labels: usi
 struct Engine {
     status: Status,
     totals: Vec<Total>,
+    attained: Vec<Attained>,
     /// With labels of their own.
     tenants: BTreeSet<String>,
     nsms: BTreeSet<String>,
@@ -173,6 +181,25 @@ impl prometheus_client::collector::Collector for Engine {
                 ConstCounter::new(get(sum)).encode(family.encode_family(&labels)?)?;
             }
         }
+        let mut attained: BTreeMap<(&str, &str), (u64, u64)> = BTreeMap::new();
+        for one in &self.attained {
+            let key = (Self::label(&self.tenants, &one.tenant), Self::label(&self.nsms, &one.nsm));
+            let sum = attained.entry(key).or_default();
+            *sum = (sum.0 + one.seconds, sum.1 + one.met);
+        }
+        type Part = fn(&(u64, u64)) -> u64;
+        let kept: [(&str, &str, Part); 2] = [
+            ("sla", "Time in which guarantees of rates were watched", |sum| sum.0),
+            ("sla_met", "Of that, time in which they were met", |sum| sum.1),
+        ];
+        for (name, help, part) in kept {
+            let mut family =
+                encoder.encode_descriptor(name, help, Some(&Unit::Seconds), MetricType::Counter)?;
+            for ((tenant, nsm), sum) in &attained {
+                let labels = [("tenant", *tenant), ("nsm", *nsm)];
+                ConstCounter::new(part(sum)).encode(family.encode_family(&labels)?)?;
+            }
+        }
         let counters: [(&str, &str, Option<Unit>, Get); 4] = [
             ("received", "Payload that queued sockets received", Some(Unit::Bytes), |s| s.usage.bytes_in),
             ("sent", "Payload that queued sockets sent", Some(Unit::Bytes), |s| s.usage.bytes_out),
@@ -235,12 +262,17 @@ mod tests {
         let mut status = status(&["bbr", "cubic", "reno"]);
         let times = StageTimes { sum_ns: 3_000, buckets: vec![(1024, 2), (1536, 1), (1 << 40, 4)] };
         status.stages.insert("bbr".into(), StagesStatus { stack: times, ..StagesStatus::default() });
-        let text = render(&status, &totals, &["blue".into()], 10);
+        let attained = |nsm: &str, met| Attained { tenant: "blue".into(), nsm: nsm.into(), seconds: 60, met };
+        let text =
+            render(&status, &totals, &[attained("bbr", 59), attained("cubic", 60)], &["blue".into()], 10);
         for line in [
             "netkernel_violations_total 7",
             "# TYPE netkernel_uptime_seconds gauge",
             "netkernel_sockets{tenant=\"blue\",nsm=\"bbr\"} 5",
             "netkernel_received_bytes_total{tenant=\"blue\",nsm=\"bbr\"} 15",
+            "netkernel_sla_seconds_total{tenant=\"blue\",nsm=\"bbr\"} 60",
+            "netkernel_sla_met_seconds_total{tenant=\"blue\",nsm=\"bbr\"} 59",
+            "netkernel_sla_met_seconds_total{tenant=\"blue\",nsm=\"cubic\"} 60",
             "netkernel_sockets{tenant=\"others\",nsm=\"cubic\"} 1",
             "netkernel_sockets{tenant=\"others\",nsm=\"reno\"} 0",
             "# UNIT netkernel_regions_bytes bytes",
@@ -262,7 +294,7 @@ mod tests {
         let nsms: Vec<String> = (0..50).map(|i| format!("nsm-{i}")).collect();
         let totals: Vec<Total> = names.iter().flat_map(|t| nsms.iter().map(|n| total(t, n, 1, 1))).collect();
         let nsms: Vec<&str> = nsms.iter().map(String::as_str).collect();
-        let text = render(&status(&nsms), &totals, &names, 3);
+        let text = render(&status(&nsms), &totals, &[], &names, 3);
         let lines = text.lines().filter(|l| l.starts_with("netkernel_sockets{")).count();
         // Three and the rest of each, and a line for each stack of those without a tenant.
         assert_eq!(lines, 4 * 4 + 4, "{text}");
@@ -274,7 +306,7 @@ mod tests {
     #[test]
     fn names_cannot_make_lines() {
         let evil = "a\"} 1\nforged{x=\"\\";
-        let text = render(&status(&[evil]), &[total(evil, evil, 1, 1)], &[evil.into()], 3);
+        let text = render(&status(&[evil]), &[total(evil, evil, 1, 1)], &[], &[evil.into()], 3);
         assert!(!text.lines().any(|line| line.starts_with("forged")), "{text}");
         has(&text, r#"netkernel_sockets{tenant="a\"} 1\nforged{x=\"\\",nsm="a\"} 1\nforged{x=\"\\"} 1"#);
     }

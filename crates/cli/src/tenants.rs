@@ -83,15 +83,23 @@ fn tenant_row(tenant: &TenantInfo) -> Vec<String> {
             (Some(least), Some(most)) => format!("{} to {}", bits(least), bits(most)),
         }
     };
+    let at_least = |key: &str| number(key).filter(|&n| n > 0);
     let most = number("most_connections").map(|most| format!(" of {most}")).unwrap_or_default();
+    let kept = at_least("guaranteed_connections").map(|n| format!(", {n} kept")).unwrap_or_default();
+    let operations = match (at_least("guaranteed_operations"), number("operations_per_second")) {
+        (None, None) => "no limit".into(),
+        (Some(least), None) => format!("{least} or more"),
+        (None, Some(most)) => most.to_string(),
+        (Some(least), Some(most)) => format!("{least} to {most}"),
+    };
     vec![
         tenant.name.clone(),
         tenant.weight.to_string(),
         tenant.guests.to_string(),
-        format!("{}{most}", tenant.connections),
+        format!("{}{most}{kept}", tenant.connections),
         rates("send"),
         rates("receive"),
-        number("operations_per_second").map_or_else(|| "no limit".into(), |n| n.to_string()),
+        operations,
         number("bytes_out").unwrap_or(0).to_string(),
         number("bytes_in").unwrap_or(0).to_string(),
     ]
@@ -127,7 +135,9 @@ fn wanted(args: &TenantSetArgs) -> Result<TenantChange> {
         max_send: rate(&args.max_send, "--max-send")?,
         guaranteed_receive: rate(&args.guaranteed_receive, "--guaranteed-receive")?,
         max_receive: rate(&args.max_receive, "--max-receive")?,
+        guaranteed_operations: args.guaranteed_operations,
         max_operations: args.max_operations,
+        guaranteed_connections: args.guaranteed_connections,
         max_connections: args.max_connections,
         max_guests: args.max_guests,
         weight: args.weight,

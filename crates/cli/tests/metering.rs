@@ -203,6 +203,67 @@ fn retransmissions_round_trips_and_processor_time_are_metered_on_every_way() {
     served.wait().unwrap();
 }
 
+/// What a tenant with a guarantee gets of an NSM: it sends for as long as it is asked to.
+fn attainment(name: &str, guaranteed: &str) -> (u64, u64) {
+    const SENDER: &str = "import socket, sys, threading
+l = socket.create_server(('127.0.0.1', 0))
+def take():
+    c = l.accept()[0]
+    while c.recv(1 << 20):
+        pass
+s = socket.socket()
+if len(sys.argv) > 1:
+    s.connect(('127.0.0.1', int(sys.argv[1])))
+    data = bytes(1 << 20)
+    while True:
+        s.sendall(data)
+print(l.getsockname()[1], flush=True)
+take()
+";
+    let place = Place::new(name);
+    // SAFETY: cannot fail and touches no memory.
+    let uid = unsafe { libc::geteuid() };
+    let text = format!(
+        "[engine]\nusage = \"{}\"\n[[nsm]]\nname = \"wide\"\ncapacity = \"4000 Gbit/s\"\n\
+         [[tenant]]\nname = \"own\"\nusers = [{uid}]\nguaranteed_send = \"{guaranteed}\"\n",
+        place.dir.join("usage.redb").display()
+    );
+    let config = place.file("engine.toml", &text);
+    let (sender, socket) = (place.file("sender.py", SENDER), place.socket());
+    let socket = socket.to_str().unwrap();
+    let engine = place.up(&["--socket", socket, "--config", config.to_str().unwrap()]);
+    let mut native = Command::new("python3");
+    native.arg(&sender);
+    let (mut native, port) = serve(native);
+    let args =
+        ["run", "--socket", socket, "--attach", "queued", "--", "python3", sender.to_str().unwrap(), &port];
+    let mut guest = place.netkernel(&args).stdin(Stdio::null()).spawn().unwrap();
+    let told = || {
+        let row = row(&place, "wide")?;
+        let number = |key: &str| row.get(key).and_then(Value::as_u64);
+        Some((number("sla_seconds")?, number("sla_met_seconds")?))
+    };
+    until("three seconds are metered", || told().is_some_and(|(seconds, _)| seconds >= 3));
+    guest.kill().unwrap();
+    guest.wait().unwrap();
+    native.kill().unwrap();
+    native.wait().unwrap();
+    let told = told().unwrap();
+    let text = metrics(&place);
+    assert!(text.contains("netkernel_sla_met_seconds_total{tenant=\"own\",nsm=\"wide\"} "), "{text}");
+    engine.end();
+    told
+}
+
+#[test]
+fn a_guarantee_that_is_kept_and_one_that_is_not_are_told_apart() {
+    // A byte a second is had; 3000 Gbit/s nobody can give here.
+    let (seconds, met) = attainment("sla-kept", "8 bit/s");
+    assert_eq!(seconds, met);
+    let (seconds, met) = attainment("sla-missed", "3000 Gbit/s");
+    assert!(met < seconds, "{met} of {seconds}");
+}
+
 #[test]
 fn what_no_stack_knows_is_told_as_not_known() {
     let place = Place::new("metering-unknown");

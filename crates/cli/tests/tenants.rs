@@ -127,6 +127,44 @@ fn serve() -> u16 {
 }
 
 #[test]
+fn connections_that_are_guaranteed_are_kept_for_their_tenant() {
+    let rig = Rig::new("tenants-places");
+    let token = |name: &str, digit: char| {
+        rig.place.file(name, &format!("{}\n", digit.to_string().repeat(32))).to_str().unwrap().to_owned()
+    };
+    let (kept, others) = (token("kept", '1'), token("others", '2'));
+    let text = format!(
+        "[[nsm]]\nname = \"few\"\ncapacity_connections = 5\ncapacity_operations = 1000000\n\
+         [[tenant]]\nname = \"kept\"\ntoken_file = \"{kept}\"\nguaranteed_connections = 3\nguaranteed_operations = 1000\n\
+         [[tenant]]\nname = \"greedy\"\ntoken_file = \"{others}\"\n"
+    );
+    let config = rig.place.file("engine.toml", &text);
+    let engine = rig.place.up(&["--socket", &rig.socket, "--config", config.to_str().unwrap()]);
+    let connects =
+        |client: &mut Running, n: usize| -> Vec<String> { (0..n).map(|_| client.line()).collect() };
+    let mut greedy = rig.client(&["--attach", "queued", "--tenant-token", &others], &["connect", "4"]);
+    assert_eq!(connects(&mut greedy, 4), ["0", "0", "EADDRNOTAVAIL", "EADDRNOTAVAIL"]);
+    let mut modest = rig.client(&["--attach", "queued", "--tenant-token", &kept], &["connect", "4"]);
+    assert_eq!(connects(&mut modest, 4), ["0", "0", "0", "EADDRNOTAVAIL"]);
+    let refused = rig.ask(&["tenant", "greedy", "--guaranteed-connections", "3"]);
+    refused.fails(125, &["'few' can carry 5 connections", "kept 3 connections + greedy 3 connections = 6"]);
+    let refused = rig.ask(&["tenant", "greedy", "--guaranteed-operations", "999001"]);
+    refused.fails(125, &["kept 1000 operations/s + greedy 999001 operations/s = 1000001 operations/s"]);
+    // What is given back can be had again.
+    greedy.end();
+    until("the places are free", || {
+        let tenants = rig.ask(&["tenants", "--json"]).succeeds().json();
+        let tenants = tenants["tenants"].as_array().unwrap().clone();
+        tenants.iter().any(|tenant| tenant["name"] == "greedy" && tenant["connections"] == 0)
+    });
+    let mut greedy = rig.client(&["--attach", "queued", "--tenant-token", &others], &["connect", "3"]);
+    assert_eq!(connects(&mut greedy, 3), ["0", "0", "EADDRNOTAVAIL"]);
+    greedy.end();
+    modest.end();
+    engine.end();
+}
+
+#[test]
 fn the_catalogue_and_the_tenants_are_listed_and_rights_hold() {
     let rig = Rig::new("tenants-list");
     let token = rig.place.file("token", "0123456789abcdef0123456789abcdef\n");

@@ -75,11 +75,16 @@ pub struct TenantChange {
     pub max_send: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guaranteed_receive: Option<u64>,
+
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_receive: Option<u64>,
     /// Queue elements per second.
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub guaranteed_operations: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub max_operations: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guaranteed_connections: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -78,6 +78,8 @@ impl NsmConfig {
 pub struct EngineConfig {
     pub nsms: Vec<NsmConfig>,
     pub switch_threads: usize,
+    /// Which of them a new guest comes to.
+    pub placement: crate::Placement,
     /// How long a switch thread polls, at most, before it sleeps; also advised to guests. Microseconds.
     pub spin_us: u64,
     /// Sizes of a guest's region unless its [`GuestSpec`] says otherwise.
@@ -113,6 +115,7 @@ impl Default for EngineConfig {
         EngineConfig {
             nsms: EngineConfig::default_catalog(),
             switch_threads: 1,
+            placement: crate::Placement::default(),
             spin_us: 50,
             limits: Limits::default(),
             huge_pages: HugePages::Off,

@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use netkernel_agent::notify::Listener;
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use netkernel_agent::{Agent, Carried, Census, Counters, DirectSocket, Ledger, Processes, Settings, Sockets};
 use netkernel_shm::fds;
 
 use crate::NsmConfig;
 use crate::direct_capture::Shown;
-use crate::engine::Shared;
+use crate::engine::{Shared, lock};
 use crate::relay;
 use crate::status::SocketStatus;
 
@@ -35,7 +35,7 @@ pub(crate) struct Ledgers(Mutex<HashMap<String, Option<Arc<Ledger>>>>);
 
 impl Ledgers {
     fn of(&self, nsm: &str, sockets: &dyn Sockets) -> Option<Arc<Ledger>> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.0);
         let open = || {
             let mut opened = None;
             sockets.within(&mut || opened = Some(Ledger::open()));
@@ -51,7 +51,7 @@ impl Ledgers {
     }
 
     fn existing(&self, nsm: &str) -> Option<Arc<Ledger>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(nsm).cloned().flatten()
+        lock(&self.0).get(nsm).cloned().flatten()
     }
 }
 

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 
 use netkernel_agent::Processes;
 use netkernel_capture::{Session, Target};
-use netkernel_service::Limits;
+use netkernel_service::{Limits, now_ns};
 use netkernel_shm::{Region, fds};
 
 use crate::capture::Captures;
 use crate::direct::{self, Direct};
 use crate::direct_capture::DirectTap;
 use crate::heir::Heirs;
+use crate::placement::{self, Load, Placement};
 use crate::process::Form;
 use crate::process::journal::{Left, Root};
 use crate::process::remote::Remote;
@@ -28,7 +29,7 @@ use crate::totals::{self, Finished};
 use crate::usage::{GuestUsage, MAX_OVER, Usage};
 use crate::watch::{self, Watch};
 use crate::worker::{NewGuest, Worker};
-use crate::{EngineConfig, EngineError, GuestFds, GuestSpec, TenantConfig, TenantStatus};
+use crate::{Attained, EngineConfig, EngineError, GuestFds, GuestSpec, TenantConfig, TenantStatus};
 
 /// How long a control call waits for a switch thread, which answers within a turn unless the machine stands still.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -106,6 +107,7 @@ struct Registered {
 pub(crate) struct Link {
     commands: Mutex<VecDeque<Command>>,
     pub wake: OwnedFd,
+    pub load: Load,
 }
 
 pub(crate) enum Command {
@@ -127,7 +129,7 @@ pub(crate) enum Command {
 
 impl Link {
     fn new() -> io::Result<Link> {
-        Ok(Link { commands: Mutex::default(), wake: fds::eventfd()? })
+        Ok(Link { commands: Mutex::default(), wake: fds::eventfd()?, load: Load::default() })
     }
 
     fn send(&self, command: Command) {
@@ -182,7 +184,7 @@ impl Engine {
         let remotes = config.nsms.iter().enumerate();
         let remotes = remotes.map(|(i, nsm)| (nsm.form == Form::Process).then(|| Remote::new(i))).collect();
         let tenants = Arc::new(Tenants::new(&config.tenants, config.strict_tenants, &config.nsms)?);
-        Tenants::start(&tenants, config.nsms.clone()).map_err(resource)?;
+        Tenants::start(&tenants, &config.nsms).map_err(resource)?;
         let shared = Arc::new(Shared {
             tenants,
             watches,
@@ -279,6 +281,9 @@ impl Engine {
         };
         let worker = match &shared.remotes[nsm] {
             Some(remote) => shared.workers.len() + remote.nsm(),
+            None if config.placement == Placement::Pack => {
+                placement::choose(shared.workers.iter().map(|link| &link.load), now_ns())
+            }
             None => id as usize % shared.workers.len(),
         };
         let registered = Registered {
@@ -298,6 +303,7 @@ impl Engine {
         {
             let mut registry = lock(&shared.registry);
             place.keep();
+            shared.tenants.arrive(&tenant, nsm, &config.nsms[nsm]);
             registry.tokens.insert(fds.token, id);
             registry.guests.insert(id, registered);
         }
@@ -373,7 +379,7 @@ impl Engine {
 
     fn named_tenant(&self, name: &str) -> Arc<Tenant> {
         let tenants = &self.shared.tenants;
-        let named = tenants.all().find(|tenant| tenant.config().name == name);
+        let named = tenants.all().find(|tenant| tenant.name() == name);
         named.map_or_else(|| tenants.others(), Arc::clone)
     }
 
@@ -463,7 +469,7 @@ impl Engine {
         for status in &mut guests {
             if let Some(guest) = registry.guests.get(&status.id) {
                 status.name.clone_from(&guest.name);
-                status.tenant = guest.tenant.config().name;
+                status.tenant = guest.tenant.name();
                 status.stack.clone_from(&shared.config.nsms[guest.nsm].name);
                 status.pid = guest.pid;
                 status.uid = guest.uid;
@@ -551,7 +557,7 @@ impl Engine {
         let registry = lock(&self.shared.registry);
         for (id, guest) in &registry.guests {
             if let Some(taps) = guest.direct.as_ref().and_then(|direct| direct.taps.as_ref())
-                && session.target.is(*id, &guest.tenant.config().name, guest.uid)
+                && session.target.is(*id, &guest.tenant.name(), guest.uid)
             {
                 taps.begin(session, &[(RELAY_SLOT, Vec::new())]);
             }
@@ -611,13 +617,13 @@ impl Engine {
 
     /// Name of the tenant whose token it is.
     pub fn tenant_by_token(&self, token: &str) -> Option<String> {
-        self.shared.tenants.by_token(token).map(|tenant| tenant.config().name)
+        self.shared.tenants.by_token(token).map(|tenant| tenant.name())
     }
 
     /// Name of the tenant that a process belongs to, if it is one of the configuration's. Without `uid` only control group
     /// and network namespace count.
     pub fn tenant_of_process(&self, pid: i32, uid: Option<u32>) -> Option<String> {
-        self.shared.tenants.by_process(pid, uid).map(|tenant| tenant.config().name)
+        self.shared.tenants.by_process(pid, uid).map(|tenant| tenant.name())
     }
 
     /// Which NSMs a tenant may use, by name; `None`: all.
@@ -633,12 +639,30 @@ impl Engine {
         name: &str,
         change: impl FnOnce(&mut TenantConfig),
     ) -> Result<(), EngineError> {
-        self.shared.tenants.change(name, &self.shared.config.nsms, change)
+        self.shared.tenants.change(name, &self.shared.config.nsms, change)?;
+        self.keep_shares()
     }
 
     /// New limits for all tenants that there are; the same list of names as before. Nothing changes when they are refused.
     pub fn change_tenants(&self, new: &[TenantConfig]) -> Result<(), EngineError> {
-        self.shared.tenants.change_all(new, &self.shared.config.nsms)
+        self.shared.tenants.change_all(new, &self.shared.config.nsms)?;
+        self.keep_shares()
+    }
+
+    /// There may be something to share, or to keep, only now.
+    fn keep_shares(&self) -> Result<(), EngineError> {
+        let resource = |e| EngineError::Resource(format!("no thread for the tenants' shares: {e}"));
+        Tenants::start(&self.shared.tenants, &self.shared.config.nsms).map_err(resource)
+    }
+
+    /// In how many seconds the guarantees of tenants were met, since the engine began.
+    pub fn attainment(&self) -> Vec<Attained> {
+        self.shared.tenants.attained(&self.shared.config.nsms)
+    }
+
+    /// What came on top since the last call. For one caller.
+    pub fn take_attained(&self) -> Vec<Attained> {
+        self.shared.tenants.take_attained(&self.shared.config.nsms)
     }
 
     /// The sockets of a guest; empty when there is no such guest.
@@ -659,7 +683,7 @@ impl Engine {
                 let agents = guest.direct.as_ref().map(|direct| direct.counters.processes());
                 let mut known: Vec<u32> = agents.into_iter().flatten().collect();
                 known.extend(u32::try_from(guest.pid));
-                (known, guest.tenant.config().name, self.shared.config.nsms[guest.nsm].name.clone())
+                (known, guest.tenant.name(), self.shared.config.nsms[guest.nsm].name.clone())
             });
             let Some((mut known, tenant, stack)) = known else { continue };
             known.extend(announced.get(guest).into_iter().flatten());
@@ -850,14 +874,13 @@ impl Shared {
     /// Its tenant's name, its user, and the number of its NSM.
     pub fn whose(&self, id: u32) -> Option<(String, u32, usize)> {
         let registry = lock(&self.registry);
-        registry.guests.get(&id).map(|guest| (guest.tenant.config().name, guest.uid, guest.nsm))
+        registry.guests.get(&id).map(|guest| (guest.tenant.name(), guest.uid, guest.nsm))
     }
 
     /// Guests that a capture is of.
     pub fn guests_of(&self, target: &Target) -> Vec<u32> {
         let registry = lock(&self.registry);
-        let is_meant =
-            |(id, guest): &(&u32, &Registered)| target.is(**id, &guest.tenant.config().name, guest.uid);
+        let is_meant = |(id, guest): &(&u32, &Registered)| target.is(**id, &guest.tenant.name(), guest.uid);
         registry.guests.iter().filter(is_meant).map(|(id, _)| *id).collect()
     }
 
@@ -920,7 +943,7 @@ impl Shared {
             let registry = lock(&self.registry);
             if let Some(guest) = registry.guests.get(&id) {
                 let nsm = self.config.nsms[guest.nsm].name.clone();
-                self.finished.guest_over(guest.tenant.config().name, nsm, &usage);
+                self.finished.guest_over(guest.tenant.name(), nsm, &usage);
             }
         }
         if let Some(last) = self.usage_of(id, usage, true) {
@@ -938,7 +961,7 @@ impl Shared {
         let guest = registry.guests.get(&id)?;
         let nsm = self.config.nsms[guest.nsm].name.clone();
         let usage = Usage { lived_ms: guest.created.elapsed().as_millis() as u64, ..usage };
-        let tenant = (self.tenants.all().count() > 1).then(|| guest.tenant.config().name);
+        let tenant = (self.tenants.all().count() > 1).then(|| guest.tenant.name());
         Some(GuestUsage { guest: id, name: guest.name.clone(), nsm, tenant, uid: guest.uid, usage, over })
     }
 
@@ -947,6 +970,7 @@ impl Shared {
         if let Some(guest) = registry.guests.remove(&id) {
             registry.tokens.remove(&guest.token);
             Tenants::guest_over(&guest.tenant);
+            self.tenants.leave(&guest.tenant, guest.nsm);
         }
         drop(registry);
         self.changed.notify_all();

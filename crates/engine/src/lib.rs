@@ -17,10 +17,12 @@ mod handed;
 pub mod heir;
 mod keeper;
 mod kinds;
+mod placement;
 mod poller;
 pub mod process;
 mod relay;
 mod sample;
+mod shares;
 mod sockets;
 mod status;
 mod tenants;
@@ -38,8 +40,12 @@ pub use netkernel_agent::{Policy, TcpInfo};
 pub use netkernel_capture::Target;
 pub use netkernel_shm::HugePages;
 pub use netkernel_stack_smoltcp::{Cidr, SmoltcpConfig};
+pub use placement::Placement;
 pub use process::Form;
+pub use shares::Attained;
 pub use status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
-pub use tenants::{Capacity, OTHERS, Rates, Recognise, TenantConfig, TenantStatus, bits, same};
+pub use tenants::{
+    Capacity, OTHERS, Rates, Recognise, TenantConfig, TenantStatus, Unkept, admit, bits, same,
+};
 pub use totals::{StageTimes, StagesStatus, Total};
 pub use usage::{GuestUsage, Usage};

@@ -1,14 +1,17 @@
 //! Tenants: who they are, what they may use, and how what is left of a module is shared among them.
 
 use std::cell::OnceCell;
+use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
-use netkernel_service::{Bucket, Limits, Police, Quota, UNLIMITED, namespace_path};
+use netkernel_service::{Bucket, Limits, Places, Police, Quota, Seats, UNLIMITED, namespace_path, now_ns};
 
+use crate::engine::lock;
+use crate::shares::{Attained, Demand, OPERATIONS, RESOURCES, Rounds, Share, start};
 use crate::{EngineError, NsmConfig};
 
 /// How often shares are computed anew.
@@ -43,9 +46,11 @@ pub struct TenantConfig {
     pub nsms: Vec<String>,
     pub send: Rates,
     pub receive: Rates,
-    /// Queue elements per second.
+    /// Queue elements per second: what it gets whatever others do, and never more than.
+    pub guaranteed_operations: u64,
     pub operations: Option<u64>,
-    /// Connections at a time.
+    /// Connections at a time, the same.
+    pub guaranteed_connections: u64,
     pub connections: Option<u64>,
     /// Guests at a time.
     pub guests: Option<u64>,
@@ -63,7 +68,9 @@ impl TenantConfig {
             nsms: Vec::new(),
             send: Rates::default(),
             receive: Rates::default(),
+            guaranteed_operations: 0,
             operations: None,
+            guaranteed_connections: 0,
             connections: None,
             guests: None,
             region_bytes: None,
@@ -95,18 +102,6 @@ pub(crate) struct Asker<'a> {
     pub token: Option<&'a str>,
 }
 
-/// One direction of a tenant's part of one NSM's capacity.
-struct Share {
-    bucket: Arc<Bucket>,
-    used_before: AtomicU64,
-}
-
-impl Share {
-    fn new() -> Share {
-        Share { bucket: Arc::new(Bucket::new(UNLIMITED)), used_before: AtomicU64::new(0) }
-    }
-}
-
 /// A tenant at work.
 pub(crate) struct Tenant {
     config: Mutex<TenantConfig>,
@@ -117,22 +112,39 @@ pub(crate) struct Tenant {
     guests: Quota,
     /// Place in the list of tenants.
     index: usize,
+    /// Of its configuration: what is asked for often.
     weight: AtomicU32,
-    /// For each NSM: of sending and of receiving.
-    shares: Vec<[Share; 2]>,
+    promised: AtomicBool,
+    queued_only: AtomicBool,
+    limited: AtomicBool,
+    /// For each NSM: of sending, of receiving, and of operations.
+    pub shares: Vec<[Share; RESOURCES]>,
+    /// For each NSM that counts its connections.
+    seats: Vec<Option<Arc<Seats>>>,
+    /// For each NSM: a guarantee holds there.
+    may_use: Vec<AtomicBool>,
 }
 
 impl Tenant {
-    fn new(config: TenantConfig, index: usize, nsms: usize) -> Tenant {
+    /// `shared`: connections of each NSM that are nobody's.
+    fn new(config: TenantConfig, index: usize, nsms: &[NsmConfig], shared: &[Arc<Quota>]) -> Tenant {
+        let seats = |(nsm, shared): (&NsmConfig, &Arc<Quota>)| {
+            nsm.capacity.connections.map(|_| Arc::new(Seats::new(0, Arc::clone(shared))))
+        };
         let tenant = Tenant {
             index,
             weight: AtomicU32::new(1),
+            promised: AtomicBool::new(false),
+            queued_only: AtomicBool::new(false),
+            limited: AtomicBool::new(false),
+            seats: nsms.iter().zip(shared).map(seats).collect(),
+            may_use: nsms.iter().map(|nsm| AtomicBool::new(config.may_use(&nsm.name))).collect(),
             send: Arc::new(Bucket::new(UNLIMITED)),
             receive: Arc::new(Bucket::new(UNLIMITED)),
-            operations: Arc::new(Bucket::new(UNLIMITED)),
+            operations: Arc::new(Bucket::of_operations()),
             connections: Arc::new(Quota::new(u64::MAX)),
             guests: Quota::new(u64::MAX),
-            shares: (0..nsms).map(|_| [Share::new(), Share::new()]).collect(),
+            shares: nsms.iter().map(|_| std::array::from_fn(Share::new)).collect(),
             config: Mutex::new(config),
         };
         tenant.apply();
@@ -140,11 +152,29 @@ impl Tenant {
     }
 
     pub fn config(&self) -> TenantConfig {
-        self.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.config).clone()
+    }
+
+    pub fn name(&self) -> String {
+        lock(&self.config).name.clone()
+    }
+
+    fn set(&self, config: TenantConfig, nsms: &[NsmConfig]) {
+        for (may, nsm) in self.may_use.iter().zip(nsms) {
+            may.store(config.may_use(&nsm.name), Relaxed);
+        }
+        *lock(&self.config) = config;
+        self.apply();
     }
 
     fn apply(&self) {
-        let config = self.config();
+        let config = lock(&self.config);
+        let queued_only =
+            config.send.most.is_some() || config.receive.most.is_some() || config.connections.is_some();
+        self.queued_only.store(queued_only, Relaxed);
+        self.limited.store(queued_only || config.operations.is_some(), Relaxed);
+        let promised = [config.send.guaranteed, config.receive.guaranteed, config.guaranteed_operations];
+        self.promised.store(promised.iter().any(|&rate| rate > 0), Relaxed);
         self.send.set_rate(config.send.most.unwrap_or(UNLIMITED));
         self.receive.set_rate(config.receive.most.unwrap_or(UNLIMITED));
         self.operations.set_rate(config.operations.unwrap_or(UNLIMITED));
@@ -161,14 +191,17 @@ impl Tenant {
         Limits {
             send: of(&self.send, 0),
             receive: of(&self.receive, 1),
-            operations: Police::new(vec![Arc::clone(&self.operations)]),
-            connections: Some(Arc::clone(&self.connections)),
+            operations: of(&self.operations, OPERATIONS),
+            connections: Some(Places {
+                tenant: Arc::clone(&self.connections),
+                nsm: self.seats.get(nsm).cloned().flatten(),
+            }),
         }
     }
 
     /// Which one of the configuration's it is; `None`: the one of those that it does not name.
     pub fn number(&self) -> Option<u32> {
-        (self.config().name != OTHERS).then_some(self.index as u32)
+        (lock(&self.config).name != OTHERS).then_some(self.index as u32)
     }
 
     pub fn index(&self) -> usize {
@@ -181,13 +214,40 @@ impl Tenant {
 
     /// True when kernel sockets that are given away would pass its limits by.
     pub fn needs_queues(&self) -> bool {
-        let config = self.config();
-        config.send.most.is_some() || config.receive.most.is_some() || config.connections.is_some()
+        self.queued_only.load(Relaxed)
     }
 
     /// True when something of what it does must be held back.
     pub fn has_limits(&self) -> bool {
-        self.needs_queues() || self.config().operations.is_some()
+        self.limited.load(Relaxed)
+    }
+
+    /// True when a rate is guaranteed to it.
+    pub fn is_promised(&self) -> bool {
+        self.promised.load(Relaxed)
+    }
+
+    /// What it may have of a resource of an NSM. It wants nothing.
+    pub fn terms(&self, nsm: usize, resource: usize) -> Demand {
+        let config = lock(&self.config);
+        let rates = match resource {
+            0 => config.send,
+            1 => config.receive,
+            _ => Rates { guaranteed: config.guaranteed_operations, most: config.operations },
+        };
+        let guaranteed = if self.uses(nsm) { rates.guaranteed } else { 0 };
+        Demand { guaranteed, most: rates.most.unwrap_or(UNLIMITED), weight: config.weight.max(1), wanted: 0 }
+    }
+
+    fn uses(&self, nsm: usize) -> bool {
+        self.may_use.get(nsm).is_some_and(|may| may.load(Relaxed))
+    }
+
+    /// A turn of a switch thread was over before what it had to send, to receive, and its elements were done.
+    pub fn fell_behind(&self, nsm: usize, what: [bool; RESOURCES]) {
+        for (share, _) in self.shares[nsm].iter().zip(what).filter(|(_, behind)| *behind) {
+            share.fell_behind();
+        }
     }
 
     pub fn status(&self) -> TenantStatus {
@@ -197,7 +257,9 @@ impl Tenant {
             weight: config.weight,
             send: config.send,
             receive: config.receive,
+            guaranteed_operations: config.guaranteed_operations,
             operations_per_second: config.operations,
+            guaranteed_connections: config.guaranteed_connections,
             most_connections: config.connections,
             guests: self.guests.now(),
             connections: self.connections.now(),
@@ -214,7 +276,9 @@ pub struct TenantStatus {
     pub weight: u32,
     pub send: Rates,
     pub receive: Rates,
+    pub guaranteed_operations: u64,
     pub operations_per_second: Option<u64>,
+    pub guaranteed_connections: u64,
     pub most_connections: Option<u64>,
     pub guests: u64,
     pub connections: u64,
@@ -229,6 +293,14 @@ pub(crate) struct Tenants {
     list: Vec<Arc<Tenant>>,
     strict: bool,
     stop: Arc<AtomicBool>,
+    started: AtomicBool,
+    /// Of all weights.
+    weights: AtomicU64,
+    /// By NSM.
+    present: Vec<Mutex<Present>>,
+    /// By NSM: connections beyond all guarantees.
+    seats: Vec<Arc<Quota>>,
+    rounds: Mutex<Rounds>,
 }
 
 /// Name of the tenant of those that no configuration names.
@@ -236,12 +308,22 @@ pub const OTHERS: &str = "others";
 
 impl Tenants {
     pub fn new(configs: &[TenantConfig], strict: bool, nsms: &[NsmConfig]) -> Result<Tenants, EngineError> {
-        admit(configs, nsms)?;
+        admit(configs.iter(), nsms)?;
+        let seats: Vec<Arc<Quota>> = nsms.iter().map(|_| Arc::new(Quota::new(u64::MAX))).collect();
         let others = TenantConfig::new(OTHERS);
         let list = configs.iter().chain([&others]).enumerate();
-        let list = list.map(|(i, config)| Arc::new(Tenant::new(config.clone(), i, nsms.len()))).collect();
-        let tenants = Tenants { list, strict, stop: Arc::default() };
-        tenants.share(nsms);
+        let list = list.map(|(i, config)| Arc::new(Tenant::new(config.clone(), i, nsms, &seats))).collect();
+        let tenants = Tenants {
+            list,
+            strict,
+            stop: Arc::default(),
+            started: AtomicBool::new(false),
+            weights: AtomicU64::new(0),
+            present: nsms.iter().map(|_| Mutex::default()).collect(),
+            seats,
+            rounds: Mutex::default(),
+        };
+        tenants.begin(nsms);
         Ok(tenants)
     }
 
@@ -272,7 +354,7 @@ impl Tenants {
     /// The tenant whose token it is.
     pub fn by_token(&self, token: &str) -> Option<&Arc<Tenant>> {
         let own = |tenant: &&Arc<Tenant>| {
-            let config = tenant.config.lock().unwrap_or_else(PoisonError::into_inner);
+            let config = lock(&tenant.config);
             config.recognise.token.as_ref().is_some_and(|own| same(own, token))
         };
         self.list.iter().find(own)
@@ -283,7 +365,7 @@ impl Tenants {
     pub fn by_process(&self, pid: i32, uid: Option<u32>) -> Option<&Arc<Tenant>> {
         let process = Process::new(pid);
         self.list.iter().find(|tenant| {
-            let config = tenant.config.lock().unwrap_or_else(PoisonError::into_inner);
+            let config = lock(&tenant.config);
             uid.is_some_and(|uid| config.recognise.users.contains(&uid)) || process.is_in(&config.recognise)
         })
     }
@@ -295,7 +377,7 @@ impl Tenants {
         }
         Err(EngineError::Refused(format!(
             "tenant '{}' has {} guests already, as many as it may have",
-            tenant.config().name,
+            tenant.name(),
             tenant.guests.most()
         )))
     }
@@ -311,17 +393,17 @@ impl Tenants {
         nsms: &[NsmConfig],
         change: impl FnOnce(&mut TenantConfig),
     ) -> Result<(), EngineError> {
-        let tenant = self.list.iter().find(|tenant| tenant.config().name == name).ok_or_else(|| {
-            let known: Vec<String> = self.list.iter().map(|t| t.config().name).collect();
+        let tenant = self.list.iter().find(|tenant| lock(&tenant.config).name == name).ok_or_else(|| {
+            let known: Vec<String> = self.list.iter().map(|t| t.name()).collect();
             EngineError::Refused(format!("there is no tenant '{name}'; there are {}", known.join(", ")))
         })?;
         let mut new = tenant.config();
         change(&mut new);
-        let others = self.list.iter().map(|other| other.config()).filter(|other| other.name != name);
-        admit(&others.chain([new.clone()]).collect::<Vec<_>>(), nsms)?;
-        *tenant.config.lock().unwrap_or_else(PoisonError::into_inner) = new;
-        tenant.apply();
-        self.share(nsms);
+        let others: Vec<TenantConfig> =
+            self.list.iter().map(|other| other.config()).filter(|other| other.name != name).collect();
+        admit(others.iter().chain([&new]), nsms)?;
+        tenant.set(new, nsms);
+        self.begin(nsms);
         Ok(())
     }
 
@@ -336,42 +418,141 @@ impl Tenants {
                 names(&old).join(", ")
             )));
         }
-        admit(new, nsms)?;
+        admit(new.iter(), nsms)?;
         for (tenant, config) in self.list.iter().zip(new) {
-            *tenant.config.lock().unwrap_or_else(PoisonError::into_inner) = config.clone();
-            tenant.apply();
+            tenant.set(config.clone(), nsms);
         }
-        self.share(nsms);
+        self.begin(nsms);
         Ok(())
     }
 
-    /// Computes the shares of NSMs with a capacity again and again, as long as the engine lives.
-    pub fn start(tenants: &Arc<Tenants>, nsms: Vec<NsmConfig>) -> std::io::Result<()> {
-        if nsms.iter().all(|nsm| nsm.capacity.rate.is_none()) {
+    /// Computes shares again and again from now on, as long as the engine lives, if there is something to share or to keep.
+    pub fn start(tenants: &Arc<Tenants>, nsms: &[NsmConfig]) -> std::io::Result<()> {
+        let needed = nsms.iter().any(|nsm| nsm.capacity.rate.is_some() || nsm.capacity.operations.is_some())
+            || tenants.list.iter().any(|tenant| tenant.is_promised());
+        if !needed || tenants.started.swap(true, Relaxed) {
             return Ok(());
         }
-        let stop = Arc::clone(&tenants.stop);
+        let (stop, nsms) = (Arc::clone(&tenants.stop), nsms.to_vec());
         let tenants: Weak<Tenants> = Arc::downgrade(tenants);
         std::thread::Builder::new().name("nk-shares".into()).spawn(move || {
             while !stop.load(Relaxed) {
                 std::thread::sleep(SHARE_EVERY);
                 let Some(tenants) = tenants.upgrade() else { return };
-                tenants.share(&nsms);
+                tenants.round(&nsms, now_ns());
             }
         })?;
         Ok(())
     }
 
-    fn share(&self, nsms: &[NsmConfig]) {
+    /// One division of all capacities.
+    fn round(&self, nsms: &[NsmConfig], now_ns: u64) {
+        let mut rounds = lock(&self.rounds);
+        let elapsed_ns = rounds.begin(now_ns);
+        let second = rounds.is_second_over(now_ns);
+        let weights = self.weights.load(Relaxed);
         for (i, nsm) in nsms.iter().enumerate() {
-            let Some(capacity) = nsm.capacity.rate else { continue };
-            for direction in 0..2 {
-                let demands: Vec<Demand> =
-                    self.list.iter().map(|tenant| demand(tenant, &nsm.name, i, direction)).collect();
-                for (tenant, rate) in self.list.iter().zip(divide(capacity, &demands)) {
-                    tenant.shares[i][direction].bucket.set_rate(rate);
-                }
+            let Some(present) = self.present.get(i) else { continue };
+            let present = lock(present);
+            rounds.share(i, &nsm.capacity, &self.list, &present.tenants, weights, elapsed_ns);
+            if second {
+                rounds.second(i, &self.list, &present.tenants);
             }
+        }
+    }
+
+    /// What all may begin with, after limits changed.
+    fn begin(&self, nsms: &[NsmConfig]) {
+        let weights = self.list.iter().map(|tenant| u64::from(tenant.weight())).sum();
+        self.weights.store(weights, Relaxed);
+        for (i, nsm) in nsms.iter().enumerate() {
+            for tenant in &self.list {
+                self.begin_one(tenant, i, nsm);
+            }
+            let Some(most) = nsm.capacity.connections else { continue };
+            let guaranteed = |tenant: &Arc<Tenant>| {
+                let config = lock(&tenant.config);
+                if config.may_use(&nsm.name) { config.guaranteed_connections } else { 0 }
+            };
+            let mut kept = 0u64;
+            for tenant in &self.list {
+                let guaranteed = guaranteed(tenant);
+                kept = kept.saturating_add(guaranteed);
+                tenant.seats[i].iter().for_each(|seats| seats.set_guaranteed(guaranteed));
+            }
+            self.seats[i].set_most(most.saturating_sub(kept));
+        }
+    }
+
+    fn begin_one(&self, tenant: &Tenant, i: usize, nsm: &NsmConfig) {
+        for (resource, share) in tenant.shares[i].iter().enumerate() {
+            if let Some(capacity) = nsm.capacity.of(resource) {
+                let rate = start(capacity, self.weights.load(Relaxed), &tenant.terms(i, resource));
+                share.bucket.set_rate(rate);
+            }
+        }
+    }
+
+    /// A guest of the tenant uses the NSM from now on.
+    pub fn arrive(&self, tenant: &Tenant, i: usize, nsm: &NsmConfig) {
+        if let Some(present) = self.present.get(i)
+            && lock(present).arrive(tenant.index)
+        {
+            self.begin_one(tenant, i, nsm);
+        }
+    }
+
+    pub fn leave(&self, tenant: &Tenant, nsm: usize) {
+        if let Some(present) = self.present.get(nsm) {
+            lock(present).leave(tenant.index);
+        }
+    }
+
+    /// In how many seconds guarantees were met, since the engine began.
+    pub fn attained(&self, nsms: &[NsmConfig]) -> Vec<Attained> {
+        let all: Vec<_> = lock(&self.rounds).attained().collect();
+        self.named(nsms, all)
+    }
+
+    /// The same, since the last call. For one caller.
+    pub fn take_attained(&self, nsms: &[NsmConfig]) -> Vec<Attained> {
+        let new = lock(&self.rounds).take_attained();
+        self.named(nsms, new)
+    }
+
+    fn named(&self, nsms: &[NsmConfig], all: Vec<((usize, usize), (u64, u64))>) -> Vec<Attained> {
+        let one = |((tenant, nsm), (seconds, met)): ((usize, usize), (u64, u64))| {
+            let (tenant, nsm) = (self.list.get(tenant)?.name(), nsms.get(nsm)?.name.clone());
+            Some(Attained { tenant, nsm, seconds, met })
+        };
+        all.into_iter().filter_map(one).collect()
+    }
+}
+
+/// The tenants that have guests on an NSM.
+#[derive(Default)]
+struct Present {
+    tenants: Vec<usize>,
+    guests: HashMap<usize, u64>,
+}
+
+impl Present {
+    /// True: it is the tenant's first.
+    fn arrive(&mut self, tenant: usize) -> bool {
+        let guests = self.guests.entry(tenant).or_default();
+        *guests += 1;
+        if *guests == 1 {
+            self.tenants.push(tenant);
+        }
+        *guests == 1
+    }
+
+    fn leave(&mut self, tenant: usize) {
+        let Some(guests) = self.guests.get_mut(&tenant) else { return };
+        *guests -= 1;
+        if *guests == 0 {
+            self.guests.remove(&tenant);
+            self.tenants.retain(|&other| other != tenant);
         }
     }
 }
@@ -382,110 +563,145 @@ impl Drop for Tenants {
     }
 }
 
-/// What a tenant wants of a module's rate.
-#[derive(Clone, Copy, Debug)]
-struct Demand {
-    guaranteed: u64,
-    most: u64,
-    weight: u32,
-    /// Bytes per second; more than it had when it had to wait.
-    wanted: u64,
+/// A promise that cannot be kept, and whose fault that is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unkept {
+    /// The tenant whose configuration says it; `None`: the NSM's does.
+    pub tenant: Option<String>,
+    pub nsm: Option<String>,
+    /// In the configuration file.
+    pub key: &'static str,
+    pub why: String,
 }
 
-fn demand(tenant: &Tenant, name: &str, nsm: usize, direction: usize) -> Demand {
-    let config = tenant.config();
-    let share = &tenant.shares[nsm][direction];
-    let used = share.bucket.used();
-    let moved = used.saturating_sub(share.used_before.swap(used, Relaxed));
-    let rate = moved.saturating_mul(1000) / SHARE_EVERY.as_millis() as u64;
-    // One that did not have to wait may want a bit more next time.
-    let wanted = if share.bucket.take_wanting() { UNLIMITED } else { rate.saturating_add(rate / 2) };
-    let rates = if direction == 0 { config.send } else { config.receive };
-    let guaranteed = if config.may_use(name) { rates.guaranteed } else { 0 };
-    Demand { guaranteed, most: rates.most.unwrap_or(UNLIMITED), weight: config.weight, wanted }
-}
-
-/// Divides a capacity: guarantees first, as far as they are wanted, then by weight what is left, nobody more than it wants
-/// (max-min fairness). Who wants nothing now may begin with what its guarantee and weight would give it; that lasts until the
-/// next division.
-fn divide(capacity: u64, demands: &[Demand]) -> Vec<u64> {
-    let limit = |d: &Demand| d.wanted.min(d.most);
-    let mut given: Vec<u64> = demands.iter().map(|d| d.guaranteed.min(limit(d))).collect();
-    let mut left = capacity.saturating_sub(given.iter().sum());
-    loop {
-        let open: Vec<usize> = (0..demands.len()).filter(|&i| given[i] < limit(&demands[i])).collect();
-        let weights: u64 = open.iter().map(|&i| u64::from(demands[i].weight)).sum();
-        if open.is_empty() || left < weights || weights == 0 {
-            break;
-        }
-        let before = left;
-        for &i in &open {
-            let part = (before as u128 * u128::from(demands[i].weight) / u128::from(weights)) as u64;
-            let part = part.min(limit(&demands[i]) - given[i]).min(left);
-            given[i] += part;
-            left -= part;
-        }
-        if before == left {
-            break;
-        }
+impl From<Unkept> for EngineError {
+    fn from(unkept: Unkept) -> EngineError {
+        EngineError::Config(unkept.why)
     }
-    let weights: u64 = demands.iter().map(|d| u64::from(d.weight)).sum::<u64>().max(1);
-    given
-        .into_iter()
-        .zip(demands)
-        .map(|(given, d)| {
-            let start =
-                d.guaranteed.max((capacity as u128 * u128::from(d.weight) / u128::from(weights)) as u64);
-            let start = if d.wanted == UNLIMITED { 0 } else { start };
-            given.max(start).min(d.most).max(1)
-        })
-        .collect()
 }
 
-/// Promises that cannot be kept are not made.
-fn admit(tenants: &[TenantConfig], nsms: &[NsmConfig]) -> Result<(), EngineError> {
-    for tenant in tenants {
-        if let Some(unknown) = tenant.nsms.iter().find(|name| !nsms.iter().any(|nsm| nsm.name == **name)) {
-            return Err(EngineError::Config(format!(
-                "tenant '{}' may use '{unknown}', but there is no such [[nsm]]",
-                tenant.name
-            )));
+/// What is guaranteed, and at most, to a tenant; what an NSM has of it, and how it is said.
+struct Promise {
+    what: &'static str,
+    guaranteed_key: &'static str,
+    capacity_key: &'static str,
+    guaranteed: fn(&TenantConfig) -> u64,
+    most: fn(&TenantConfig) -> Option<u64>,
+    capacity: fn(&Capacity) -> Option<u64>,
+    say: fn(u64) -> String,
+}
+
+const PROMISES: [Promise; 4] = [
+    Promise {
+        what: "send",
+        guaranteed_key: "guaranteed_send",
+        capacity_key: "capacity",
+        guaranteed: |tenant| tenant.send.guaranteed,
+        most: |tenant| tenant.send.most,
+        capacity: |capacity| capacity.rate,
+        say: bits,
+    },
+    Promise {
+        what: "receive",
+        guaranteed_key: "guaranteed_receive",
+        capacity_key: "capacity",
+        guaranteed: |tenant| tenant.receive.guaranteed,
+        most: |tenant| tenant.receive.most,
+        capacity: |capacity| capacity.rate,
+        say: bits,
+    },
+    Promise {
+        what: "operations",
+        guaranteed_key: "guaranteed_operations",
+        capacity_key: "capacity_operations",
+        guaranteed: |tenant| tenant.guaranteed_operations,
+        most: |tenant| tenant.operations,
+        capacity: |capacity| capacity.operations,
+        say: |n| format!("{n} operations/s"),
+    },
+    Promise {
+        what: "connections",
+        guaranteed_key: "guaranteed_connections",
+        capacity_key: "capacity_connections",
+        guaranteed: |tenant| tenant.guaranteed_connections,
+        most: |tenant| tenant.connections,
+        capacity: |capacity| capacity.connections,
+        say: |n| format!("{n} connections"),
+    },
+];
+
+/// Promises that cannot be kept are not made. Operations and connections as rates.
+pub fn admit<'a>(
+    tenants: impl Iterator<Item = &'a TenantConfig> + Clone,
+    nsms: &[NsmConfig],
+) -> Result<(), Unkept> {
+    let names: HashSet<&str> = nsms.iter().map(|nsm| nsm.name.as_str()).collect();
+    for tenant in tenants.clone() {
+        let own = |key, why| Unkept { tenant: Some(tenant.name.clone()), nsm: None, key, why };
+        if let Some(unknown) = tenant.nsms.iter().find(|name| !names.contains(name.as_str())) {
+            let why = format!("tenant '{}' may use '{unknown}', but there is no such [[nsm]]", tenant.name);
+            return Err(own("nsms", why));
         }
-        for (what, rates) in [("send", tenant.send), ("receive", tenant.receive)] {
-            if rates.most.is_some_and(|most| most < rates.guaranteed) {
-                return Err(EngineError::Config(format!(
-                    "tenant '{}': {what} is guaranteed {} but at most {}",
+        for promise in &PROMISES {
+            let (guaranteed, most) = ((promise.guaranteed)(tenant), (promise.most)(tenant));
+            if let Some(most) = most.filter(|&most| most < guaranteed) {
+                let why = format!(
+                    "tenant '{}': {} is guaranteed {} but at most {}",
                     tenant.name,
-                    bits(rates.guaranteed),
-                    bits(rates.most.unwrap_or(0))
-                )));
+                    promise.what,
+                    (promise.say)(guaranteed),
+                    (promise.say)(most)
+                );
+                return Err(own(promise.guaranteed_key, why));
             }
         }
     }
     for nsm in nsms {
-        let Some(capacity) = nsm.capacity.rate else { continue };
-        for (what, of) in [("send", (|t| t.send) as fn(&TenantConfig) -> Rates), ("receive", |t| t.receive)] {
+        for promise in &PROMISES {
+            let Some(capacity) = (promise.capacity)(&nsm.capacity) else { continue };
             let promised: Vec<(&str, u64)> = tenants
-                .iter()
+                .clone()
                 .filter(|tenant| tenant.may_use(&nsm.name))
-                .map(|tenant| (tenant.name.as_str(), of(tenant).guaranteed))
+                .map(|tenant| (tenant.name.as_str(), (promise.guaranteed)(tenant)))
                 .filter(|(_, rate)| *rate > 0)
                 .collect();
             let sum = promised.iter().fold(0u64, |sum, (_, rate)| sum.saturating_add(*rate));
             if sum > capacity {
-                let terms: Vec<String> =
-                    promised.iter().map(|(name, rate)| format!("{name} {}", bits(*rate))).collect();
-                return Err(EngineError::Config(format!(
-                    "NSM '{}' can carry {}, but {what} is guaranteed {} = {}: lower a guarantee, raise `capacity`, or let fewer tenants use it",
+                let why = format!(
+                    "NSM '{}' can carry {}, but {} is guaranteed {} = {}: lower a guarantee, raise `{}`, or let fewer tenants use it",
                     nsm.name,
-                    bits(capacity),
-                    terms.join(" + "),
-                    bits(sum)
-                )));
+                    (promise.say)(capacity),
+                    promise.what,
+                    terms(&promised, promise.say),
+                    (promise.say)(sum),
+                    promise.capacity_key
+                );
+                return Err(Unkept {
+                    tenant: None,
+                    nsm: Some(nsm.name.clone()),
+                    key: promise.capacity_key,
+                    why,
+                });
             }
         }
     }
     Ok(())
+}
+
+/// The sum's terms; of many, the largest.
+fn terms(promised: &[(&str, u64)], say: fn(u64) -> String) -> String {
+    const SHOWN: usize = 10;
+    let mut largest = promised.to_vec();
+    if largest.len() > SHOWN {
+        largest.sort_by_key(|&(_, rate)| std::cmp::Reverse(rate));
+    }
+    let mut terms: Vec<String> =
+        largest.iter().take(SHOWN).map(|(name, rate)| format!("{name} {}", say(*rate))).collect();
+    if largest.len() > SHOWN {
+        let rest = largest[SHOWN..].iter().fold(0u64, |sum, (_, rate)| sum.saturating_add(*rate));
+        terms.push(format!("{} more {}", largest.len() - SHOWN, say(rest)));
+    }
+    terms.join(" + ")
 }
 
 /// Bytes per second as people say it.
@@ -545,25 +761,6 @@ pub fn same(a: &str, b: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn demand(guaranteed: u64, weight: u32, wanted: u64) -> Demand {
-        Demand { guaranteed, most: UNLIMITED, weight, wanted }
-    }
-
-    #[test]
-    fn a_capacity_is_divided_by_guarantee_weight_and_want() {
-        let all = UNLIMITED;
-        assert_eq!(divide(900, &[demand(0, 1, all), demand(0, 1, all)]), [450, 450]);
-        assert_eq!(divide(900, &[demand(0, 1, all), demand(0, 2, all)]), [300, 600]);
-        assert_eq!(divide(1000, &[demand(600, 1, all), demand(0, 1, all)]), [800, 200]);
-        // What one does not want is the others'; it may begin with its part nevertheless.
-        assert_eq!(divide(900, &[demand(0, 1, all), demand(0, 2, 30)])[0], 870);
-        let idle = divide(1000, &[demand(0, 1, all), demand(400, 1, 0)]);
-        assert_eq!((idle[0], idle[1]), (1000, 500));
-        let capped = divide(1000, &[Demand { most: 100, ..demand(0, 1, all) }, demand(0, 1, all)]);
-        assert_eq!(capped, [100, 900]);
-        assert!(divide(1, &[demand(0, 1, all), demand(0, 1, all)]).iter().all(|&rate| rate > 0));
-    }
-
     #[test]
     fn promises_that_cannot_be_kept_are_refused_with_the_arithmetic() {
         let mut nsm = NsmConfig::kernel("bbr", None);
@@ -573,7 +770,8 @@ mod tests {
             ..TenantConfig::new(name)
         };
         let (a, b) = (tenant("a", 6), tenant("b", 5));
-        let error = admit(&[a.clone(), b.clone()], &[nsm.clone()]).unwrap_err().to_string();
+        let refused = |tenants: &[TenantConfig], nsms: &[NsmConfig]| admit(tenants.iter(), nsms).unwrap_err();
+        let error = refused(&[a.clone(), b.clone()], &[nsm.clone()]).why;
         assert!(
             error.contains("'bbr' can carry 10 Gbit/s")
                 && error.contains("a 6 Gbit/s + b 5 Gbit/s = 11 Gbit/s"),
@@ -581,9 +779,83 @@ mod tests {
         );
         let elsewhere = TenantConfig { nsms: vec!["cubic".into()], ..b };
         let cubic = NsmConfig::kernel("cubic", None);
-        assert_eq!(admit(&[a.clone(), elsewhere], &[nsm.clone(), cubic]), Ok(()));
+        assert_eq!(admit([&a, &elsewhere].into_iter(), &[nsm.clone(), cubic]), Ok(()));
         let unknown = TenantConfig { nsms: vec!["reno".into()], ..a };
-        assert!(admit(&[unknown], &[nsm]).unwrap_err().to_string().contains("no such [[nsm]]"));
+        assert!(refused(&[unknown], &[nsm]).why.contains("no such [[nsm]]"));
+    }
+
+    #[test]
+    fn operations_and_connections_are_admitted_as_rates_are() {
+        let mut nsm = NsmConfig::kernel("bbr", None);
+        nsm.capacity = Capacity { rate: None, operations: Some(1_000_000), connections: Some(100) };
+        let tenant = |name: &str, operations, connections| TenantConfig {
+            guaranteed_operations: operations,
+            guaranteed_connections: connections,
+            ..TenantConfig::new(name)
+        };
+        let check = |tenants: &[TenantConfig]| admit(tenants.iter(), std::slice::from_ref(&nsm));
+        assert_eq!(check(&[tenant("a", 600_000, 60), tenant("b", 400_000, 40)]), Ok(()));
+        let unkept = check(&[tenant("a", 600_000, 0), tenant("b", 400_001, 0)]).unwrap_err();
+        assert_eq!((unkept.nsm.as_deref(), unkept.key), (Some("bbr"), "capacity_operations"));
+        let sum = "a 600000 operations/s + b 400001 operations/s = 1000001 operations/s";
+        assert!(unkept.why.contains(sum), "{}", unkept.why);
+        let unkept = check(&[tenant("a", 0, 60), tenant("b", 0, 41)]).unwrap_err();
+        assert_eq!(unkept.key, "capacity_connections");
+        assert!(
+            unkept.why.contains("a 60 connections + b 41 connections = 101 connections"),
+            "{}",
+            unkept.why
+        );
+        let capped = TenantConfig { operations: Some(5), ..tenant("a", 6, 0) };
+        let unkept = check(&[capped]).unwrap_err();
+        assert_eq!((unkept.tenant.as_deref(), unkept.key), (Some("a"), "guaranteed_operations"));
+        // Of a thousand the largest are named.
+        let many: Vec<TenantConfig> = (0..1000).map(|i| tenant(&format!("t{i}"), 1001 + i, 0)).collect();
+        let why = check(&many).unwrap_err().why;
+        assert!(
+            why.contains("t999 2000 operations/s") && why.contains(" + 990 more ") && why.len() < 1000,
+            "{why}"
+        );
+    }
+
+    /// Rounds of 10 ms, and what each of two tenants wants in one of them.
+    #[test]
+    fn a_second_in_which_the_engine_gives_less_than_it_promised_is_not_met() {
+        let mut nsm = NsmConfig::kernel("bbr", None);
+        nsm.capacity.operations = Some(1_000_000);
+        let promised = TenantConfig { guaranteed_operations: 100_000, ..TenantConfig::new("a") };
+        let nsms = [nsm];
+        let tenants = Tenants::new(&[promised, TenantConfig::new("b")], false, &nsms).unwrap();
+        let (a, b) = (Arc::clone(&tenants.list[0]), Arc::clone(&tenants.list[1]));
+        tenants.arrive(&a, 0, &nsms[0]);
+        tenants.arrive(&b, 0, &nsms[0]);
+        let mut now_ns = 1;
+        let mut second = |operations: u64, behind: bool| {
+            for _ in 0..100 {
+                for tenant in [&a, &b] {
+                    tenant.shares[0][OPERATIONS].bucket.take(operations, now_ns);
+                    if behind {
+                        tenant.fell_behind(0, [false, false, true]);
+                    }
+                }
+                now_ns += 10_000_000;
+                tenants.round(&nsms, now_ns);
+            }
+        };
+        second(1, false);
+        second(1000, true);
+        second(10, true);
+        second(1, false);
+        let attained = tenants.attained(&nsms);
+        // There is nothing to keep for the other one.
+        assert_eq!((attained.len(), attained[0].tenant.as_str(), attained[0].nsm.as_str()), (1, "a", "bbr"));
+        assert!((3..=4).contains(&attained[0].seconds), "{attained:?}");
+        assert_eq!(attained[0].seconds - attained[0].met, 1, "{attained:?}");
+        assert_eq!(tenants.take_attained(&nsms), attained);
+        assert!(tenants.take_attained(&nsms).is_empty(), "told once");
+        tenants.leave(&a, 0);
+        second(10, true);
+        assert!(tenants.take_attained(&nsms).is_empty(), "without a guest there is nothing to keep");
     }
 
     #[test]

@@ -287,8 +287,9 @@ pub(crate) struct Worker {
     in_piece: bool,
     /// Where the next look at guests' open connections begins.
     tcp_next: usize,
-    /// This thread's processor time that was counted.
+    /// This thread's processor time that was counted, and when.
     cpu_ns: u64,
+    swept_ns: u64,
     sleeps: u64,
     stop: bool,
 }
@@ -331,6 +332,7 @@ impl Worker {
             in_piece: false,
             tcp_next: 0,
             cpu_ns: 0,
+            swept_ns: now_ns(),
             sleeps: 0,
             stop: false,
         })
@@ -520,6 +522,12 @@ impl Worker {
             Err(violation) => self.violation(slot, violation),
         }
         self.note_throttle(slot);
+        if let Some(Some(guest)) = self.guests.get(slot as usize)
+            && guest.tenant.is_promised()
+            && guest.service.is_turn_over()
+        {
+            guest.tenant.fell_behind(guest.nsm, guest.service.left_over());
+        }
     }
 
     /// Remembers when sockets of the guest, or its elements, may go on that wait for its tenant's rate.
@@ -854,7 +862,11 @@ impl Worker {
             counters.turns.fetch_add(std::mem::take(&mut self.turns), Relaxed);
             counters.sleeps.fetch_add(std::mem::take(&mut self.sleeps), Relaxed);
             let cpu_ns = thread_cpu_ns();
-            counters.switch_cpu_ns.fetch_add(cpu_ns - std::mem::replace(&mut self.cpu_ns, cpu_ns), Relaxed);
+            let spent = cpu_ns - std::mem::replace(&mut self.cpu_ns, cpu_ns);
+            counters.switch_cpu_ns.fetch_add(spent, Relaxed);
+            let elapsed = self.now_ns - std::mem::replace(&mut self.swept_ns, self.now_ns);
+            let permille = spent.saturating_mul(1000) / elapsed.max(1);
+            self.shared.link(self.index).load.tell(permille.min(1000) as u32, self.now_ns);
         }
         if retry {
             self.next_retry_ns = self.now_ns + RETRY_NS;
@@ -1029,7 +1041,7 @@ impl Worker {
             module.stack.member(slot as u32, Member { tenant, limits, captures: Arc::clone(&captures) });
             self.captures.retain(|session| !session.is_over());
         }
-        let tenant = new.tenant.config().name;
+        let tenant = new.tenant.name();
         for session in &self.captures {
             if session.target.is(new.id, &tenant, new.owner)
                 && let Some(taps) = tapped(&mut self.modules[new.nsm], new.nsm)
@@ -1276,7 +1288,7 @@ impl Worker {
             for (slot, guest) in self.guests.iter().enumerate() {
                 let Some(guest) = guest.as_ref().filter(|guest| guest.nsm == nsm) else { continue };
                 let uid = self.shared.who(guest.id).2;
-                if session.target.is(guest.id, &guest.tenant.config().name, uid) {
+                if session.target.is(guest.id, &guest.tenant.name(), uid) {
                     // First, so that no pair comes up meanwhile that would be missed.
                     session.mark(&guest.captures);
                     let (list, _) = guest.service.list(&mut *module.stack, 0, usize::MAX);

@@ -150,7 +150,7 @@ impl Drop for Stop<'_> {
 fn a_flood_beyond_a_limit_waits_in_the_guests_own_rings() {
     const RATE: u64 = 1000;
     // What a bucket of operations holds, and what one turn may overdraw it by.
-    const BURST: u64 = 16 * 1024 + 512;
+    const BURST: u64 = 256 + 512;
     let engine = engine(TenantConfig { operations: Some(RATE), ..TenantConfig::new("bad") });
     let begin = Instant::now();
     let good = guest(&engine, GOOD);

@@ -33,7 +33,7 @@ pub use journal::{Fixed, Plain, take_descriptor};
 pub use memory::{GuestBytes, Segments, now_ns};
 pub use namespace::namespace_path;
 pub use observed::{Event, Held, Observed, Observer, Payload, Timer};
-pub use police::{Bucket, Limits, Police, Quota, UNLIMITED};
+pub use police::{Bucket, Limits, Places, Police, Quota, Seats, UNLIMITED};
 pub use policed::Policed;
 pub use service::{Drained, Host, Service, SocketInfo, Stats, Violation, journal_format};
 pub use stack::{

@@ -12,8 +12,9 @@ const SECOND: u128 = 1_000_000_000 * FINE;
 /// What a bucket holds: the time for which it lets pass at once what came together. A switch thread that sleeps is woken to
 /// the millisecond, and must find what it missed.
 const DEPTH_NS: u64 = 10_000_000;
-/// At least this many bytes (or operations) pass at once, also at low rates.
+/// At least this many bytes, or operations, pass at once, also at low rates.
 const LEAST_DEPTH: u64 = 16 * 1024;
+const LEAST_OPERATIONS: u64 = 256;
 /// It is not worth a system call to move less, when more waits.
 const LEAST_MOVE: u64 = 4 * 1024;
 
@@ -26,6 +27,8 @@ pub struct Bucket {
     /// In 1/256 ns of the clock that callers pass.
     full_at: AtomicU64,
     used: AtomicU64,
+    /// Units that pass at once at least, also at low rates.
+    least_depth: u64,
     /// Somebody had to wait since the last look.
     wanting: AtomicU64,
 }
@@ -36,8 +39,14 @@ impl Bucket {
             rate: AtomicU64::new(rate),
             full_at: AtomicU64::new(0),
             used: AtomicU64::new(0),
+            least_depth: LEAST_DEPTH,
             wanting: AtomicU64::new(0),
         }
+    }
+
+    /// Without a limit so far. A batch of operations passes at once, and not more of them than of bytes.
+    pub const fn of_operations() -> Bucket {
+        Bucket { least_depth: LEAST_OPERATIONS, ..Bucket::new(UNLIMITED) }
     }
 
     pub fn rate(&self) -> u64 {
@@ -54,18 +63,20 @@ impl Bucket {
     }
 
     /// Units that passed so far.
+    #[inline]
     pub fn used(&self) -> u64 {
         self.used.load(Relaxed)
     }
 
     /// Whether somebody had to wait since this was asked last.
+    #[inline]
     pub fn take_wanting(&self) -> bool {
-        self.wanting.swap(0, Relaxed) != 0
+        self.wanting.load(Relaxed) != 0 && self.wanting.swap(0, Relaxed) != 0
     }
 
     /// Time that the bucket's depth stands for.
-    fn depth(rate: u64) -> u128 {
-        (LEAST_DEPTH as u128 * SECOND / rate as u128).max(DEPTH_NS as u128 * FINE)
+    fn depth(&self, rate: u64) -> u128 {
+        (self.least_depth as u128 * SECOND / rate as u128).max(DEPTH_NS as u128 * FINE)
     }
 
     /// Units that may pass now.
@@ -75,7 +86,7 @@ impl Bucket {
             return UNLIMITED;
         }
         let (now, full_at) = (now_ns as u128 * FINE, self.full_at.load(Relaxed) as u128);
-        let level = (now + Self::depth(rate)).saturating_sub(full_at.max(now));
+        let level = (now + self.depth(rate)).saturating_sub(full_at.max(now));
         (level * rate as u128 / SECOND) as u64
     }
 
@@ -83,7 +94,7 @@ impl Bucket {
     fn when(&self, units: u64) -> u64 {
         let rate = self.rate();
         let time = self.full_at.load(Relaxed) as u128 + units as u128 * SECOND / rate as u128;
-        (time.saturating_sub(Self::depth(rate)) / FINE) as u64
+        (time.saturating_sub(self.depth(rate)) / FINE) as u64
     }
 
     /// Counts what passed; it may be more than was there.
@@ -136,6 +147,72 @@ impl Quota {
     }
 }
 
+/// The connections of one tenant on one NSM: as many as it is guaranteed are its own, more come out of what the NSM has beyond all
+/// guarantees, which its tenants share.
+#[derive(Debug)]
+pub struct Seats {
+    own: Quota,
+    shared: Arc<Quota>,
+    /// How many of the shared ones it has.
+    borrowed: AtomicU64,
+}
+
+impl Seats {
+    pub fn new(guaranteed: u64, shared: Arc<Quota>) -> Seats {
+        Seats { own: Quota::new(guaranteed), shared, borrowed: AtomicU64::new(0) }
+    }
+
+    /// From now on; what there is stays.
+    pub fn set_guaranteed(&self, guaranteed: u64) {
+        self.own.set_most(guaranteed);
+    }
+
+    pub fn take(&self) -> bool {
+        if self.own.take() {
+            return true;
+        }
+        let borrowed = self.shared.take();
+        if borrowed {
+            self.borrowed.fetch_add(1, Relaxed);
+        }
+        borrowed
+    }
+
+    /// What was borrowed goes first.
+    pub fn give_back(&self) {
+        if self.borrowed.fetch_update(Relaxed, Relaxed, |borrowed| borrowed.checked_sub(1)).is_ok() {
+            self.shared.give_back();
+        } else {
+            self.own.give_back();
+        }
+    }
+}
+
+/// What a connection takes: one of the tenant's, and one of the NSM's if these are counted.
+#[derive(Clone, Debug)]
+pub struct Places {
+    pub tenant: Arc<Quota>,
+    pub nsm: Option<Arc<Seats>>,
+}
+
+impl Places {
+    pub fn take(&self) -> bool {
+        if !self.tenant.take() {
+            return false;
+        }
+        let taken = self.nsm.as_ref().is_none_or(|nsm| nsm.take());
+        if !taken {
+            self.tenant.give_back();
+        }
+        taken
+    }
+
+    pub fn give_back(&self) {
+        self.nsm.iter().for_each(|nsm| nsm.give_back());
+        self.tenant.give_back();
+    }
+}
+
 /// Buckets that all must have what passes: the tenant's own, and its share of a module.
 #[derive(Clone, Debug, Default)]
 pub struct Police(Vec<Arc<Bucket>>);
@@ -153,12 +230,28 @@ impl Police {
 
     /// How many of `want` units may pass now; `Err`: none, and when to ask again.
     pub fn allow(&self, want: u64, now_ns: u64) -> Result<u64, u64> {
-        let least = want.clamp(1, LEAST_MOVE);
+        self.allow_by(want, now_ns, |_| LEAST_MOVE, true)
+    }
+
+    /// As [`Police::allow`], of operations: those of about a millisecond are worth going on for. `want` are as many as there could be;
+    /// whether there are more than were allowed, [`Police::want_more`] says.
+    pub fn allow_operations(&self, want: u64, now_ns: u64) -> Result<u64, u64> {
+        self.allow_by(want, now_ns, |rate| (rate / 1000).min(LEAST_OPERATIONS / 4), false)
+    }
+
+    /// Somebody had to wait.
+    pub fn want_more(&self) {
+        self.0.iter().for_each(|bucket| bucket.wanting.store(1, Relaxed));
+    }
+
+    /// `least`: what is worth it, of a rate. It must be well below a bucket's depth. `all`: all of `want` is there.
+    fn allow_by(&self, want: u64, now_ns: u64, least: impl Fn(u64) -> u64, all: bool) -> Result<u64, u64> {
         let mut allowed = want;
         let mut again = 0;
         for bucket in &self.0 {
             let available = bucket.available(now_ns);
-            if available < want {
+            let least = want.min(least(bucket.rate())).max(1);
+            if available < if all { want } else { least } {
                 bucket.wanting.store(1, Relaxed);
             }
             if available < least {
@@ -190,7 +283,7 @@ pub struct Limits {
     pub receive: Police,
     pub operations: Police,
     /// Connections at a time.
-    pub connections: Option<Arc<Quota>>,
+    pub connections: Option<Places>,
 }
 
 impl Limits {
@@ -285,6 +378,50 @@ mod tests {
         assert_eq!(bucket.used(), 4_000_000);
         // Four million at a billion a second: full again 4 ms after the first.
         assert_eq!(bucket.full_at.load(Relaxed) as u128, FINE + 4 * MS as u128 * FINE);
+    }
+
+    #[test]
+    fn guaranteed_connections_are_kept_for_their_tenant() {
+        // An NSM of ten: four are one tenant's, two are the other's, and four are for whoever comes first.
+        let shared = Arc::new(Quota::new(4));
+        let tenant = |guaranteed, most| Places {
+            tenant: Arc::new(Quota::new(most)),
+            nsm: Some(Arc::new(Seats::new(guaranteed, Arc::clone(&shared)))),
+        };
+        let (greedy, modest) = (tenant(2, u64::MAX), tenant(4, u64::MAX));
+        assert_eq!((0..100).filter(|_| greedy.take()).count(), 6);
+        assert_eq!((0..100).filter(|_| modest.take()).count(), 4);
+        assert_eq!((greedy.tenant.now(), modest.tenant.now()), (6, 4), "who is refused has taken nothing");
+        // What was borrowed is given back first, to both.
+        greedy.give_back();
+        assert!(modest.take() && !modest.take() && !greedy.take());
+        (0..100).for_each(|_| greedy.give_back());
+        assert_eq!((0..100).filter(|_| modest.take()).count(), 3);
+        assert_eq!((0..100).filter(|_| greedy.take()).count(), 2);
+        // Its own limit counts too.
+        let small = tenant(4, 1);
+        assert!(small.take() && !small.take());
+    }
+
+    #[test]
+    fn few_operations_pass_at_once() {
+        let bucket = Arc::new(Bucket::of_operations());
+        bucket.set_rate(1000);
+        let police = Police::new(vec![bucket]);
+        let mut passed = 0;
+        let mut now = 10_000 * MS;
+        while now < 11_000 * MS {
+            while let Ok(allowed) = police.allow_operations(256, now) {
+                police.take(allowed, now);
+                passed += allowed;
+            }
+            // When it says, more passes: it does not say so for ever.
+            let again = police.allow_operations(256, now).unwrap_err();
+            assert!(again > now && again < now + 5 * MS, "{}", again - now);
+            assert!(police.allow_operations(256, again + 1000).is_ok());
+            now += MS;
+        }
+        assert!((1000..=1300).contains(&passed), "{passed}");
     }
 
     #[test]

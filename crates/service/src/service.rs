@@ -298,6 +298,8 @@ struct Core {
     suspects: bool,
     totals: One<Totals>,
     counted: paired::Counted,
+    /// There were pairs.
+    has_pairs: bool,
     /// Where the next look at open connections begins.
     tcp_next: u32,
     /// How long the elements with a stamp stood in the guest's rings.
@@ -346,6 +348,7 @@ impl Service {
                 suspects: false,
                 totals: One::new(),
                 counted: paired::Counted::default(),
+                has_pairs: false,
                 tcp_next: 0,
                 waited: Histogram::default(),
             },
@@ -457,6 +460,24 @@ impl Service {
     #[inline]
     pub fn spent(&self) -> u64 {
         self.core.turn.spent()
+    }
+
+    /// What had to wait because the turn was over: bytes to send, something to receive, elements. A look at some sockets.
+    pub fn left_over(&self) -> [bool; 3] {
+        if !self.core.turn.is_over() {
+            return [false; 3];
+        }
+        let [mut send, mut receive] = [false; 2];
+        for &id in self.core.run.iter().take(4) {
+            let (Some(sock), Some(entry)) = (self.core.socks.get(id), self.region.socket(id)) else {
+                continue;
+            };
+            receive |= sock.bits & (RX_READY | RX_STALLED | THROTTLED) == RX_READY;
+            send |= sock.bits & (TX_BLOCKED | THROTTLED) == 0
+                && !sock.tx.is_none()
+                && entry.tx_tail.load(Relaxed) != sock.tx_head;
+        }
+        [send, receive, self.has_elements()]
     }
 
     /// When [`Service::resume`] is to be called: sockets, or the guest's elements, wait for the tenant's rate. `u64::MAX`: none do.
@@ -1806,7 +1827,7 @@ impl Core {
                 entry.rx_base.store(sock.rx_base, Relaxed);
             }
             let (handle, domain, inherited) = (sock.handle, sock.domain, sock.bits & LINGER_0);
-            if self.limits.connections.as_ref().is_some_and(|quota| !quota.take()) {
+            if self.limits.connections.as_ref().is_some_and(|places| !places.take()) {
                 // The tenant has all that it may have: more wait in the stack's own queue.
                 self.starve(listener);
                 break;
@@ -1900,6 +1921,7 @@ impl Core {
         }
         entry.peer_len.store(accepted.peer.as_bytes().len() as u32, Relaxed);
         let paired = paired::begin(cx.stack, entry, sock);
+        self.has_pairs |= paired;
         entry.state.store(sock.state, Release);
         self.sockets += 1;
         self.totals.connections += 1;
@@ -1920,6 +1942,7 @@ impl Core {
                 sock.bits |= RX_READY;
                 self.totals.connections += 1;
                 let paired = paired::begin(cx.stack, entry, sock);
+                self.has_pairs |= paired;
                 if !paired {
                     self.ensure_tx(cx, id, STREAM_CLASS);
                 }
@@ -2147,7 +2170,7 @@ impl Core {
         let mut budget = budget;
         let policed = budget > 0 && !self.limits.operations.is_idle();
         if policed {
-            match self.limits.operations.allow(budget as u64, now_ns()) {
+            match self.limits.operations.allow_operations(budget as u64, now_ns()) {
                 Ok(allowed) => budget = allowed as usize,
                 Err(again) => {
                     self.elements_until = again;
@@ -2178,6 +2201,9 @@ impl Core {
                 let q = word as u32 * 64 + bits.trailing_zeros();
                 bits &= bits - 1;
                 if drained.elements >= budget || self.turn.is_over() {
+                    if policed && drained.elements >= budget {
+                        self.limits.operations.want_more();
+                    }
                     drained.more = true;
                     self.next_queue = q;
                     return Ok(drained);
@@ -2185,8 +2211,8 @@ impl Core {
                 let mut taken = 0;
                 let empty = self.drain_queue(cx, q, &mut taken)?;
                 drained.elements += taken;
-                if policed {
-                    self.limits.operations.take(taken as u64, now_ns());
+                if taken > 0 {
+                    self.limits.operations.charge(taken as u64);
                 }
                 if self.held.is_some() {
                     drained.again = true;

@@ -177,7 +177,7 @@ impl Remote {
             drop(reader);
         }
         let (control, child) = spawn(shared.config.process_binary.clone(), nsm)?;
-        let tenants = shared.tenants.all().map(|tenant| (tenant.config().name, tenant.weight()));
+        let tenants = shared.tenants.all().map(|tenant| (tenant.name(), tenant.weight()));
         let start = Start {
             nsm: nsm.clone(),
             spin_us: shared.config.spin_us,

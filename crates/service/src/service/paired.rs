@@ -89,6 +89,9 @@ impl Core {
 
     /// Counts what went through pairs, by the guests' own word.
     pub(super) fn count_pairs(&mut self, cx: &mut Cx) {
+        if !self.has_pairs {
+            return;
+        }
         let mut at = Some(0);
         while let Some(id) = at {
             if self.socks.get(id).is_some_and(|sock| sock.bits & PAIRED != 0) {
