@@ -29,6 +29,7 @@ mod relay;
 mod socket;
 mod stream;
 mod sys;
+mod tune;
 
 pub use asked::{Asked, ask};
 pub use relay::{Link, Relay, Start};

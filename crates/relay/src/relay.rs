@@ -47,7 +47,7 @@ const INTEREST: i32 = libc::EPOLLIN | libc::EPOLLPRI | libc::EPOLLRDHUP | libc::
 /// Each switch between a program and its relay costs some microseconds; this much passes between two of them. The kernel
 /// doubles it, for what it needs itself, and cuts it to `net.core.wmem_max`.
 const STREAM_BUFFER: i32 = 416 << 10;
-/// Of the program's end. It is filled when a connect does not wait.
+/// Of the program's end at first. It is filled when a connect does not wait.
 pub(crate) const PROGRAM_BUFFER: i32 = 208 << 10;
 /// A Unix socket takes no longer message than twice this, less 32: one byte more than UDP does.
 const DATAGRAM_SEND_BUFFER: i32 = 32770;

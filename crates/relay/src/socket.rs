@@ -125,6 +125,8 @@ pub struct Socket {
     /// The last read was a large one.
     pub up_bulk: bool,
     pub down_bulk: bool,
+    /// Its program's end has the room of one that sends much.
+    pub tuned: bool,
     /// The program ended its direction, or closed.
     pub end_ended: bool,
     pub end_hung_up: bool,
@@ -184,6 +186,7 @@ impl Socket {
             down_urgent: None,
             up_bulk: false,
             down_bulk: false,
+            tuned: false,
             end_ended: false,
             end_hung_up: false,
             up_ended: false,

@@ -85,6 +85,7 @@ impl Relay {
             (Moved::More, _) => self.queue(id),
             (Moved::AsFarAsItGoes, _) => {}
         }
+        self.tune(id);
     }
 
     /// The connection is reset, or a connect failed: the program's socket shows POLLERR and POLLHUP, reads fail.
@@ -245,7 +246,7 @@ fn up(
                         socket.up.piped = Some(piped);
                     }
                 }
-                Err(errno) if errno.would_block() => (socket.end_readable, socket.up_bulk) = (false, false),
+                Err(errno) if errno.would_block() => socket.end_readable = false,
                 // Closed with unread data.
                 Err(_) => return Moved::Closed { abort: true },
             }
@@ -358,9 +359,7 @@ fn down(
                     socket.down_bulk = n >= BULK;
                     socket.down.piped = Some(piped);
                 }
-                Err(errno) if errno.would_block() => {
-                    (socket.stack_readable, socket.down_bulk) = (false, false);
-                }
+                Err(errno) if errno.would_block() => socket.stack_readable = false,
                 Err(errno) => {
                     socket.stack_readable = false;
                     socket.broken.get_or_insert(errno);
