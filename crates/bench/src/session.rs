@@ -205,6 +205,11 @@ impl Session {
         Engine::start(self, Some(config))
     }
 
+    /// The cores of what is measured and of its peer, if they have some of their own.
+    pub fn cores(&self) -> Option<[usize; 2]> {
+        self.cores
+    }
+
     /// Starts a program on the core of its role.
     pub fn spawn(&self, name: &str, role: Role, command: Command) -> Result<Process> {
         self.start(name, command, role)

@@ -7,6 +7,7 @@ mod iperf3;
 pub(crate) mod memory;
 mod nginx;
 pub(crate) mod redis;
+mod two_copies;
 
 use anyhow::Result;
 use serde_json::Value;
