@@ -482,6 +482,35 @@ pub struct PrivateEngineArgs {
 pub enum NsmCommand {
     /// Exchange the process of a stack (form = "process") for a new one; its guests' sockets go on
     Restart(NsmRestartArgs),
+    /// Exchange it for a process of another program or configuration, until the engine ends; on error nothing changes
+    Swap(NsmSwapArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct NsmSwapArgs {
+    /// Socket of the engine
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    /// A netkernel program to go on with, such as a newer version; without it the engine's own, which may be a newer file by now
+    #[arg(long, value_name = "PATH")]
+    pub binary: Option<PathBuf>,
+    /// For all TCP sockets, open ones too
+    #[arg(long, value_name = "NAME")]
+    pub congestion_control: Option<String>,
+    /// What becomes of a program's own choice of one
+    #[arg(long, value_name = "POLICY", value_parser = ["allow", "ignore", "refuse"])]
+    pub congestion_policy: Option<String>,
+    /// Most that each TCP socket sends, or "none"
+    #[arg(long, value_name = "RATE")]
+    pub pacing: Option<String>,
+    /// SO_MARK of each socket; 0: none
+    #[arg(long, value_name = "N")]
+    pub mark: Option<u32>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The stack, by the name that `netkernel stacks` lists
+    pub name: String,
 }
 
 #[derive(Debug, Args)]

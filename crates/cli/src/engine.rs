@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow};
 use netkernel_control::{
     ApiError, Caller, CaptureInfo, EngineApi, ErrorCode, Grant, NewCapture, NewGuest, NsmInfo,
-    PROTOCOL_VERSION, Peer, Restarted, SocketInfo, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
+    PROTOCOL_VERSION, Peer, Restarted, SocketInfo, StackChange, Status, TenantChange, TenantInfo, UsageQuery,
+    VersionInfo,
 };
-use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec, Target};
+use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec, NsmChange, Policy, Target};
 
 use netkernel_meter::{Grouping, Row};
 use serde_json::{Map, Value};
@@ -166,6 +167,34 @@ impl EngineApi for Adapter {
 
     fn restart_stack(&self, name: &str) -> Result<Restarted, ApiError> {
         let pause = self.engine.restart_nsm(name).map_err(refusal)?;
+        Ok(Restarted { pause_us: pause.map(|pause| pause.as_micros() as u64) })
+    }
+
+    fn swap_stack(&self, name: &str, change: StackChange) -> Result<Restarted, ApiError> {
+        let policy = change.congestion_policy.as_deref().map(|policy| match policy {
+            "allow" => Ok(Policy::Allow),
+            "ignore" => Ok(Policy::Ignore),
+            "refuse" => Ok(Policy::Refuse),
+            _ => Err(ApiError::new(
+                ErrorCode::BadRequest,
+                format!("congestion_policy '{policy}' is none of allow, ignore, refuse"),
+            )),
+        });
+        let told = serde_json::to_string(&change).unwrap_or_default();
+        let binary = change.binary.map(PathBuf::from);
+        if let Some(path) = binary.as_ref().filter(|path| !path.is_absolute() || !path.is_file()) {
+            let text = format!("{}: is no file, or its path is not absolute", path.display());
+            return Err(ApiError::new(ErrorCode::BadRequest, text));
+        }
+        let change = NsmChange {
+            binary,
+            congestion_control: change.congestion_control,
+            congestion_policy: policy.transpose()?,
+            pacing: change.pacing,
+            mark: change.mark,
+        };
+        let pause = self.engine.swap_nsm(name, &change).map_err(refusal)?;
+        log::info!(nsm = name; "stack {name} was swapped: {told}");
         Ok(Restarted { pause_us: pause.map(|pause| pause.as_micros() as u64) })
     }
 

@@ -2,7 +2,9 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::io::Write as _;
+use std::path::Path;
 use std::process::{Child, Stdio};
 
 use common::{Engine, Place, until, wait};
@@ -314,6 +316,115 @@ fn a_worker_that_hangs_holds_up_neither_its_exchange_nor_the_end() {
     until("the worker ends with it", || !exists(worker));
     assert_eq!(guest.run("say(c.recv(1))"), "ECONNRESET");
     guest.ends();
+}
+
+fn program() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_netkernel"))
+}
+
+/// The congestion controls of the connection's first end and of one that is opened now.
+const CONTROLS: &str = "d = socket.create_connection(l.getsockname()); l.accept()[0].close(); say(*{s.getsockopt(6, 13, 16).strip(b'\\0').decode() for s in (c, d)})";
+
+#[test]
+fn a_stack_is_swapped_under_a_stream() {
+    let place = Place::new("nsm-swap");
+    let engine = up(&place);
+    place.run(&["nsm", "swap", "kernel", "--congestion-control", "reno"]).succeeds();
+    let mut guest = Python::start(&place);
+    assert_eq!(guest.run(CONNECTED), "1");
+    assert_eq!(guest.run(CONTROLS), "reno", "also if there was no process yet");
+    // Each byte tells where it belongs.
+    let total = 150 << 20;
+    let write = "import threading, hashlib; part = bytes(i * i % 251 for i in range(1 << 20)); \
+                 t = threading.Thread(target=lambda: [c.sendall(part) for _ in range(150)]); t.start(); say(1)";
+    assert_eq!(guest.run(write), "1");
+    assert_eq!(guest.run("h = hashlib.sha256(); say(1)"), "1");
+    let copy = place.dir.join("newer");
+    std::fs::copy(program(), &copy).unwrap();
+    let (first, _) = processes(&engine);
+    for i in 0..10 {
+        let some =
+            format!("say(sum(h.update(b) or len(b) for b in (a.recv({}) for _ in range(40))))", 1 << 18);
+        let got: u64 = guest.run(&some).parse().unwrap();
+        assert!(got > 0);
+        let mut swap = vec!["nsm", "swap", "kernel", "--congestion-control", ["cubic", "reno"][i % 2]];
+        if i == 4 {
+            swap.extend(["--binary", copy.to_str().unwrap()]);
+        }
+        let done = place.run(&swap);
+        assert!(done.succeeds().out.starts_with("kernel: exchanged; its guests waited "), "{}", done.out);
+    }
+    let (holder, _) = processes(&engine);
+    assert!(holder != first && !exists(first));
+    assert_eq!(std::fs::read_link(format!("/proc/{holder}/exe")).unwrap(), copy);
+    let rest = "t2 = threading.Thread(target=lambda: (t.join(), c.shutdown(1))); t2.start(); \
+                [h.update(b) for b in iter(lambda: a.recv(1 << 18), b'')]; w = hashlib.sha256(); \
+                [w.update(part) for _ in range(150)]; say(h.digest() == w.digest())";
+    assert_eq!(guest.run(rest), "True", "of {total} bytes");
+    assert_eq!(guest.run(CONTROLS), "reno");
+    let stacks = place.run(&["stacks", "--json"]).json();
+    assert_eq!(stacks["stacks"][0]["congestion_control"], "reno", "{stacks}");
+    guest.ends();
+    engine.end();
+}
+
+#[test]
+fn a_swap_that_cannot_work_changes_nothing() {
+    let place = Place::new("nsm-noswap");
+    let config = format!("{PROCESS}congestion_control = \"cubic\"\n[[nsm]]\nname = \"inside\"\n");
+    let engine = up_with(&place, &config);
+    let mut guest = Python::start(&place);
+    assert_eq!(guest.run(CONNECTED), "1");
+    let before = processes(&engine);
+    let script = |name: &str, text: &str| {
+        let path = place.file(name, text);
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let other = script("other", "#!/bin/sh\nexit 0\n");
+    let file = place.file("no-program", "text").to_str().unwrap().to_owned();
+    let swap = |words: &[&str]| place.run(&[&["nsm", "swap", "kernel"], words].concat());
+    swap(&["--congestion-control", "nonsense"]).fails(125, &["no congestion control `nonsense`", "it has"]);
+    assert_eq!(swap(&["--congestion-policy", "nonsense"]).code, Some(2));
+    swap(&["--pacing", "fast"]).fails(125, &["--pacing fast: is no rate"]);
+    swap(&["--binary", "/nonexistent"]).fails(125, &["/nonexistent"]);
+    swap(&["--binary", &file]).fails(125, &["goes on as it was", "cannot be started"]);
+    swap(&["--binary", &other]).fails(125, &["goes on as it was", "is it netkernel"]);
+    place.run(&["nsm", "swap", "inside"]).fails(125, &["has no process", "form = \"process\""]);
+    place.run(&["nsm", "swap", "nowhere"]).fails(125, &["no stack", "nowhere", "kernel"]);
+    assert_eq!(processes(&engine), before);
+    // With this little: too little for the program, for what comes over, for its worker, and then enough.
+    let descriptors = (12..56).step_by(2).map(|limit| format!("-n {limit}"));
+    let memory = (10..28).chain([1000]).map(|mib| format!("-v {}", mib << 10));
+    let (mut reasons, mut swapped) = (BTreeSet::new(), 0);
+    for limit in descriptors.chain(memory) {
+        let text = format!("#!/bin/sh\nulimit {limit} || exit 1\nexec '{}' \"$@\"\n", program().display());
+        let poor = script("poor", &text);
+        let done = swap(&["--binary", &poor, "--congestion-control", "reno"]);
+        match done.code {
+            Some(0) => swapped += 1,
+            _ => {
+                done.fails(125, &["goes on as it was"]);
+                reasons.insert(done.err.clone());
+            }
+        }
+        let control = if done.code == Some(0) { "reno" } else { "cubic" };
+        assert_eq!(
+            guest.run("c.sendall(b'x' * 5000); say(len(a.recv(5000, socket.MSG_WAITALL)))"),
+            "5000",
+            "{limit}: {}",
+            done.err
+        );
+        assert_eq!(guest.run("say(c.getsockopt(6, 13, 16).strip(b'\\0').decode())"), control, "{limit}");
+        if done.code == Some(0) {
+            let own = program();
+            swap(&["--binary", own.to_str().unwrap(), "--congestion-control", "cubic"]).succeeds();
+        }
+    }
+    assert!(reasons.len() > 3 && swapped > 0, "{swapped} {reasons:#?}");
+    assert!(reasons.iter().any(|reason| reason.contains("does not serve its guests")), "{reasons:#?}");
+    guest.ends();
+    engine.end();
 }
 
 #[test]

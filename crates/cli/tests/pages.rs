@@ -49,6 +49,7 @@ fn every_command_that_tells_facts_prints_json() {
         ("tenant set", (&["one", "--weight", "3"], "tenant")),
         ("reload", (&[], "reloaded")),
         ("nsm restart", (&["own"], "")),
+        ("nsm swap", (&["own"], "")),
         ("usage", (&[], "")),
         ("stop", (&["--guest", "1"], "ended")),
         ("doctor", (&[], "host")),

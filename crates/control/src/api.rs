@@ -33,6 +33,11 @@ pub enum Request {
     RestartNsm {
         nsm: String,
     },
+    /// The same, with another program or configuration.
+    SwapNsm {
+        nsm: String,
+        change: StackChange,
+    },
     /// Ends the engine.
     Stop,
     Usage(UsageQuery),
@@ -91,6 +96,26 @@ pub struct TenantChange {
     pub max_guests: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight: Option<u32>,
+}
+
+/// What the process of a stack is exchanged for; what is missing stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct StackChange {
+    /// Absolute path of the program that its process is started with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub binary: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub congestion_control: Option<String>,
+    /// What becomes of a program's own choice: `allow`, `ignore`, `refuse`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub congestion_policy: Option<String>,
+    /// Most bytes per second that each TCP socket sends; 0: no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pacing: Option<u64>,
+    /// SO_MARK of each socket; 0: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mark: Option<u32>,
 }
 
 /// Which sockets: those for which all that is given is true.
@@ -360,6 +385,18 @@ pub(crate) const ROUTES: &[Route] = &[
     },
     Route {
         method: "POST",
+        path: "/v1/stacks/{stack}/swap",
+        name: "swap_stack",
+        summary: "Exchanges the process of a stack for one of another program or configuration, under its guests. On error everything is as before",
+        role: Role::Provider,
+        body: Some(schema::<StackChange>),
+        query: &[],
+        reply: Some(schema::<Restarted>),
+        reply_type: JSON,
+        decode: |parts| Ok(Request::SwapNsm { nsm: parts.parameter.to_owned(), change: parts.json()? }),
+    },
+    Route {
+        method: "POST",
         path: "/v1/stop",
         name: "stop",
         summary: "Ends the engine",
@@ -542,6 +579,7 @@ pub(crate) fn encode(request: &Request) -> (&'static str, String, Option<Value>)
         Request::EndGuest { guest } => ("DELETE", format!("/v1/guests/{guest}"), None),
         // Names of stacks are letters, digits and -_. only.
         Request::RestartNsm { nsm } => ("POST", format!("/v1/stacks/{nsm}/restart"), None),
+        Request::SwapNsm { nsm, change } => ("POST", format!("/v1/stacks/{nsm}/swap"), Some(json!(change))),
         Request::Stop => ("POST", "/v1/stop".into(), None),
         Request::Capture(capture) => ("POST", "/v1/captures".into(), Some(json!(capture))),
         Request::Tenants => ("GET", "/v1/tenants".into(), None),
@@ -615,6 +653,10 @@ mod tests {
             }),
             Request::EndGuest { guest: u32::MAX },
             Request::RestartNsm { nsm: "bbr-2.x".into() },
+            Request::SwapNsm {
+                nsm: "bbr-2.x".into(),
+                change: StackChange { pacing: Some(2), ..StackChange::default() },
+            },
             Request::Stop,
             Request::Capture(NewCapture { guest: Some(7), snap_bytes: Some(100), tenant: Some("a".into()) }),
             Request::Tenants,

@@ -16,7 +16,8 @@ use crate::tls;
 use crate::wire::{Timed, Wire};
 use crate::{
     ApiError, Attached, CaptureInfo, GuestInfo, NewCapture, NewGuest, NsmInfo, Request, Restarted,
-    SocketInfo, SocketQuery, Status, TenantChange, TenantInfo, Token, UsageQuery, VersionInfo, token_hex,
+    SocketInfo, SocketQuery, StackChange, Status, TenantChange, TenantInfo, Token, UsageQuery, VersionInfo,
+    token_hex,
 };
 
 /// Longest wait for the engine's answer.
@@ -157,6 +158,10 @@ impl Client {
 
     pub fn restart_stack(&mut self, name: &str) -> Result<Restarted, ClientError> {
         self.ask(&Request::RestartNsm { nsm: name.into() }).map(|(value, _)| value)
+    }
+
+    pub fn swap_stack(&mut self, name: &str, change: StackChange) -> Result<Restarted, ClientError> {
+        self.ask(&Request::SwapNsm { nsm: name.into(), change }).map(|(value, _)| value)
     }
 
     pub fn stop(&mut self) -> Result<(), ClientError> {

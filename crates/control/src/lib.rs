@@ -30,7 +30,8 @@ mod tls;
 mod wire;
 
 pub use api::{
-    NewCapture, NewGuest, PROTOCOL_VERSION, Request, SocketQuery, TenantChange, Token, UsageQuery, examine,
+    NewCapture, NewGuest, PROTOCOL_VERSION, Request, SocketQuery, StackChange, TenantChange, Token,
+    UsageQuery, examine,
 };
 pub use caller::{Access, Caller};
 pub use client::{Client, ClientError};

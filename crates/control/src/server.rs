@@ -21,7 +21,8 @@ use crate::places::{Limits, Places};
 use crate::wire::{Timed, Wire};
 use crate::{
     ApiError, Attached, CaptureInfo, Endpoint, ErrorCode, GuestInfo, NewCapture, NewGuest, NsmInfo, Request,
-    Restarted, SocketInfo, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo, parse_token, token_hex,
+    Restarted, SocketInfo, StackChange, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
+    parse_token, token_hex,
 };
 
 /// Connections at a time. Two of each tenant or user find a place however many others there are, up to 1,000 of them.
@@ -60,6 +61,10 @@ pub trait EngineApi: Send + Sync {
     fn end_guest(&self, guest: u32) -> Result<(), ApiError>;
     /// Exchanges the process of a stack under its guests.
     fn restart_stack(&self, _name: &str) -> Result<Restarted, ApiError> {
+        Err(ApiError::new(ErrorCode::BadRequest, "this engine has no stacks in processes of their own"))
+    }
+    /// The same for another program or configuration.
+    fn swap_stack(&self, _name: &str, _change: StackChange) -> Result<Restarted, ApiError> {
         Err(ApiError::new(ErrorCode::BadRequest, "this engine has no stacks in processes of their own"))
     }
     /// Asks the engine's process to end; returns at once.
@@ -296,6 +301,7 @@ fn answer(
             done(&())
         }
         Request::RestartNsm { nsm } => done(&api.restart_stack(&nsm)?),
+        Request::SwapNsm { nsm, change } => done(&api.swap_stack(&nsm, change)?),
         Request::Stop => done(&()),
         Request::Capture(capture) => {
             asker.peer.ok_or_else(no_descriptors)?;

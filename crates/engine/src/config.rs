@@ -74,6 +74,31 @@ impl NsmConfig {
     }
 }
 
+/// What of an NSM in a process can be changed while it serves. `None`: as it is.
+#[derive(Clone, Debug, Default)]
+pub struct NsmChange {
+    /// The program that its process is started with.
+    pub binary: Option<PathBuf>,
+    pub congestion_control: Option<String>,
+    pub congestion_policy: Option<netkernel_agent::Policy>,
+    /// Bytes per second of each TCP socket; 0: no limit any more.
+    pub pacing: Option<u64>,
+    /// 0: none any more.
+    pub mark: Option<u32>,
+}
+
+impl NsmChange {
+    pub(crate) fn apply(&self, nsm: &NsmConfig) -> NsmConfig {
+        NsmConfig {
+            congestion_control: self.congestion_control.clone().or_else(|| nsm.congestion_control.clone()),
+            congestion_policy: self.congestion_policy.unwrap_or(nsm.congestion_policy),
+            pacing: self.pacing.or(nsm.pacing).filter(|&rate| rate > 0),
+            mark: self.mark.or(nsm.mark).filter(|&mark| mark > 0),
+            ..nsm.clone()
+        }
+    }
+}
+
 #[derive(Clone)]
 pub struct EngineConfig {
     pub nsms: Vec<NsmConfig>,

@@ -3,7 +3,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -43,6 +43,8 @@ pub struct Engine {
 /// What control threads and switch threads share; never touched on the data path.
 pub(crate) struct Shared {
     pub config: EngineConfig,
+    /// The NSMs as they are set up now; what of `config.nsms` never changes can be read there.
+    nsms: Vec<RwLock<Arc<crate::NsmConfig>>>,
     started: Instant,
     registry: Mutex<Registry>,
     changed: Condvar,
@@ -191,6 +193,7 @@ impl Engine {
             remotes,
             over_hook,
             root,
+            nsms: config.nsms.iter().map(|nsm| RwLock::new(Arc::new(nsm.clone()))).collect(),
             config,
             started: Instant::now(),
             registry: Mutex::default(),
@@ -733,8 +736,9 @@ impl Engine {
         for guest in lock(&shared.registry).guests.values() {
             guests[guest.nsm] += 1;
         }
-        let one = |(nsm, guests): (&crate::NsmConfig, usize)| {
-            let check = shared.config.kinds.check(nsm);
+        let one = |(index, guests): (usize, usize)| {
+            let nsm = shared.nsm(index);
+            let check = shared.config.kinds.check(&nsm);
             StackStatus {
                 name: nsm.name.clone(),
                 stack: nsm.stack.clone(),
@@ -748,7 +752,7 @@ impl Engine {
                 guests,
             }
         };
-        shared.config.nsms.iter().zip(guests).map(one).collect()
+        guests.into_iter().enumerate().map(one).collect()
     }
 
     /// Who made the guest: its uid.
@@ -759,18 +763,34 @@ impl Engine {
     /// Exchanges the process of an NSM for a new one, which goes on with the sockets of its guests. For how long nobody served
     /// them; `None`: there was no process.
     pub fn restart_nsm(&self, name: &str) -> Result<Option<Duration>, EngineError> {
+        self.process_of(name)?.restart()
+    }
+
+    /// The same with another configuration, or another program; both stay until the engine ends. What guests were promised and
+    /// what says where a stack is cannot change (see [`NsmChange`](crate::NsmChange)). On error everything is as before.
+    pub fn swap_nsm(&self, name: &str, change: &crate::NsmChange) -> Result<Option<Duration>, EngineError> {
+        let remote = self.process_of(name)?;
+        let nsm = change.apply(&self.shared.nsm(remote.nsm()));
+        self.shared
+            .config
+            .kinds
+            .check(&nsm)
+            .map_err(|reason| EngineError::StackUnavailable { name: name.into(), reason })?;
+        remote.swap(&self.shared, change.binary.clone(), &nsm)
+    }
+
+    fn process_of(&self, name: &str) -> Result<&Remote, EngineError> {
         let nsms = &self.shared.config.nsms;
         let index =
             nsms.iter().position(|nsm| nsm.name == name).ok_or_else(|| EngineError::UnknownStack {
                 name: name.into(),
                 known: nsms.iter().map(|nsm| nsm.name.clone()).collect(),
             })?;
-        let remote = self.shared.remote(index).ok_or_else(|| {
+        self.shared.remote(index).ok_or_else(|| {
             let text =
                 format!("stack `{name}` has no process: give it form = \"process\" in the configuration");
             EngineError::Config(text)
-        })?;
-        remote.restart()
+        })
     }
 
     /// Ends a guest: its sockets are closed, its processes see a dead network.
@@ -867,6 +887,15 @@ impl Shared {
         }
     }
 
+    /// An NSM as it is set up now.
+    pub fn nsm(&self, index: usize) -> Arc<crate::NsmConfig> {
+        Arc::clone(&self.nsms[index].read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub fn set_nsm(&self, index: usize, nsm: crate::NsmConfig) {
+        *self.nsms[index].write().unwrap_or_else(PoisonError::into_inner) = Arc::new(nsm);
+    }
+
     pub fn remote(&self, nsm: usize) -> Option<&Remote> {
         self.remotes.get(nsm)?.as_ref()
     }
@@ -900,16 +929,20 @@ impl Shared {
 
     /// The process of an NSM has these guests; others of it are over.
     pub fn keep_guests_of(&self, nsm: usize, alive: &[u32]) {
-        let seat = self.workers.len() + nsm;
-        let of_nsm = |(id, guest): (&u32, &Registered)| {
-            (guest.worker == seat && guest.begun && !alive.contains(id)).then_some(*id)
-        };
-        let gone: Vec<u32> = lock(&self.registry).guests.iter().filter_map(of_nsm).collect();
-        for id in gone {
+        for id in self.missing_of(nsm, alive) {
             let name = self.name(id);
             log::info!(guest = id, name:%; "guest {id} ({name}) is over: the process of its stack is gone");
             self.guest_over(id, Usage::default());
         }
+    }
+
+    /// The guests of an NSM in a process that it does not have.
+    pub fn missing_of(&self, nsm: usize, alive: &[u32]) -> Vec<u32> {
+        let seat = self.workers.len() + nsm;
+        let of_nsm = |(id, guest): (&u32, &Registered)| {
+            (guest.worker == seat && guest.begun && !alive.contains(id)).then_some(*id)
+        };
+        lock(&self.registry).guests.iter().filter_map(of_nsm).collect()
     }
 
     /// Samples of a guest that ends.

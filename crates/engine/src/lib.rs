@@ -32,7 +32,7 @@ mod watch;
 mod worker;
 
 pub use capture::Unseen;
-pub use config::{Attach, EngineConfig, EngineError, GuestFds, GuestSpec, NsmConfig};
+pub use config::{Attach, EngineConfig, EngineError, GuestFds, GuestSpec, NsmChange, NsmConfig};
 pub use engine::Engine;
 pub use kinds::StackKinds;
 pub use netkernel_abi::Limits;

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 
 use super::confine::confine;
 use super::journal::Root;
-use super::wire::{Reader, Report, Start, send};
-use super::worker;
+use super::wire::{Call, Reader, Report, Request, Start, send};
+use super::{succession, worker};
 
-/// Exit codes of a worker: the engine is gone or said stop; another one is to go on.
+/// Exit codes of a worker: the engine is gone or said stop; another one is to go on; one of another holder is to.
 pub const ENDED: i32 = 40;
 pub const AGAIN: i32 = 42;
+pub const STAND_BY: i32 = 43;
 
 /// So many deaths within [`WINDOW`] are a loop: from then on each start is delayed.
 const MANY: usize = 8;
@@ -28,7 +29,7 @@ const DELAY_OF_KILLED: Duration = Duration::from_millis(20);
 /// Runs an NSM whose engine holds the other end of `control`; returns the exit code of the process. The caller is the only
 /// thread.
 pub fn main(control: OwnedFd) -> i32 {
-    match hold(&control) {
+    match hold(control) {
         Ok(()) => 0,
         Err(error) => {
             log::error!("the process of an NSM ends: {error}");
@@ -37,10 +38,19 @@ pub fn main(control: OwnedFd) -> i32 {
     }
 }
 
-fn hold(control: &OwnedFd) -> io::Result<()> {
-    let Some((start, _)) = Reader::default().receive::<Start>(control)? else { return Ok(()) };
+fn hold(mut control: OwnedFd) -> io::Result<()> {
+    let Some((start, fds)) = Reader::default().receive::<Start>(&control)? else { return Ok(()) };
     confine(&start.nsm)?;
-    let root = Arc::new(Root::create(start.max_guests)?);
+    let root = match fds.into_iter().next() {
+        Some(before) if start.successor => {
+            send(control.as_raw_fd(), &Report::Waiting(succession::format()), &[])?;
+            // Or nobody says anything any more: this one is not wanted after all.
+            let Some(root) = succession::take(before, &mut control, start.max_guests)? else { return Ok(()) };
+            root
+        }
+        _ => Root::create(start.max_guests)?,
+    };
+    let (root, control) = (Arc::new(root), &control);
     let (mut deaths, mut kills): (Vec<Instant>, Vec<Instant>) = Default::default();
     loop {
         let pid = clone_worker()?;
@@ -55,6 +65,16 @@ fn hold(control: &OwnedFd) -> io::Result<()> {
         }
         if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == AGAIN {
             continue;
+        }
+        if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == STAND_BY {
+            match Reader::default().receive::<Call>(control)? {
+                Some((Call { request: Request::Restart, .. }, _)) => {
+                    // How far the other one came is not known: as after a crash.
+                    let _ = root.was_stopped();
+                    continue;
+                }
+                _ => return Ok(()),
+            }
         }
         let killed = libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL;
         let how = if libc::WIFSIGNALED(status) {

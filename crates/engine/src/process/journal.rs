@@ -29,6 +29,7 @@ pub struct Root {
     exact: Mutex<Fixed<u8>>,
 }
 
+const MAX_SLOTS: usize = 65_536;
 /// Where the slots begin.
 const SLOTS_AT: usize = 64;
 
@@ -98,11 +99,35 @@ pub struct Left {
 
 impl Root {
     pub fn create(max_guests: usize) -> io::Result<Root> {
-        let slots = max_guests.min(65_536);
-        let journal = Arc::new(Journal::create(c"netkernel-nsm", SLOTS_AT + slots * size_of::<Slot>())?);
+        let slots = max_guests.min(MAX_SLOTS);
+        Root::of(Journal::create(c"netkernel-nsm", SLOTS_AT + slots * size_of::<Slot>())?, slots)
+    }
+
+    /// That of another holder, which served as many guests.
+    pub fn open(memory: OwnedFd, max_guests: usize) -> io::Result<Root> {
+        let slots = max_guests.min(MAX_SLOTS);
+        Root::of(Journal::open(memory, SLOTS_AT + slots * size_of::<Slot>())?, slots)
+    }
+
+    fn of(journal: Journal, slots: usize) -> io::Result<Root> {
+        let journal = Arc::new(journal);
         let slots = Fixed::kept(&journal, SLOTS_AT, slots, false).ok_or_else(damaged)?;
         let exact = Mutex::new(Fixed::kept(&journal, 0, 1, false).ok_or_else(damaged)?);
         Ok(Root { journal, slots: Mutex::new(slots), exact })
+    }
+
+    pub fn fd(&self) -> RawFd {
+        self.journal.fd()
+    }
+
+    /// The same list in memory of its own.
+    pub fn copy(&self) -> io::Result<Journal> {
+        self.journal.copy(c"netkernel-nsm")
+    }
+
+    /// A part of what tells two layouts apart.
+    pub fn slot_bytes() -> usize {
+        size_of::<Slot>() + size_of::<Usage>() + size_of::<AgentNote>()
     }
 
     /// Notes a guest. False: there is no room.

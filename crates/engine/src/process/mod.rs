@@ -4,6 +4,7 @@
 //! - the engine's side ([`remote`]): to the rest of the engine one more switch thread, which takes the same commands;
 //! - the *holder* ([`holder`]): a child process of the engine that does nothing but own the NSM's descriptor table, and start
 //!   the worker again when it dies;
+//! - [`succession`]: how one holder takes over from another (`nsm swap`);
 //! - the *worker* ([`worker`]): a process that the holder clones with CLONE_FILES, so that both have one descriptor table. It
 //!   is an engine with one switch thread and one module, and guests talk to it over their regions directly.
 //!
@@ -15,6 +16,7 @@ mod confine;
 pub(crate) mod holder;
 pub(crate) mod journal;
 pub(crate) mod remote;
+mod succession;
 pub(crate) mod wire;
 pub(crate) mod worker;
 

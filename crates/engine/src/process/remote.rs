@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command as Process, Stdio};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use netkernel_capture::Session;
 use netkernel_shm::fds;
 
+use super::succession;
 use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
 use crate::engine::{Command, Shared, lock};
 use crate::status::{GuestStatus, SocketStatus};
@@ -22,6 +23,8 @@ use crate::{EngineError, NsmConfig};
 
 pub(crate) struct Remote {
     nsm: usize,
+    /// Held while nobody knows which process is the next.
+    gate: Mutex<()>,
     state: Mutex<State>,
 }
 
@@ -36,6 +39,16 @@ struct State {
     captures: Vec<Arc<Session>>,
     /// Who waits for the next worker to serve.
     restarting: Vec<Sender<()>>,
+    /// The process that runs is a successor that did not serve yet. If it ends, its guests are not lost.
+    on_trial: bool,
+    /// What it is started with, if not with the engine's own program.
+    binary: Option<PathBuf>,
+}
+
+impl State {
+    fn runs(&self, control: &OwnedFd) -> bool {
+        self.running.as_ref().is_some_and(|running| running.control.as_raw_fd() == control.as_raw_fd())
+    }
 }
 
 struct Running {
@@ -58,7 +71,7 @@ enum Pending {
 
 impl Remote {
     pub fn new(nsm: usize) -> Remote {
-        Remote { nsm, state: Mutex::default() }
+        Remote { nsm, gate: Mutex::default(), state: Mutex::default() }
     }
 
     pub fn nsm(&self) -> usize {
@@ -67,6 +80,7 @@ impl Remote {
 
     /// Passes a command on. Whoever waits for its answer gets one, or sees that the sender is gone.
     pub fn send(&self, shared: &Arc<Shared>, command: Command) {
+        let _one = lock(&self.gate);
         let mut state = lock(&self.state);
         let mut keep = Vec::new();
         let (request, fds, pending) = match command {
@@ -171,23 +185,52 @@ impl Remote {
     }
 
     fn start(&self, state: &mut State, shared: &Arc<Shared>) -> Result<(), String> {
-        let nsm = &shared.config.nsms[self.nsm];
         if let Some(reader) = state.reader.take() {
             // It told of the end of the process before and does nothing any more.
             drop(reader);
         }
-        let (control, child) = spawn(shared.config.process_binary.clone(), nsm)?;
+        let binary = state.binary.clone().or_else(|| shared.config.process_binary.clone());
+        let (control, child) = self.spawn(shared, binary, (*shared.nsm(self.nsm)).clone(), None)?;
+        self.run(state, shared, control, child)?;
+        self.tell_of_captures(state, shared);
+        Ok(())
+    }
+
+    /// A holder, and what to be. `before`: where the descriptors of the one before come from.
+    fn spawn(
+        &self,
+        shared: &Shared,
+        binary: Option<PathBuf>,
+        nsm: NsmConfig,
+        before: Option<&OwnedFd>,
+    ) -> Result<(OwnedFd, Child), String> {
+        let (control, mut child) = spawn(binary, &nsm)?;
         let tenants = shared.tenants.all().map(|tenant| (tenant.name(), tenant.weight()));
         let start = Start {
-            nsm: nsm.clone(),
+            nsm,
             spin_us: shared.config.spin_us,
             max_guests: shared.config.max_guests,
+            successor: before.is_some(),
             tenants: tenants.filter(|(name, _)| name != OTHERS).collect(),
         };
-        send(control.as_raw_fd(), &start, &[]).map_err(|e| format!("its process does not listen: {e}"))?;
+        let fds: Vec<i32> = before.into_iter().map(|fd| fd.as_raw_fd()).collect();
+        send(control.as_raw_fd(), &start, &fds).map_err(|e| {
+            end(&mut child);
+            format!("its process ended at once ({e}): is it netkernel?")
+        })?;
+        Ok((control, child))
+    }
+
+    /// From now on this is the process that is meant.
+    fn run(
+        &self,
+        state: &mut State,
+        shared: &Arc<Shared>,
+        control: OwnedFd,
+        child: Child,
+    ) -> Result<(), String> {
         let control = Arc::new(control);
         state.running = Some(Running { control: Arc::clone(&control), holder: child.id(), worker: 0 });
-        self.tell_of_captures(state, shared);
         let weak = Arc::downgrade(shared);
         let index = self.nsm;
         let reader = std::thread::Builder::new()
@@ -198,9 +241,99 @@ impl Remote {
         Ok(())
     }
 
+    /// Has a new process, of another program or with another configuration, go on for this one. As [`restart`](Self::restart),
+    /// but if the new one does not come to serve, the one before goes on, and the error says why.
+    pub fn swap(
+        &self,
+        shared: &Arc<Shared>,
+        binary: Option<PathBuf>,
+        nsm: &NsmConfig,
+    ) -> Result<Option<Duration>, EngineError> {
+        let refused =
+            |reason: String| EngineError::Config(format!("stack `{}` goes on as it was: {reason}", nsm.name));
+        let resource =
+            |e: std::io::Error| EngineError::Resource(format!("no descriptors for a new process: {e}"));
+        let _one = lock(&self.gate);
+        let program = binary.clone().or_else(|| lock(&self.state).binary.clone());
+        let (before, after) = fds::pair(libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC).map_err(resource)?;
+        let (control, mut child) = self
+            .spawn(
+                shared,
+                program.clone().or_else(|| shared.config.process_binary.clone()),
+                nsm.clone(),
+                Some(&after),
+            )
+            .map_err(refused)?;
+        drop(after);
+        // Nothing has changed yet for anybody.
+        if let Err(reason) = understands(&control) {
+            end(&mut child);
+            return Err(refused(reason));
+        }
+        let (given, begun, old) = {
+            let mut state = lock(&self.state);
+            let Some(old) = state.running.as_ref().filter(|running| running.worker != 0) else {
+                // The next guest's process is the new one.
+                end(&mut child);
+                state.binary = program;
+                shared.set_nsm(self.nsm, nsm.clone());
+                return Ok(None);
+            };
+            let old = Arc::clone(&old.control);
+            let (answer, given) = channel();
+            self.call(&mut state, Request::Succession, &[before.as_raw_fd()], Some(Pending::Done(answer)));
+            (given, Instant::now(), old)
+        };
+        drop(before);
+        let given = given.recv_timeout(PATIENCE).unwrap_or_else(|error| {
+            if error == RecvTimeoutError::Timeout {
+                self.kill(|running| Some(running.worker).filter(|&worker| worker != 0));
+            }
+            Err(EngineError::Resource("the process before did not give its descriptors".into()))
+        });
+        if let Err(error) = given {
+            end(&mut child);
+            // Its worker is started again by itself.
+            return Err(refused(error.to_string()));
+        }
+        let (served, next) = channel();
+        let (was, reader) = {
+            let mut state = lock(&self.state);
+            let before = (state.running.take(), state.reader.take());
+            state.on_trial = true;
+            state.restarting.push(served);
+            state.captures.clear();
+            self.run(&mut state, shared, control, child).map_err(EngineError::Resource)?;
+            before
+        };
+        let result = next.recv_timeout(PATIENCE);
+        let mut state = lock(&self.state);
+        state.on_trial = false;
+        if result.is_ok() {
+            let _ = send(old.as_raw_fd(), &Call { serial: 0, request: Request::Stop }, &[]);
+            state.binary = program;
+            shared.set_nsm(self.nsm, nsm.clone());
+            return Ok(Some(begun.elapsed()));
+        }
+        // Ended by its reader when it has to be waited for.
+        if let Some(running) = std::mem::replace(&mut state.running, was) {
+            // SAFETY: plain system call; the reader, who waits for it, needs the lock that is held.
+            unsafe { libc::kill(running.holder as i32, libc::SIGKILL) };
+        }
+        state.reader = reader;
+        state.pending.clear();
+        let (served, next) = channel();
+        state.restarting.push(served);
+        self.call(&mut state, Request::Restart, &[], None);
+        drop(state);
+        next.recv_timeout(PATIENCE).map_err(|_| EngineError::Stopped)?;
+        Err(refused("the new process does not serve its guests; the engine's log says why".into()))
+    }
+
     /// Exchanges the worker. Returns when the next one serves, with the time that guests had none; `None`: there is no process,
     /// and the next guest gets a new one. A worker that hangs is killed: the next one goes on as after a crash.
     pub fn restart(&self) -> Result<Option<Duration>, EngineError> {
+        let _one = lock(&self.gate);
         let (served, next) = channel();
         let (worker, begun) = {
             let mut state = lock(&self.state);
@@ -286,6 +419,19 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, mut child: Child
             Report::Answer(serial, answer) => remote.answer(serial, answer),
             Report::Over(id, usage, violation) => shared.remote_guest_over(id, usage, violation),
             Report::Ready(worker, alive) => {
+                let missing = !shared.missing_of(index, &alive).is_empty();
+                {
+                    let mut state = lock(&remote.state);
+                    if missing && state.on_trial && state.runs(control) {
+                        // Its predecessor has them still.
+                        log::error!(
+                            nsm:% = shared.config.nsms[index].name;
+                            "a new process of stack {} cannot go on with all guests", shared.config.nsms[index].name
+                        );
+                        state.restarting.clear();
+                        continue;
+                    }
+                }
                 shared.keep_guests_of(index, &alive);
                 let mut state = lock(&remote.state);
                 if let Some(running) = &mut state.running {
@@ -301,25 +447,58 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, mut child: Child
                 let mut state = lock(&remote.state);
                 state.pending.clear();
                 state.captures.clear();
+                if state.on_trial && state.runs(control) {
+                    // Who waits need not wait longer.
+                    state.restarting.clear();
+                }
             }
+            Report::Waiting(_) => {}
         }
     }
-    if let Some(shared) = shared.upgrade() {
-        if let Some(remote) = shared.remote(index) {
-            let mut state = lock(&remote.state);
-            let mine = state.running.as_ref().is_some_and(|r| r.control.as_raw_fd() == control.as_raw_fd());
-            if mine {
-                state.running = None;
-                state.pending.clear();
-            }
+    if let Some(shared) = shared.upgrade()
+        && let Some(remote) = shared.remote(index)
+    {
+        let mut state = lock(&remote.state);
+        let mine = state.runs(control);
+        if mine && state.on_trial {
+            state.restarting.clear();
+        } else if mine {
+            state.running = None;
+            state.pending.clear();
             if !state.stopped {
                 let name = &shared.config.nsms[index].name;
                 log::error!(nsm:% = name; "the process of stack {name} is gone");
             }
+            drop(state);
+            shared.keep_guests_of(index, &[]);
         }
-        shared.keep_guests_of(index, &[]);
     }
     // Closed by the kernel a moment before it can be waited for; or it never understood us.
+    end(&mut child);
+}
+
+/// Kills a process, if it is still there.
+fn end(child: &mut Child) {
     let _ = child.kill();
     let _ = child.wait();
+}
+
+/// Waits until a successor says that it understands what the one before leaves.
+fn understands(control: &OwnedFd) -> Result<(), String> {
+    let mut poll = libc::pollfd { fd: control.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid pollfd.
+    if unsafe { libc::poll(&mut poll, 1, PATIENCE.as_millis() as i32) } != 1 {
+        return Err("the new program does not answer: is it netkernel?".into());
+    }
+    let own = succession::format();
+    match Reader::default().receive::<Report>(control) {
+        Ok(Some((Report::Waiting(format), _))) if format == own => Ok(()),
+        Ok(Some((Report::Waiting(format), _))) => Err(format!(
+            "the new program's memory has another layout ({format}, not {own}): restart the engine with it instead"
+        )),
+        _ => {
+            Err("the new program does not understand this engine: is it netkernel, and of this version?"
+                .into())
+        }
+    }
 }

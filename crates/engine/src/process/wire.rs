@@ -19,6 +19,8 @@ pub struct Start {
     pub nsm: NsmConfig,
     pub spin_us: u64,
     pub max_guests: usize,
+    /// Goes on for another holder, whose descriptors come over the socket that is attached.
+    pub successor: bool,
     /// Names and weights. Their limits are the engine's business, which lets no tenant in that has some.
     pub tenants: Vec<(String, u32)>,
 }
@@ -44,6 +46,9 @@ pub enum Request {
     Capture(Target, usize),
     /// Stop where you are, and let another worker go on.
     Restart,
+    /// The same, but a worker of another holder, which gets the descriptors over the socket that is attached. From then on the
+    /// holder is asked: [`Request::Restart`] has it go on after all, anything else ends it.
+    Succession,
     /// The engine ends.
     Stop,
 }
@@ -63,6 +68,8 @@ pub struct NewGuest {
 /// Worker, or holder, to engine.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Report {
+    /// Said by the holder that is to succeed another one: what it understands, see `succession::format`.
+    Waiting(String),
     /// The worker serves: its process, and guests that it has.
     Ready(u32, Vec<u32>),
     Answer(u64, Answer),

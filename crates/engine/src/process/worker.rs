@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
 use super::Form;
-use super::holder::{AGAIN, ENDED};
+use super::holder::{AGAIN, ENDED, STAND_BY};
 use super::journal::Root;
+use super::succession;
 use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
 use crate::engine::Engine;
 use crate::{EngineConfig, NsmConfig, TenantConfig};
@@ -69,8 +70,12 @@ pub fn run(control: &OwnedFd, start: &Start, root: &Arc<Root>) -> i32 {
     }
     let mut reader = Reader::default();
     loop {
-        let call: Call = match reader.receive(control) {
-            Ok(Some((call, fds))) => {
+        let mut socket_for_successor = None;
+        let call: Call = match reader.receive::<Call>(control) {
+            Ok(Some((call, mut fds))) => {
+                if matches!(call.request, Request::Succession) {
+                    socket_for_successor = fds.pop();
+                }
                 if let Some(answer) = serve(&engine, &call, fds) {
                     let _ = reports.send((Report::Answer(call.serial, answer), None));
                 }
@@ -92,6 +97,20 @@ pub fn run(control: &OwnedFd, start: &Start, root: &Arc<Root>) -> i32 {
             // Its end would wait for the thread that stands still.
             std::mem::forget(engine);
             return AGAIN;
+        }
+        if matches!(call.request, Request::Succession) {
+            engine.freeze();
+            root.stopped();
+            let given = match socket_for_successor {
+                Some(socket) => succession::give(&socket, root).map_err(|error| error.to_string()),
+                None => Err("this NSM has no descriptor left".into()),
+            };
+            let code = if given.is_ok() { STAND_BY } else { AGAIN };
+            let (sent, all) = channel();
+            let _ = reports.send((Report::Answer(call.serial, Answer::Done(given)), Some(sent)));
+            let _ = all.recv();
+            std::mem::forget(engine);
+            return code;
         }
         if matches!(call.request, Request::Stop) {
             engine.shutdown();
@@ -125,7 +144,7 @@ fn serve(engine: &Engine, call: &Call, fds: Vec<OwnedFd>) -> Option<Answer> {
             Some(pipe) => engine.capture_into(target.clone(), *snap, pipe).map_err(text),
             None => Err("this NSM has no descriptor left".into()),
         }),
-        Request::Restart | Request::Stop => return None,
+        Request::Restart | Request::Succession | Request::Stop => return None,
     })
 }
 
