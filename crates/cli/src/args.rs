@@ -90,6 +90,9 @@ pub enum Command {
     Reload(ReloadArgs),
     /// Print what was used, and what it costs
     Usage(UsageArgs),
+    /// Do something with a running guest
+    #[command(subcommand)]
+    Guest(GuestCommand),
     /// Exchange network stack modules under their guests
     #[command(subcommand)]
     Nsm(NsmCommand),
@@ -476,6 +479,26 @@ pub struct PrivateEngineArgs {
     /// Keep standard error for the log.
     #[arg(long)]
     pub log: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum GuestCommand {
+    /// Put a running guest on another stack: new sockets are opened there, open ones go over; if one cannot, the guest stays
+    Move(GuestMoveArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct GuestMoveArgs {
+    /// Socket of the engine
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// The guest, by the number that `netkernel ps` lists
+    pub guest: u32,
+    /// The stack, by the name that `netkernel stacks` lists
+    pub stack: String,
 }
 
 #[derive(Debug, Subcommand)]

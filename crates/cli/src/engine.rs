@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use netkernel_control::{
-    ApiError, Caller, CaptureInfo, EngineApi, ErrorCode, Grant, NewCapture, NewGuest, NsmInfo,
+    ApiError, Caller, CaptureInfo, EngineApi, ErrorCode, Grant, Moved, NewCapture, NewGuest, NsmInfo,
     PROTOCOL_VERSION, Peer, Restarted, SocketInfo, StackChange, Status, TenantChange, TenantInfo, UsageQuery,
     VersionInfo,
 };
@@ -163,6 +163,12 @@ impl EngineApi for Adapter {
 
     fn end_guest(&self, guest: u32) -> Result<(), ApiError> {
         self.engine.end_guest(guest).map_err(refusal)
+    }
+
+    fn move_guest(&self, guest: u32, stack: &str) -> Result<Moved, ApiError> {
+        let sockets = self.engine.move_guest(guest, stack).map_err(refusal)?;
+        log::info!(guest, nsm = stack; "guest {guest} was moved to stack {stack} with {sockets} sockets");
+        Ok(Moved { sockets })
     }
 
     fn restart_stack(&self, name: &str) -> Result<Restarted, ApiError> {

@@ -7,6 +7,7 @@ mod config;
 mod doctor;
 mod engine;
 mod explain;
+mod guest;
 mod library;
 mod locate;
 mod logger;
@@ -103,6 +104,7 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         }
         Command::Man(args) => pages::man(&args).map(|()| 0),
         Command::PrivateEngine(args) => private::serve(&args),
+        Command::Guest(command) => guest::command(&command).map(|()| 0),
         Command::Nsm(command) => nsm::command(&command).map(|()| 0),
         Command::NsmProcess(args) => nsm::process(&args),
         Command::Heir(args) => nsm::heir(&args),

@@ -25,7 +25,7 @@ pub struct Meter {
 #[derive(Default)]
 struct Last {
     /// What of each guest is in the store, or in `pending`.
-    counted: HashMap<u32, Usage>,
+    counted: HashMap<(u32, String), Usage>,
     /// Not written yet: minute, tenant, NSM, guest.
     pending: BTreeMap<(u64, String, String, String), Amount>,
     /// As that, without a guest: guarantees.
@@ -75,7 +75,9 @@ impl Meter {
         let Last { counted, pending, promises, failing } = &mut *last;
         let minute = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() / 60;
         for guest in engine.usage() {
-            let used = guest.usage.since(&counted.get(&guest.guest).copied().unwrap_or_default());
+            // One that is put on another NSM counts from nothing there.
+            let who = (guest.guest, guest.nsm.clone());
+            let used = guest.usage.since(&counted.get(&who).copied().unwrap_or_default());
             let amount = Amount {
                 bytes_in: used.bytes_in,
                 bytes_out: used.bytes_out,
@@ -90,9 +92,9 @@ impl Meter {
                 rtt_samples: used.rtt_samples,
             };
             if guest.over {
-                counted.remove(&guest.guest);
+                counted.remove(&who);
             } else {
-                counted.insert(guest.guest, guest.usage);
+                counted.insert(who, guest.usage);
             }
             if !amount.is_zero() {
                 let user = || sys::user_name(guest.uid).unwrap_or_else(|| guest.uid.to_string());

@@ -5,9 +5,10 @@ mod common;
 use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 
-use common::{Engine, Place, until, wait};
+use common::python::{CONNECTED, Python};
+use common::{Engine, Place, until};
 
 const PROCESS: &str = "[[nsm]]\nname = \"kernel\"\nform = \"process\"\n";
 
@@ -70,55 +71,6 @@ fn after(holder: i32, worker: i32) -> i32 {
         next.is_some()
     });
     next.unwrap()
-}
-
-/// A guest that runs a line of Python for each line it is told, and answers with what `say` was given.
-struct Python {
-    child: Child,
-    out: std::sync::mpsc::Receiver<String>,
-}
-
-impl Python {
-    fn start(place: &Place) -> Python {
-        Python::start_with(place, &[])
-    }
-
-    fn start_with(place: &Place, arguments: &[&str]) -> Python {
-        let loop_ = "import sys, socket, errno, select\n\
-                     def say(*words): print(*words, flush=True)\n\
-                     for line in sys.stdin:\n\
-                     \x20   try: exec(line)\n\
-                     \x20   except OSError as e: say(errno.errorcode.get(e.errno, e))\n";
-        let mut child = place
-            .netkernel(&["run"])
-            .args(arguments)
-            .args(["--", "python3", "-c", loop_])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let out = common::lines(child.stdout.take().unwrap());
-        Python { child, out }
-    }
-
-    /// Runs a line that says one thing.
-    #[track_caller]
-    fn run(&mut self, line: &str) -> String {
-        writeln!(self.child.stdin.as_mut().unwrap(), "{line}").unwrap();
-        self.out.recv_timeout(common::WATCHDOG).unwrap_or_else(|e| panic!("{line}: {e}"))
-    }
-
-    fn ends(mut self) {
-        drop(self.child.stdin.take());
-        assert_eq!(wait(&mut self.child, "python").code(), Some(0));
-    }
-}
-
-impl Drop for Python {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 #[test]
@@ -269,9 +221,6 @@ fn what_a_guest_has_outlives_its_process() {
     assert!(exists(holder));
     engine.end();
 }
-
-/// A connection `c` to itself, `a` at the other end, and the listener `l`.
-const CONNECTED: &str = "l = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(l.getsockname()); a, _ = l.accept(); say(1)";
 
 #[test]
 fn a_worker_may_die_of_any_signal() {

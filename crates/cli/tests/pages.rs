@@ -48,6 +48,7 @@ fn every_command_that_tells_facts_prints_json() {
         ("tenants", (&[], "tenants")),
         ("tenant set", (&["one", "--weight", "3"], "tenant")),
         ("reload", (&[], "reloaded")),
+        ("guest move", (&["1", "kernel"], "")),
         ("nsm restart", (&["own"], "")),
         ("nsm swap", (&["own"], "")),
         ("usage", (&[], "")),

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    ApiError, Attached, CaptureInfo, ErrorCode, NsmInfo, Restarted, SocketInfo, Status, TenantInfo,
+    ApiError, Attached, CaptureInfo, ErrorCode, Moved, NsmInfo, Restarted, SocketInfo, Status, TenantInfo,
     VersionInfo,
 };
 
@@ -28,6 +28,11 @@ pub enum Request {
     Sockets(SocketQuery),
     EndGuest {
         guest: u32,
+    },
+    /// Puts a guest on another NSM.
+    MoveGuest {
+        guest: u32,
+        to: Destination,
     },
     /// Exchanges the process of an NSM under its guests.
     RestartNsm {
@@ -96,6 +101,14 @@ pub struct TenantChange {
     pub max_guests: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight: Option<u32>,
+}
+
+/// Where a guest is moved to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Destination {
+    /// Name of a stack that the guest's tenant may use.
+    pub stack: String,
 }
 
 /// What the process of a stack is exchanged for; what is missing stays.
@@ -373,6 +386,18 @@ pub(crate) const ROUTES: &[Route] = &[
     },
     Route {
         method: "POST",
+        path: "/v1/guests/{guest}/move",
+        name: "move_guest",
+        summary: "Puts a guest on another stack: new sockets are opened there, open ones go over. If one cannot, the guest stays",
+        role: Role::Tenant,
+        body: Some(schema::<Destination>),
+        query: &[],
+        reply: Some(schema::<Moved>),
+        reply_type: JSON,
+        decode: |parts| Ok(Request::MoveGuest { guest: parts.guest()?, to: parts.json()? }),
+    },
+    Route {
+        method: "POST",
         path: "/v1/stacks/{stack}/restart",
         name: "restart_stack",
         summary: "Exchanges the process of a stack whose form is `process`; its guests' sockets go on",
@@ -577,6 +602,7 @@ pub(crate) fn encode(request: &Request) -> (&'static str, String, Option<Value>)
             ("GET", with_query("/v1/sockets", given), None)
         }
         Request::EndGuest { guest } => ("DELETE", format!("/v1/guests/{guest}"), None),
+        Request::MoveGuest { guest, to } => ("POST", format!("/v1/guests/{guest}/move"), Some(json!(to))),
         // Names of stacks are letters, digits and -_. only.
         Request::RestartNsm { nsm } => ("POST", format!("/v1/stacks/{nsm}/restart"), None),
         Request::SwapNsm { nsm, change } => ("POST", format!("/v1/stacks/{nsm}/swap"), Some(json!(change))),
@@ -652,6 +678,7 @@ mod tests {
                 port: Some(80),
             }),
             Request::EndGuest { guest: u32::MAX },
+            Request::MoveGuest { guest: 1, to: Destination { stack: "bbr".into() } },
             Request::RestartNsm { nsm: "bbr-2.x".into() },
             Request::SwapNsm {
                 nsm: "bbr-2.x".into(),

@@ -15,9 +15,9 @@ use crate::peer::peer_of;
 use crate::tls;
 use crate::wire::{Timed, Wire};
 use crate::{
-    ApiError, Attached, CaptureInfo, GuestInfo, NewCapture, NewGuest, NsmInfo, Request, Restarted,
-    SocketInfo, SocketQuery, StackChange, Status, TenantChange, TenantInfo, Token, UsageQuery, VersionInfo,
-    token_hex,
+    ApiError, Attached, CaptureInfo, Destination, GuestInfo, Moved, NewCapture, NewGuest, NsmInfo, Request,
+    Restarted, SocketInfo, SocketQuery, StackChange, Status, TenantChange, TenantInfo, Token, UsageQuery,
+    VersionInfo, token_hex,
 };
 
 /// Longest wait for the engine's answer.
@@ -154,6 +154,11 @@ impl Client {
 
     pub fn end_guest(&mut self, guest: u32) -> Result<(), ClientError> {
         self.ask::<serde_json::Value>(&Request::EndGuest { guest }).map(drop)
+    }
+
+    pub fn move_guest(&mut self, guest: u32, stack: &str) -> Result<Moved, ClientError> {
+        let to = Destination { stack: stack.into() };
+        self.ask(&Request::MoveGuest { guest, to }).map(|(value, _)| value)
     }
 
     pub fn restart_stack(&mut self, name: &str) -> Result<Restarted, ClientError> {

@@ -30,8 +30,8 @@ mod tls;
 mod wire;
 
 pub use api::{
-    NewCapture, NewGuest, PROTOCOL_VERSION, Request, SocketQuery, StackChange, TenantChange, Token,
-    UsageQuery, examine,
+    Destination, NewCapture, NewGuest, PROTOCOL_VERSION, Request, SocketQuery, StackChange, TenantChange,
+    Token, UsageQuery, examine,
 };
 pub use caller::{Access, Caller};
 pub use client::{Client, ClientError};
@@ -41,7 +41,7 @@ pub use paths::{
 };
 pub use peer::{Peer, peer_of};
 pub use proto::{
-    ApiError, Attached, CaptureInfo, ErrorCode, GuestInfo, NsmInfo, Restarted, SocketInfo, Status,
+    ApiError, Attached, CaptureInfo, ErrorCode, GuestInfo, Moved, NsmInfo, Restarted, SocketInfo, Status,
     TenantInfo, VersionInfo, parse_token, token_hex,
 };
 pub use server::{EngineApi, Grant, Server};

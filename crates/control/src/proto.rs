@@ -74,6 +74,13 @@ pub struct VersionInfo {
     pub uid: u32,
 }
 
+/// A guest that was moved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Moved {
+    /// Open sockets that went over with it.
+    pub sockets: usize,
+}
+
 /// An exchanged process of a stack.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Restarted {

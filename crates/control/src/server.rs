@@ -20,8 +20,8 @@ use crate::peer::{Peer, peer_of};
 use crate::places::{Limits, Places};
 use crate::wire::{Timed, Wire};
 use crate::{
-    ApiError, Attached, CaptureInfo, Endpoint, ErrorCode, GuestInfo, NewCapture, NewGuest, NsmInfo, Request,
-    Restarted, SocketInfo, StackChange, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
+    ApiError, Attached, CaptureInfo, Endpoint, ErrorCode, GuestInfo, Moved, NewCapture, NewGuest, NsmInfo,
+    Request, Restarted, SocketInfo, StackChange, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
     parse_token, token_hex,
 };
 
@@ -59,6 +59,10 @@ pub trait EngineApi: Send + Sync {
     /// Sockets of guests; those that ended in between have none.
     fn sockets(&self, guests: &[u32]) -> Result<Vec<SocketInfo>, ApiError>;
     fn end_guest(&self, guest: u32) -> Result<(), ApiError>;
+    /// Puts a guest on another stack.
+    fn move_guest(&self, _guest: u32, _stack: &str) -> Result<Moved, ApiError> {
+        Err(ApiError::new(ErrorCode::BadRequest, "this engine has one stack only"))
+    }
     /// Exchanges the process of a stack under its guests.
     fn restart_stack(&self, _name: &str) -> Result<Restarted, ApiError> {
         Err(ApiError::new(ErrorCode::BadRequest, "this engine has no stacks in processes of their own"))
@@ -299,6 +303,12 @@ fn answer(
             }
             api.end_guest(guest)?;
             done(&())
+        }
+        Request::MoveGuest { guest, to } => {
+            if !api.status().guests.iter().any(|g| g.id == guest && caller.sees(g)) {
+                return Err(unknown_guest(guest));
+            }
+            done(&api.move_guest(guest, &to.stack)?)
         }
         Request::RestartNsm { nsm } => done(&api.restart_stack(&nsm)?),
         Request::SwapNsm { nsm, change } => done(&api.swap_stack(&nsm, change)?),

@@ -196,6 +196,7 @@ const ROUTES: &[(&str, &str, &str, &str, u16)] = &[
     ("POST", "/v1/guests", "/v1/guests", "{}", 200),
     ("POST", "/v1/attach", "/v1/attach", r#"{"token":"08080808080808080808080808080808"}"#, 401),
     ("DELETE", "/v1/guests/{guest}", "/v1/guests/2", "", 404),
+    ("POST", "/v1/guests/{guest}/move", "/v1/guests/2/move", r#"{"stack":"kernel"}"#, 404),
     ("POST", "/v1/stacks/{stack}/restart", "/v1/stacks/kernel/restart", "", 403),
     ("POST", "/v1/stacks/{stack}/swap", "/v1/stacks/kernel/swap", "{}", 403),
     ("POST", "/v1/stop", "/v1/stop", "", 403),

@@ -103,6 +103,11 @@ struct Registered {
     direct: Option<Direct>,
     /// Its switch thread, or process, has it.
     begun: bool,
+    /// What it used on NSMs before this one, and when it came.
+    before: Usage,
+    came: Instant,
+    /// Whose sockets its agent gives to what the queues do not serve.
+    agent_nsm: usize,
 }
 
 /// The way to a switch thread.
@@ -121,6 +126,8 @@ pub(crate) enum Command {
     /// Do nothing any more, and leave everything as it is.
     Freeze(Sender<()>),
     End(u32),
+    /// Another NSM serves a guest: how many sockets went over, and what it used before.
+    Move(u32, usize, Sender<Result<(usize, Usage), EngineError>>),
     Status(Sender<Vec<GuestStatus>>),
     Usage(Sender<Vec<(u32, Usage)>>),
     /// Sockets of a guest from this one on; the answer says where to go on.
@@ -302,6 +309,9 @@ impl Engine {
             doorbell: doorbell.try_clone().map_err(resource)?,
             direct: None,
             begun: false,
+            before: Usage::default(),
+            came: Instant::now(),
+            agent_nsm: nsm,
         };
         {
             let mut registry = lock(&shared.registry);
@@ -358,6 +368,9 @@ impl Engine {
             doorbell: doorbell.try_clone().map_err(resource)?,
             direct: None,
             begun: true,
+            before: Usage::default(),
+            came: Instant::now(),
+            agent_nsm: 0,
         };
         lock(&self.shared.registry).guests.insert(guest.id, registered);
         let owner = guest.uid;
@@ -422,6 +435,9 @@ impl Engine {
             doorbell: left.doorbell.try_clone().map_err(resource)?,
             direct: None,
             begun: true,
+            before: Usage::default(),
+            came: Instant::now(),
+            agent_nsm: 0,
         };
         lock(&self.shared.registry).guests.insert(left.guest.id, registered);
         self.ask(0, |answer| Command::Recover(Box::new(left), tenant, exact, answer))?
@@ -468,9 +484,11 @@ impl Engine {
         let shared = &self.shared;
         let mut guests = self.guest_statuses();
         let mut agents = Vec::new();
+        let mut before = HashMap::new();
         let registry = lock(&shared.registry);
         for status in &mut guests {
             if let Some(guest) = registry.guests.get(&status.id) {
+                before.insert(status.id, guest.before);
                 status.name.clone_from(&guest.name);
                 status.tenant = guest.tenant.name();
                 status.stack.clone_from(&shared.config.nsms[guest.nsm].name);
@@ -491,7 +509,7 @@ impl Engine {
                 };
                 status.pids.extend(u32::try_from(guest.pid).ok().filter(|pid| !status.pids.contains(pid)));
                 if let Some(direct) = &guest.direct {
-                    agents.push((status.id, guest.nsm, guest.pid, direct.clone()));
+                    agents.push((status.id, guest.agent_nsm, guest.pid, direct.clone()));
                 }
             }
         }
@@ -503,6 +521,9 @@ impl Engine {
                 status.bytes_in += carried.bytes_in;
                 status.bytes_out += carried.bytes_out;
             }
+            // Of the stack that it is on; the rest is the guest's whole life.
+            let before = before.get(&status.id).copied().unwrap_or_default();
+            status.usage = status.usage.since(&before);
         }
         // Looking through /proc takes a while: not under the lock.
         let processes = if agents.is_empty() { Processes::default() } else { Processes::look() };
@@ -705,7 +726,7 @@ impl Engine {
         let known = lock(&self.shared.registry)
             .guests
             .get(&guest)
-            .map(|guest| (guest.worker, guest.nsm, guest.pid, guest.direct.clone()));
+            .map(|guest| (guest.worker, guest.agent_nsm, guest.pid, guest.direct.clone()));
         let Some((worker, nsm, pid, direct)) = known else { return Vec::new() };
         let mut sockets = Vec::new();
         let mut next = Some(0);
@@ -791,6 +812,53 @@ impl Engine {
                 format!("stack `{name}` has no process: give it form = \"process\" in the configuration");
             EngineError::Config(text)
         })
+    }
+
+    /// Puts a guest on another NSM of the engine's own threads: new sockets are opened there, and those that it has go over, as
+    /// descriptors of the kernel, with their names and peers. Errors: it is not known, may not use that NSM, or has sockets that
+    /// cannot go over; then it stays, and the text says why. How many went over.
+    pub fn move_guest(&self, guest: u32, name: &str) -> Result<usize, EngineError> {
+        let shared = &self.shared;
+        let nsms = &shared.config.nsms;
+        let nsm = nsms.iter().position(|nsm| nsm.name == name).ok_or_else(|| EngineError::UnknownStack {
+            name: name.into(),
+            known: nsms.iter().map(|nsm| nsm.name.clone()).collect(),
+        })?;
+        let (worker, from) = {
+            let registry = lock(&shared.registry);
+            let found = registry.guests.get(&guest).ok_or(EngineError::UnknownGuest(guest))?;
+            let refused = |why: String| Err(EngineError::Refused(format!("guest {guest} stays: {why}")));
+            if !found.tenant.uses(nsm) {
+                return refused(format!("tenant {} may not use stack {name}", found.tenant.name()));
+            }
+            let processes = shared.remote(nsm).is_some() || found.worker >= shared.workers.len();
+            match &found.direct {
+                _ if processes => {
+                    return refused(
+                        "an NSM in a process of its own keeps its guests; `nsm swap` changes it".into(),
+                    );
+                }
+                Some(Direct { behind_preload: false, .. }) => {
+                    return refused(
+                        "its programs have the stack's own sockets (attachment direct or relay)".into(),
+                    );
+                }
+                Some(Direct { relay: Some(_), .. }) => return refused("it has relayed sockets".into()),
+                _ => {}
+            }
+            (found.worker, found.nsm)
+        };
+        if from == nsm {
+            return Ok(0);
+        }
+        shared
+            .config
+            .kinds
+            .check(&shared.nsm(nsm))
+            .map_err(|reason| EngineError::StackUnavailable { name: name.into(), reason })?;
+        let (count, used) = self.ask(worker, |answer| Command::Move(guest, nsm, answer))??;
+        shared.guest_moved(guest, nsm, used);
+        Ok(count)
     }
 
     /// Ends a guest: its sockets are closed, its processes see a dead network.
@@ -964,7 +1032,7 @@ impl Shared {
         self.counters.over.fetch_add(1, Ordering::Relaxed);
         let with_agent = {
             let registry = lock(&self.registry);
-            registry.guests.get(&id).filter(|guest| guest.direct.is_some()).map(|guest| guest.nsm)
+            registry.guests.get(&id).filter(|guest| guest.direct.is_some()).map(|guest| guest.agent_nsm)
         };
         if let Some(nsm) = with_agent {
             usage.carry(Some(&direct::last_carried(self, &self.config.nsms[nsm], id)));
@@ -976,7 +1044,7 @@ impl Shared {
             let registry = lock(&self.registry);
             if let Some(guest) = registry.guests.get(&id) {
                 let nsm = self.config.nsms[guest.nsm].name.clone();
-                self.finished.guest_over(guest.tenant.name(), nsm, &usage);
+                self.finished.guest_over(guest.tenant.name(), nsm, &usage.since(&guest.before));
             }
         }
         if let Some(last) = self.usage_of(id, usage, true) {
@@ -989,11 +1057,29 @@ impl Shared {
         self.forget(id);
     }
 
+    /// What a guest used until now was used on the NSM before.
+    fn guest_moved(&self, id: u32, nsm: usize, mut used: Usage) {
+        used.carry(direct::carried(self).get(&id));
+        let row = self.usage_of(id, used, true);
+        let mut registry = lock(&self.registry);
+        let Some(guest) = registry.guests.get_mut(&id) else { return };
+        let before = std::mem::replace(&mut guest.nsm, nsm);
+        let spent = used.since(&guest.before);
+        (guest.before, guest.came) = (used, Instant::now());
+        let tenant = Arc::clone(&guest.tenant);
+        drop(registry);
+        self.finished.guest_over(tenant.name(), self.config.nsms[before].name.clone(), &spent);
+        lock(&self.over).extend(row);
+        self.tenants.arrive(&tenant, nsm, &self.nsm(nsm));
+        self.tenants.leave(&tenant, before);
+    }
+
     fn usage_of(&self, id: u32, usage: Usage, over: bool) -> Option<GuestUsage> {
         let registry = lock(&self.registry);
         let guest = registry.guests.get(&id)?;
         let nsm = self.config.nsms[guest.nsm].name.clone();
-        let usage = Usage { lived_ms: guest.created.elapsed().as_millis() as u64, ..usage };
+        let usage = usage.since(&guest.before);
+        let usage = Usage { lived_ms: guest.came.elapsed().as_millis() as u64, ..usage };
         let tenant = (self.tenants.all().count() > 1).then(|| guest.tenant.name());
         Some(GuestUsage { guest: id, name: guest.name.clone(), nsm, tenant, uid: guest.uid, usage, over })
     }
@@ -1007,6 +1093,12 @@ impl Shared {
         }
         drop(registry);
         self.changed.notify_all();
+    }
+
+    /// What a guest may use of an NSM that it is not on.
+    pub fn limits_on(&self, id: u32, nsm: usize) -> Limits {
+        let registry = lock(&self.registry);
+        registry.guests.get(&id).map(|guest| guest.tenant.limits(nsm)).unwrap_or_default()
     }
 
     /// What a guest may use.

@@ -239,7 +239,7 @@ impl Tenant {
         Demand { guaranteed, most: rates.most.unwrap_or(UNLIMITED), weight: config.weight.max(1), wanted: 0 }
     }
 
-    fn uses(&self, nsm: usize) -> bool {
+    pub fn uses(&self, nsm: usize) -> bool {
         self.may_use.get(nsm).is_some_and(|may| may.load(Relaxed))
     }
 

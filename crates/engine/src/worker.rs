@@ -20,7 +20,7 @@ use netkernel_agent::{Counters, Settings};
 use netkernel_capture::{Session, Tap, Taps};
 use netkernel_ring::spin::{Polling, Spin};
 use netkernel_service::{
-    Host, Limits, Member, Observed, RELAYED, Readiness, Ready, Service, Stack, Stages, Table, TcpSums,
+    Host, Limits, Member, Observed, RELAYED, Readiness, Ready, Service, Stack, Stages, Stays, Table, TcpSums,
     Violation, now_ns, take_descriptor,
 };
 use netkernel_shm::{Region, Word, fds};
@@ -946,6 +946,9 @@ impl Worker {
             Command::Sockets(id, first, answer) => {
                 let _ = answer.send(self.sockets(id, first));
             }
+            Command::Move(id, nsm, answer) => {
+                let _ = answer.send(self.move_guest(id, nsm));
+            }
             Command::Capture(session, answer) => {
                 self.capture(&session);
                 let _ = answer.send(Ok(()));
@@ -1118,6 +1121,66 @@ impl Worker {
             module.guests += 1;
         }
         Ok(())
+    }
+
+    /// From now on another NSM serves a guest: it has its sockets, and new ones are opened there. How many it got, and what the
+    /// guest used until now.
+    fn move_guest(&mut self, id: u32, nsm: usize) -> Result<(usize, Usage), EngineError> {
+        let slot = self.slot(id).ok_or(EngineError::UnknownGuest(id))?;
+        self.module(nsm)?;
+        let limits = self.shared.limits_on(id, nsm);
+        let owner = self.shared.who(id).2;
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else {
+            return Err(EngineError::UnknownGuest(id));
+        };
+        let refused = |why: String| Err(EngineError::Refused(format!("guest {id} stays: {why}")));
+        if guest.lender.is_some() {
+            return refused("its sockets are lent to a relay".into());
+        }
+        let from = guest.nsm;
+        let Ok([Some(old), Some(new)]) = self.modules.get_disjoint_mut([from, nsm]) else {
+            return refused("it is on this stack".into());
+        };
+        let tenant = guest.tenant.number();
+        new.stack.guest(slot, owner);
+        let captures = Arc::clone(&guest.captures);
+        new.stack.member(slot, Member { tenant, limits: limits.clone(), captures });
+        let moved = guest.service.move_to(&mut *old.stack, &mut *new.stack, limits);
+        let count = match moved {
+            Ok(Ok(count)) => count,
+            Ok(Err(stays)) => {
+                new.stack.guest_over(slot);
+                return refused(match stays {
+                    Stays::Sockets(1) => "a socket of it exists in its stack only: close it first".into(),
+                    Stays::Sockets(count) => {
+                        format!("{count} of its sockets exist in their stack only: close them first")
+                    }
+                    Stays::Connections(count) => {
+                        format!("there is no room for its {count} connections on the other stack")
+                    }
+                });
+            }
+            Err(violation) => {
+                new.stack.guest_over(slot);
+                self.violation(slot, violation);
+                return Err(EngineError::UnknownGuest(id));
+            }
+        };
+        old.taps.iter().for_each(|taps| taps.guest_over(slot));
+        old.stack.guest_over(slot);
+        old.guests -= 1;
+        new.guests += 1;
+        guest.nsm = nsm;
+        let used = usage(guest);
+        for session in self.captures.iter().filter(|session| !session.is_over()) {
+            if session.target.is(id, &guest.tenant.name(), owner)
+                && let Some(taps) = tapped(&mut self.modules[nsm], nsm)
+            {
+                taps.begin(session, &[(slot, Vec::new())]);
+            }
+        }
+        self.warm(slot);
+        Ok((count, used))
     }
 
     /// Goes on with a guest that a process before this one had.

@@ -13,7 +13,9 @@ use netkernel_abi::{Nqe, Op, SocketEntry};
 use netkernel_ring::bytes;
 use netkernel_shm::Region;
 
+mod moved;
 mod recover;
+pub use moved::Stays;
 pub use recover::journal_format;
 
 use crate::blocks::{Block, Blocks, CLASSES};

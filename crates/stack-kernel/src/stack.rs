@@ -667,6 +667,7 @@ impl Stack for KernelStack {
             let _ = host::set_congestion(&fd, name);
         }
         let _ = host::mark_and_pace(&fd, &self.config);
+        without_linger(&fd);
         let handle = self.insert(fd, key);
         // What ended before is not reported again; reading on until nothing comes costs one call more.
         self.sockets[handle.0 as usize].ended = true;
@@ -684,6 +685,16 @@ impl Stack for KernelStack {
         let begun = self.fd(handle).is_ok_and(recover::connecting);
         begun && self.register(handle).is_ok()
     }
+}
+
+/// Whoever had it before may have told the kernel, see [`Socket::linger`].
+fn without_linger(fd: &OwnedFd) {
+    let off = libc::linger { l_onoff: 0, l_linger: 0 };
+    let length = size_of::<libc::linger>() as libc::socklen_t;
+    // SAFETY: the value is valid for reads of its size. Datagram sockets know the option too.
+    unsafe {
+        libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const off).cast(), length)
+    };
 }
 
 /// Leaves a sixteenth of the table, at most 256 descriptors, for everything but sockets.

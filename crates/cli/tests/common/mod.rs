@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod namespace;
+pub mod python;
 pub mod screen;
 
 use std::io::{BufRead as _, BufReader, Read, Write as _};

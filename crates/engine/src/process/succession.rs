@@ -26,7 +26,8 @@ struct About {
 /// Says which memory a program understands. Two that say the same can follow each other.
 pub fn format() -> String {
     let journal = Service::journal_bytes(Limits::default());
-    format!("{}/{}/{journal}", netkernel_abi::ABI_VERSION, Root::slot_bytes())
+    let layout = netkernel_service::journal_format();
+    format!("{}/{layout:x}/{}/{journal}", netkernel_abi::ABI_VERSION, Root::slot_bytes())
 }
 
 /// Gives everything that `root` names. Errors: the other side is gone, or took too little.
