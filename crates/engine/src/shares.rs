@@ -56,16 +56,26 @@ pub struct Attained {
     pub met: u64,
 }
 
+/// A tenant that did nothing for so many rounds is looked at in one of [`SELDOM`] only: a thousand of them would cost a core some
+/// percent. It begins with what its guarantee and weight give it, and waits that long for what others leave.
+const QUIET: u8 = 20;
+const SELDOM: usize = 8;
+
 /// The thread's memory.
 #[derive(Default)]
 pub(crate) struct Rounds {
     begun_ns: u64,
+    /// How many there were.
+    count: usize,
     second_ns: u64,
     nsms: Vec<[Vec<Slot>; RESOURCES]>,
+    /// By NSM: who did something lately.
+    awake: Vec<Awake>,
     /// By tenant and NSM: seconds, and those of them that were met; all that time, and what of it was told.
     attained: BTreeMap<(usize, usize), (u64, u64)>,
     told: BTreeMap<(usize, usize), (u64, u64)>,
-    /// Of the round: who is reckoned with, and what it wants.
+    /// Of the round: who is looked at, who is reckoned with, and what it wants.
+    looked: Vec<usize>,
     active: Vec<usize>,
     demands: Vec<Demand>,
 }
@@ -75,7 +85,38 @@ pub(crate) struct Rounds {
 struct Slot {
     used: u64,
     active: bool,
+    /// When it was looked at last; 0: never.
+    seen_ns: u64,
     watch: Watch,
+}
+
+/// Tenants of one NSM that are looked at in every round.
+#[derive(Default)]
+struct Awake {
+    list: Vec<usize>,
+    /// By tenant: for how many more rounds.
+    rounds: Vec<u8>,
+}
+
+impl Awake {
+    /// Who is looked at in this round: besides these, every so often each that is there.
+    fn round(&mut self, present: &[usize], count: usize, tenants: usize, into: &mut Vec<usize>) {
+        self.rounds.resize(tenants, 0);
+        self.list.retain(|&index| {
+            self.rounds[index] -= 1;
+            self.rounds[index] > 0
+        });
+        into.clear();
+        into.extend(&self.list);
+        let some = present.iter().skip(count % SELDOM).step_by(SELDOM);
+        into.extend(some.filter(|&&index| self.rounds[index] == 0));
+    }
+
+    fn stays(&mut self, index: usize) {
+        if std::mem::replace(&mut self.rounds[index], QUIET) == 0 {
+            self.list.push(index);
+        }
+    }
 }
 
 /// Whether a guarantee is kept. The engine can tell that a tenant wants more than it gets when it holds it back: by its share, or
@@ -124,20 +165,29 @@ impl Rounds {
     ) {
         if self.nsms.len() <= nsm {
             self.nsms.resize_with(nsm + 1, Default::default);
+            self.awake.resize_with(nsm + 1, Default::default);
         }
+        self.awake[nsm].round(present, self.count, tenants.len(), &mut self.looked);
         for resource in 0..RESOURCES {
             let slots = &mut self.nsms[nsm][resource];
             slots.resize(tenants.len(), Slot::default());
             self.active.clear();
             self.demands.clear();
             let capacity = capacity.of(resource);
-            for &index in present {
+            for &index in &self.looked {
                 let (tenant, slot) = (&tenants[index], &mut slots[index]);
+                let elapsed_ns = match std::mem::replace(&mut slot.seen_ns, self.begun_ns) {
+                    0 => elapsed_ns,
+                    seen_ns => self.begun_ns.saturating_sub(seen_ns),
+                };
                 let share = &tenant.shares[nsm][resource];
                 let used = share.bucket.used();
                 let moved = used.saturating_sub(std::mem::replace(&mut slot.used, used));
                 let wanting = share.bucket.take_wanting();
                 let held_back = share.take_behind() || wanting;
+                if moved > 0 || held_back {
+                    self.awake[nsm].stays(index);
+                }
                 if held_back || slot.watch.held_back.is_some() {
                     let guaranteed = tenant.terms(nsm, resource).guaranteed;
                     slot.watch.slice(guaranteed, moved, elapsed_ns, held_back);
@@ -167,6 +217,7 @@ impl Rounds {
 
     /// Time since the last round, in nanoseconds.
     pub fn begin(&mut self, now_ns: u64) -> u64 {
+        self.count = self.count.wrapping_add(1);
         let before = std::mem::replace(&mut self.begun_ns, now_ns);
         if before == 0 {
             self.second_ns = now_ns;
