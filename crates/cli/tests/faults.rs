@@ -509,6 +509,102 @@ fn dead_engine(name: &str, signal: i32) {
     engine.end();
 }
 
+/// Kills the engine at random moments under load. `NETKERNEL_FAULTS_KILLS`: how often.
+#[test]
+fn an_engine_that_is_killed_under_load_spoils_nothing() {
+    let kills = std::env::var("NETKERNEL_FAULTS_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
+    let mut random = Random::new();
+    let place = Place::new("engine-load");
+    let peer = Pattern::start();
+    let mut outcomes = BTreeMap::new();
+    for round in 0..kills {
+        let engine = place.up(&[]);
+        let guest = Guest::start(&place, &["loaded", &peer.port.to_string()]);
+        (0..6).for_each(|_| _ = guest.told("begun"));
+        std::thread::sleep(Duration::from_micros(random.below(60_000)));
+        engine.signal(libc::SIGKILL);
+        let died = Instant::now();
+        for _ in 0..6 {
+            let line = guest.line_within(PROMPT.saturating_sub(died.elapsed()));
+            let end = line.rsplit(' ').next().unwrap().to_owned();
+            // As a peer that is gone without a word: nothing ends in order, and what came was right.
+            assert!(line.starts_with("over "), "round {round}: {line}");
+            assert!(["ECONNRESET", "EPIPE", "ENETDOWN"].contains(&&*end), "round {round}: {line}");
+            *outcomes.entry(end).or_insert(0) += 1;
+        }
+        assert_eq!(guest.told("then"), "ENETDOWN", "round {round}");
+        guest.ends();
+        engine.wait();
+        until("the peer has seen all its connections end", || peer.open.load(SeqCst) == 0);
+        assert_eq!(peer.wrong.load(SeqCst), 0, "round {round}: bytes that were never sent");
+    }
+    println!("{kills} kills: {outcomes:?}");
+    assert!(peer.bytes.load(SeqCst) > 0);
+}
+
+/// Outside of any engine: takes, gives, or sends back what `loaded` of guest.py sends, takes, or asks.
+struct Pattern {
+    port: u16,
+    open: Arc<AtomicUsize>,
+    wrong: Arc<AtomicUsize>,
+    bytes: Arc<AtomicUsize>,
+}
+
+impl Pattern {
+    fn start() -> Pattern {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let counts: [Arc<AtomicUsize>; 3] = Default::default();
+        let [open, wrong, bytes] = counts.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let [open, wrong, bytes] = counts.clone();
+                open.fetch_add(1, SeqCst);
+                std::thread::spawn(move || {
+                    let (right, count) = Pattern::serve(stream);
+                    bytes.fetch_add(count, SeqCst);
+                    wrong.fetch_add(usize::from(!right), SeqCst);
+                    open.fetch_sub(1, SeqCst);
+                });
+            }
+        });
+        Pattern { port, open, wrong, bytes }
+    }
+
+    /// Until the connection ends, however that is: whether what came was right, and how much it was.
+    fn serve(mut stream: TcpStream) -> (bool, usize) {
+        let pattern: Vec<u8> = (0..1u64 << 16).map(|i| (i * i % 251) as u8).collect();
+        let (mut buffer, mut count) = (vec![0; 1 << 16], 0);
+        let mut what = [0];
+        if stream.read_exact(&mut what).is_err() {
+            return (true, 0);
+        }
+        match what[0] {
+            b'r' => while stream.write_all(&pattern).is_ok() {},
+            b's' => {
+                while let Ok(n @ 1..) = stream.read(&mut buffer) {
+                    let at = count % pattern.len();
+                    let first = n.min(pattern.len() - at);
+                    if buffer[..first] != pattern[at..at + first] || buffer[first..n] != pattern[..n - first]
+                    {
+                        return (false, count);
+                    }
+                    count += n;
+                }
+            }
+            b'e' => {
+                while let Ok(n @ 1..) = stream.read(&mut buffer) {
+                    if stream.write_all(&buffer[..n]).is_err() {
+                        break;
+                    }
+                }
+            }
+            _ => return (false, 0),
+        }
+        (true, count)
+    }
+}
+
 /// A listener whose backlog is full: one more connection waits until somebody accepts. With what fills it.
 fn full_listener() -> ((TcpListener, Vec<TcpStream>), u16) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -85,7 +85,9 @@ fn killed_peers_of_the_engine_end_as_tcp_would_and_leave_nothing() {
 
 fn killed_peers(name: &str, on: bool, way: &str) {
     let rounds: usize = std::env::var("NETKERNEL_SHM_ROUNDS").map_or(6, |n| n.parse().unwrap());
-    let mut random = std::process::id() as u64 | 1;
+    let seed = std::env::var("NETKERNEL_FAULTS_SEED").ok().and_then(|text| text.parse().ok());
+    let mut random = seed.unwrap_or_else(|| std::process::id() as u64 | 1);
+    println!("NETKERNEL_FAULTS_SEED={random}");
     let place = Place::new(name);
     let engine = place.up(&["--config", &pair(&place, on)]);
     let (mut base, mut outcomes) = ((0, 0), std::collections::BTreeMap::new());

@@ -409,6 +409,77 @@ def idle(count):
                     return say("gone")
 
 
+PATTERN = bytes(i * i % 251 for i in range(1 << 16))
+
+
+def is_pattern(data, position):
+    """Byte i of a stream is PATTERN[i % 65536]."""
+    at = position % len(PATTERN)
+    return (PATTERN * (len(data) // len(PATTERN) + 2))[at:at + len(data)] == data
+
+
+def loaded(port):
+    """Everything at once, until the stack is dead; each thread tells how far it came and what it was told then."""
+    def sends(s):
+        s.sendall(b"s")
+        while True:
+            s.sendall(PATTERN)
+            yield
+
+    def receives(s):
+        s.sendall(b"r")
+        position = 0
+        while True:
+            data = s.recv(100000)
+            if not data:
+                raise EOFError
+            if not is_pattern(data, position):
+                raise ValueError
+            position += len(data)
+            yield
+
+    def asks(s):
+        s.sendall(b"e")
+        while True:
+            if not echoed(s, 1, 64):
+                raise ValueError
+            yield
+
+    def comes_and_goes(s):
+        while True:
+            s.sendall(b"e")
+            if not echoed(s, 2, 100):
+                raise ValueError
+            s.close()
+            s = connect(port)
+            yield
+
+    def run(what):
+        rounds, end = 0, "?"
+        try:
+            for _ in what(connect(port)):
+                rounds += 1
+                if rounds == 1:
+                    say("begun")
+        except OSError as e:
+            end = name(e)
+        except (EOFError, ValueError) as e:
+            end = type(e).__name__
+        say("over", what.__name__, rounds, end)
+
+    threads = [threading.Thread(target=run, args=[what])
+               for what in (sends, receives, sends, receives, asks, comes_and_goes)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    try:
+        connect(port)
+        say("served")
+    except OSError as e:
+        say("then", name(e))
+
+
 def hold(port):
     """Listens on `port` until told."""
     try:
