@@ -1,7 +1,9 @@
 //! Faults, with real processes: guests that are killed, that destroy their region, that run out of memory and
 //! descriptors, and engines that die. What must hold: the others go on, nothing is left, nobody hangs.
 //!
-//! The guests are the programs of `faults/guest.py`. `NETKERNEL_FAULTS_SEED` repeats a run's random choices.
+//! The guests are the programs of `faults/guest.py`. `NETKERNEL_FAULTS_SEED` repeats a run's random choices; `NETKERNEL_FAULTS_KILLS`
+//! says how often
+//! engines are killed under load.
 
 mod common;
 
