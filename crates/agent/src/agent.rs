@@ -89,6 +89,8 @@ pub struct Counters {
     pub tcp: TcpCounters,
     /// Processor time of the guest's own thread in the engine.
     pub cpu: ThreadClock,
+    /// Closed when the agent must stop between two calls.
+    pub gate: crate::gate::Gate,
     /// Threads that asked, as far as they are not known to be dead.
     processes: Mutex<BTreeSet<u32>>,
 }
@@ -158,6 +160,7 @@ impl Agent {
                 return;
             }
             if polled[0].revents & libc::POLLIN != 0 {
+                let _passed = counters.gate.pass();
                 // An error: the thread that asked is dead, or was interrupted.
                 if let Ok(notification) = self.listener.receive() {
                     self.answer(&mut *sockets, &notification);

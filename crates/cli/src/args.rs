@@ -88,6 +88,8 @@ pub enum Command {
     Tenant(TenantArgs),
     /// Make the engine read its configuration again
     Reload(ReloadArgs),
+    /// Exchange the engine's program for another one, or start it anew, under its guests
+    Restart(RestartArgs),
     /// Print what was used, and what it costs
     Usage(UsageArgs),
     /// Do something with a running guest
@@ -134,6 +136,9 @@ pub struct UpArgs {
     /// Only check the configuration
     #[arg(long)]
     pub check: bool,
+    /// Only say whether this program understands what another one leaves (`netkernel restart` asks)
+    #[arg(long, hide = true)]
+    pub check_handover: Option<String>,
     /// Print what --check found, or where the engine listens, as JSON
     #[arg(long)]
     pub json: bool,
@@ -396,6 +401,19 @@ pub struct ReloadArgs {
     #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
     pub socket: Option<PathBuf>,
     /// Print which engine did, as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RestartArgs {
+    /// Socket of the engine
+    #[arg(long, value_name = "PATH", env = "NETKERNEL_SOCKET_PATH")]
+    pub socket: Option<PathBuf>,
+    /// The program to go on with [default: what is now where the engine was started from]
+    #[arg(long, value_name = "PATH")]
+    pub binary: Option<PathBuf>,
+    /// Print how long guests waited, as JSON
     #[arg(long)]
     pub json: bool,
 }

@@ -2,26 +2,28 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Write as _;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::io::{Read as _, Write as _};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use netkernel_control::{
-    ApiError, Caller, CaptureInfo, EngineApi, ErrorCode, Grant, Moved, NewCapture, NewGuest, NsmInfo,
-    PROTOCOL_VERSION, Peer, Restarted, SocketInfo, StackChange, Status, TenantChange, TenantInfo, UsageQuery,
-    VersionInfo,
+    ApiError, Caller, CaptureInfo, EngineApi, EngineChange, ErrorCode, Grant, Moved, NewCapture, NewGuest,
+    NsmInfo, PROTOCOL_VERSION, Peer, Restarted, SocketInfo, StackChange, Status, TenantChange, TenantInfo,
+    UsageQuery, VersionInfo,
 };
 use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec, NsmChange, Policy, Target};
 
 use netkernel_meter::{Grouping, Row};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::catalog::{self, convert};
 use crate::config::Config;
-use crate::meter::Meter;
+use crate::meter::{Counted, Meter};
+use crate::restart::{Left, Told};
 
 pub struct Adapter {
     engine: Arc<Engine>,
@@ -39,17 +41,50 @@ pub struct Adapter {
     offers: Mutex<HashMap<String, Map<String, Value>>>,
     /// An eventfd.
     stop: File,
+    /// Another program is to go on; readable once somebody asked for that.
+    again: File,
+    program: Mutex<Option<PathBuf>>,
+    /// Where this program was started from.
+    own_program: Option<PathBuf>,
+    told: Mutex<Told>,
+    /// Held while guests are made, and while everything is written down.
+    gate: RwLock<()>,
     /// Guests made so far.
     made: Mutex<u64>,
     first: Condvar,
 }
 
 impl Adapter {
-    pub fn start(config: &Config, socket: &Path, private: bool) -> Result<Arc<Adapter>> {
-        let engine = Engine::start(catalog::of(config)?).map_err(|e| anyhow!("{}", refusal(e)))?;
+    /// `left`: what the program before this one wrote down.
+    pub fn start(
+        config: &Config,
+        socket: &Path,
+        private: bool,
+        left: Option<OwnedFd>,
+    ) -> Result<Arc<Adapter>> {
+        let catalog = catalog::of(config)?;
+        let own_program = catalog.process_binary.clone();
+        let (engine, resumed) = match left {
+            None => Engine::start(catalog).map(|engine| (engine, None)),
+            Some(document) => Engine::resume(catalog, document).map(|(engine, of)| (engine, Some(of))),
+        }
+        .map_err(|e| anyhow!("{}", refusal(e)))?;
+        let besides: Besides = resumed
+            .as_ref()
+            .and_then(|resumed| serde_json::from_value(resumed.besides.clone()).ok())
+            .unwrap_or_default();
+        let mut told = besides.told;
+        if let Some(resumed) = &resumed {
+            let (guests, lost, pause_us) =
+                (resumed.guests, resumed.lost.clone(), resumed.pause.as_micros() as u64);
+            told = Told { count: told.count + 1, pause_us, guests, lost, ..told };
+            log::info!(guests, pause_us; "goes on with {guests} guests, which waited {:.1} ms", pause_us as f64 / 1000.0);
+        }
+        let lived = Duration::from_millis(besides.lived_ms);
         let meter = match &config.engine.usage {
             Some(path) => {
                 let meter = Meter::open(path, config)?;
+                meter.go_on(besides.counted);
                 meter.start(&engine)?;
                 Some(meter)
             }
@@ -64,9 +99,14 @@ impl Adapter {
             offers: Mutex::new(offers(config)),
             socket: socket.into(),
             private,
-            started: Instant::now(),
+            started: Instant::now().checked_sub(lived).unwrap_or_else(Instant::now),
+            again: netkernel_shm::fds::eventfd().context("cannot make an eventfd")?.into(),
+            program: Mutex::default(),
+            own_program,
+            told: Mutex::new(told),
+            gate: RwLock::default(),
             stop: netkernel_shm::fds::eventfd().context("cannot make an eventfd")?.into(),
-            made: Mutex::new(0),
+            made: Mutex::new(besides.made),
             first: Condvar::new(),
         };
         // What was configured by name must be there; of the built-in catalogue, what is there is offered.
@@ -97,6 +137,53 @@ impl Adapter {
         Ok(())
     }
 
+    /// Readable once somebody asked for another program.
+    pub fn restart_requested(&self) -> BorrowedFd<'_> {
+        self.again.as_fd()
+    }
+
+    /// Executes the program that was asked for; comes back if that fails, with everything as before. `listening`: the control
+    /// socket, and its lock.
+    pub fn restart(&self, listening: (RawFd, Option<RawFd>)) {
+        let mut count = [0; 8];
+        let _ = (&self.again).read(&mut count);
+        let Some(program) = lock(&self.program).take() else { return };
+        if let Err(error) = self.exchange(&program, listening) {
+            log::error!("this program goes on: {error:#}");
+            let mut told = lock(&self.told);
+            told.failures += 1;
+            told.error = Some(format!("{error:#}"));
+        }
+    }
+
+    fn exchange(&self, program: &Path, (listener, socket_lock): (RawFd, Option<RawFd>)) -> Result<()> {
+        let _nobody_comes = self.gate.write().unwrap_or_else(|e| e.into_inner());
+        let counted = match &self.meter {
+            Some(meter) => {
+                meter.tick(&self.engine);
+                Some(meter.hold()?)
+            }
+            None => None,
+        };
+        let besides = || {
+            let besides = Besides {
+                counted: counted.as_ref().map(|held| held.counted()).unwrap_or_default(),
+                told: lock(&self.told).clone(),
+                lived_ms: self.started.elapsed().as_millis() as u64,
+                made: *lock(&self.made),
+            };
+            serde_json::to_value(besides).unwrap_or_default()
+        };
+        let stopped = self.engine.stop_for(besides).map_err(|e| anyhow!("{}", refusal(e)))?;
+        let left =
+            Left { document: stopped.document(), listener, lock: socket_lock, path: self.socket.clone() };
+        stopped.keep(true);
+        self.engine.end_heir();
+        let result = crate::restart::execute(program, &left);
+        stopped.keep(false);
+        result
+    }
+
     pub fn shutdown(&self) {
         self.engine.shutdown();
         if let Some(meter) = &self.meter {
@@ -105,7 +192,62 @@ impl Adapter {
     }
 }
 
+/// What goes with the engine's state to the next program.
+#[derive(Default, Serialize, Deserialize)]
+struct Besides {
+    counted: Vec<Counted>,
+    told: Told,
+    lived_ms: u64,
+    made: u64,
+}
+
+impl Adapter {
+    fn details(&self, status: &netkernel_engine::Status) -> Map<String, Value> {
+        let mut all = details(status);
+        let told = lock(&self.told).clone();
+        if told.count + told.failures > 0 {
+            all.insert("restart".into(), serde_json::to_value(told).unwrap_or_default());
+        }
+        all
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 impl EngineApi for Adapter {
+    fn can_restart(&self, change: EngineChange) -> Result<(), ApiError> {
+        let bad = |text: String| ApiError::new(ErrorCode::BadRequest, text);
+        if self.private {
+            return Err(bad("a private engine is not exchanged: it ends with its program".into()));
+        }
+        let program = change.binary.map(PathBuf::from).or_else(|| self.own_program.clone());
+        let program = program.filter(|path| path.is_absolute() && path.is_file());
+        let program = program.ok_or_else(|| bad("binary: is no file, or its path is not absolute".into()))?;
+        crate::restart::check(&program).map_err(|e| bad(format!("{e:#}")))?;
+        if let Some(file) = &self.config_file {
+            let config = Config::read(file).map_err(|e| bad(format!("{e:#}")))?;
+            crate::restart::check_config(&program, file).map_err(|e| bad(format!("{e:#}")))?;
+            let offered = catalog::of(&config).map_err(|e| bad(format!("{e:#}")))?.nsms;
+            for (guest, stack) in self.engine.stacks_in_use() {
+                if !offered.iter().any(|nsm| nsm.name == stack) {
+                    return Err(bad(format!(
+                        "{}: no stack '{stack}', which guest {guest} has",
+                        file.display()
+                    )));
+                }
+            }
+        }
+        self.engine.can_be_exchanged().map_err(refusal)?;
+        *lock(&self.program) = Some(program);
+        Ok(())
+    }
+
+    fn restart_now(&self) {
+        let _ = (&self.again).write(&1u64.to_ne_bytes());
+    }
+
     fn version(&self) -> VersionInfo {
         VersionInfo {
             program: env!("CARGO_PKG_VERSION").into(),
@@ -117,6 +259,7 @@ impl EngineApi for Adapter {
     }
 
     fn create_guest(&self, guest: NewGuest, peer: Peer) -> Result<Grant, ApiError> {
+        let _gate = self.gate.read().unwrap_or_else(|e| e.into_inner());
         let spec = GuestSpec {
             name: guest.name.unwrap_or_else(|| "guest".into()),
             stack: guest.stack.unwrap_or_default(),
@@ -133,6 +276,7 @@ impl EngineApi for Adapter {
     }
 
     fn attach(&self, token: [u8; 16]) -> Result<Grant, ApiError> {
+        let _gate = self.gate.read().unwrap_or_else(|e| e.into_inner());
         self.engine.attach(&token).map(grant).map_err(refusal)
     }
 
@@ -144,7 +288,7 @@ impl EngineApi for Adapter {
             private: self.private,
             uptime_seconds: self.started.elapsed().as_secs(),
             guests: status.guests.iter().filter_map(convert).collect(),
-            details: details(&status),
+            details: self.details(&status),
         }
     }
 
@@ -166,12 +310,14 @@ impl EngineApi for Adapter {
     }
 
     fn move_guest(&self, guest: u32, stack: &str) -> Result<Moved, ApiError> {
+        let _gate = self.gate.read().unwrap_or_else(|e| e.into_inner());
         let sockets = self.engine.move_guest(guest, stack).map_err(refusal)?;
         log::info!(guest, nsm = stack; "guest {guest} was moved to stack {stack} with {sockets} sockets");
         Ok(Moved { sockets })
     }
 
     fn restart_stack(&self, name: &str) -> Result<Restarted, ApiError> {
+        let _gate = self.gate.read().unwrap_or_else(|e| e.into_inner());
         let pause = self.engine.restart_nsm(name).map_err(refusal)?;
         Ok(Restarted { pause_us: pause.map(|pause| pause.as_micros() as u64) })
     }
@@ -199,6 +345,7 @@ impl EngineApi for Adapter {
             pacing: change.pacing,
             mark: change.mark,
         };
+        let _gate = self.gate.read().unwrap_or_else(|e| e.into_inner());
         let pause = self.engine.swap_nsm(name, &change).map_err(refusal)?;
         log::info!(nsm = name; "stack {name} was swapped: {told}");
         Ok(Restarted { pause_us: pause.map(|pause| pause.as_micros() as u64) })

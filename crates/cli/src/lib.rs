@@ -18,6 +18,7 @@ mod pages;
 mod pcap;
 mod private;
 mod program;
+mod restart;
 mod run;
 mod show;
 mod smoltcp;
@@ -94,6 +95,7 @@ fn dispatch(command: Command) -> anyhow::Result<i32> {
         Command::Tenants(args) => tenants::list(&args).map(|()| 0),
         Command::Tenant(args) => tenants::change(&args).map(|()| 0),
         Command::Reload(args) => tenants::reload(&args).map(|()| 0),
+        Command::Restart(args) => restart::restart(&args).map(|()| 0),
         Command::Usage(args) => usage::usage(&args).map(|()| 0),
         Command::Stop(args) => show::stop(&args).map(|()| 0),
         Command::Doctor(args) => doctor::doctor(&args),

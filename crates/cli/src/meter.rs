@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use netkernel_engine::{Engine, Usage};
 use netkernel_meter::{Amount, Attained, Entry, Grouping, Price, Promise, Row, Store, report};
+use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::sys;
@@ -31,6 +32,25 @@ struct Last {
     /// As that, without a guest: guarantees.
     promises: BTreeMap<(u64, String, String), Attained>,
     failing: bool,
+}
+
+/// What of a guest's use of an NSM is in the store.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Counted {
+    guest: u32,
+    nsm: String,
+    usage: Usage,
+}
+
+/// A book in which nothing is written.
+pub struct Held<'a>(MutexGuard<'a, Last>);
+
+impl Held<'_> {
+    /// What of each guest is in the store.
+    pub fn counted(&self) -> Vec<Counted> {
+        let all = self.0.counted.iter();
+        all.map(|((guest, nsm), usage)| Counted { guest: *guest, nsm: nsm.clone(), usage: *usage }).collect()
+    }
 }
 
 impl Meter {
@@ -143,6 +163,21 @@ impl Meter {
                 }
             }
         }
+    }
+
+    /// What of each guest is in the store, as the program before this one left it.
+    pub fn go_on(&self, counted: Vec<Counted>) {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner).counted =
+            counted.into_iter().map(|one| ((one.guest, one.nsm), one.usage)).collect();
+    }
+
+    /// Nothing is counted any more while the value lives. An error: something counted could not be written yet, and would be lost.
+    pub fn hold(&self) -> Result<Held<'_>> {
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if !last.pending.is_empty() || !last.promises.is_empty() {
+            bail!("what was used cannot be written, and would be lost");
+        }
+        Ok(Held(last))
     }
 
     /// Sums of the minutes `from..to`, of one tenant or of all.

@@ -112,7 +112,7 @@ fn start_detached(args: &PrivateEngineArgs) -> Result<Running> {
     crate::logger::start_inherited(if args.log { LevelFilter::Info } else { LevelFilter::Warn });
     let endpoint = Endpoint::bind(&args.socket)?;
     let config = Config::default();
-    let engine = Adapter::start(&config, &args.socket, true)?;
+    let engine = Adapter::start(&config, &args.socket, true, None)?;
     let access = Access { owner: sys::effective_uid(), ..Access::default() };
     let server =
         Server::start(endpoint, engine.clone(), access).map_err(|e| anyhow!("no control thread: {e}"))?;

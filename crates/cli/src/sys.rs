@@ -122,6 +122,14 @@ pub fn set_environment(name: &str, value: &str) {
     unsafe { std::env::set_var(name, value) };
 }
 
+/// A variable, which programs that we start do not find. To be called before there are threads.
+pub fn take_environment(name: &str) -> Option<std::ffi::OsString> {
+    let value = std::env::var_os(name)?;
+    // SAFETY: there is no other thread that could read the environment meanwhile.
+    unsafe { std::env::remove_var(name) };
+    Some(value)
+}
+
 /// Makes standard error go to `file`.
 pub fn redirect_stderr(file: &std::fs::File) -> io::Result<()> {
     // SAFETY: both are open; what was standard error is closed by this, and nobody owns it.
@@ -204,6 +212,17 @@ pub fn execute(program: &std::path::Path, arguments: &[CString], environment: &[
         unsafe { libc::execve(shell.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
     }
     error
+}
+
+/// Executes `program` in place of this process, which goes on if that fails; nothing else is changed before.
+pub fn execute_again(program: &CString, arguments: &[CString], environment: &[CString]) -> io::Error {
+    let pointers = |list: &[CString]| -> Vec<*const libc::c_char> {
+        list.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
+    };
+    let (argv, envp) = (pointers(arguments), pointers(environment));
+    // SAFETY: all three are null-terminated and outlive the call.
+    unsafe { libc::execve(program.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
+    io::Error::last_os_error()
 }
 
 /// Whether this process may execute the file.

@@ -14,9 +14,13 @@ use serde_json::json;
 use crate::args::UpArgs;
 use crate::config::Config;
 use crate::engine::Adapter;
-use crate::{show, sys};
+use crate::{restart, show, sys};
 
 pub fn up(args: &UpArgs) -> Result<()> {
+    if let Some(format) = &args.check_handover {
+        return restart::answer_check(format);
+    }
+    let left = restart::left()?;
     crate::logger::start(&args.log);
     let config = match &args.config {
         Some(path) => Config::read(path)?,
@@ -34,21 +38,33 @@ pub fn up(args: &UpArgs) -> Result<()> {
         println!("the configuration is good; stacks: {}", names(&offered).join(", "));
         return Ok(());
     }
-    let ready = args.ready_fd.map(sys::adopt).transpose().context("--ready-fd names no open descriptor")?;
+    // What the number names by now is something else.
+    let ready = args
+        .ready_fd
+        .filter(|_| left.is_none())
+        .map(sys::adopt)
+        .transpose()
+        .context("--ready-fd names no open descriptor")?;
     let users = config.users()?;
     let inherited = sys::inherited_socket().context("socket activation")?;
     // Before there are threads: they must not take the signals.
     let signals = sys::termination_signals().context("cannot take signals")?;
     sys::raise_descriptor_limit();
     let socket = args.socket.clone().or_else(|| config.engine.socket.clone()).unwrap_or_else(default_socket);
-    let endpoint = match inherited {
-        Some(socket) => Endpoint::inherited(socket)?,
-        None => Endpoint::bind(&socket)?,
+    let endpoint = match (&left, inherited) {
+        (Some(left), _) => {
+            let lock = left.lock.map(restart::adopt).transpose()?;
+            Endpoint::handed_over(restart::adopt(left.listener)?, lock, &left.path)?
+        }
+        (None, Some(socket)) => Endpoint::inherited(socket)?,
+        (None, None) => Endpoint::bind(&socket)?,
     };
     let tls = config.listen()?;
     let address = tls.as_ref().map(|tls| tls.address()).transpose().context("cannot ask for the address")?;
     let socket = endpoint.path().to_owned();
-    let engine = Adapter::start(&config, &socket, false)?;
+    let document = left.map(|left| restart::adopt(left.document)).transpose()?;
+    let engine = Adapter::start(&config, &socket, false, document)?;
+    let listening = endpoint.descriptors();
     let access = Access { owner: sys::effective_uid(), users: users.list, everybody: users.everybody };
     let servers = (
         Server::start(endpoint, engine.clone(), access.clone()).context("no control thread")?,
@@ -67,7 +83,15 @@ pub fn up(args: &UpArgs) -> Result<()> {
     }
     notify_service_manager("READY=1");
 
-    sys::wait_readable(&[signals.as_fd(), engine.stop_requested()]).context("cannot wait for signals")?;
+    loop {
+        sys::wait_readable(&[signals.as_fd(), engine.stop_requested(), engine.restart_requested()])
+            .context("cannot wait for signals")?;
+        if sys::is_readable(signals.as_fd()) || sys::is_readable(engine.stop_requested()) {
+            break;
+        }
+        // Comes back only if it fails.
+        engine.restart(listening);
+    }
     notify_service_manager("STOPPING=1");
     log::debug!("ends");
     drop(servers);

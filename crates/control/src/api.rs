@@ -54,6 +54,8 @@ pub enum Request {
     },
     /// Reads the configuration file again; what of it can change under way, changes.
     Reload,
+    /// Exchanges the engine's process for a program, under its guests.
+    RestartEngine(EngineChange),
     /// Counters in the text format of OpenMetrics.
     Metrics,
     /// The description of this API.
@@ -129,6 +131,15 @@ pub struct StackChange {
     /// SO_MARK of each socket; 0: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mark: Option<u32>,
+}
+
+/// What the engine is exchanged for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct EngineChange {
+    /// Absolute path of the program; without it, what is now at the path that this one was started from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub binary: Option<String>,
 }
 
 /// Which sockets: those for which all that is given is true.
@@ -510,6 +521,19 @@ pub(crate) const ROUTES: &[Route] = &[
         decode: |_| Ok(Request::Reload),
     },
     Route {
+        method: "POST",
+        path: "/v1/restart",
+        name: "restart",
+        summary: "Exchanges the engine's program under its guests, with the configuration read again. Answers when it is known that \
+                  this can be done, then does it; `restart` in /v1/status tells what came of it",
+        role: Role::Provider,
+        body: Some(schema::<EngineChange>),
+        query: &[],
+        reply: None,
+        reply_type: JSON,
+        decode: |parts| Ok(Request::RestartEngine(parts.json()?)),
+    },
+    Route {
         method: "GET",
         path: "/metrics",
         name: "metrics",
@@ -622,6 +646,7 @@ pub(crate) fn encode(request: &Request) -> (&'static str, String, Option<Value>)
             ];
             ("GET", with_query("/v1/usage", given), None)
         }
+        Request::RestartEngine(change) => ("POST", "/v1/restart".into(), Some(json!(change))),
         Request::Metrics => ("GET", "/metrics".into(), None),
         Request::OpenApi => ("GET", "/v1/openapi.json".into(), None),
     }
@@ -692,6 +717,7 @@ mod tests {
                 change: TenantChange { weight: Some(2), ..TenantChange::default() },
             },
             Request::Reload,
+            Request::RestartEngine(EngineChange { binary: Some("/bin/x".into()) }),
             Request::Usage(UsageQuery::default()),
             Request::Usage(UsageQuery { from: Some(1), to: Some(2), by: Some("a b,&=%".into()) }),
             Request::Metrics,

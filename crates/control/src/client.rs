@@ -15,9 +15,9 @@ use crate::peer::peer_of;
 use crate::tls;
 use crate::wire::{Timed, Wire};
 use crate::{
-    ApiError, Attached, CaptureInfo, Destination, GuestInfo, Moved, NewCapture, NewGuest, NsmInfo, Request,
-    Restarted, SocketInfo, SocketQuery, StackChange, Status, TenantChange, TenantInfo, Token, UsageQuery,
-    VersionInfo, token_hex,
+    ApiError, Attached, CaptureInfo, Destination, EngineChange, GuestInfo, Moved, NewCapture, NewGuest,
+    NsmInfo, Request, Restarted, SocketInfo, SocketQuery, StackChange, Status, TenantChange, TenantInfo,
+    Token, UsageQuery, VersionInfo, token_hex,
 };
 
 /// Longest wait for the engine's answer.
@@ -167,6 +167,11 @@ impl Client {
 
     pub fn swap_stack(&mut self, name: &str, change: StackChange) -> Result<Restarted, ClientError> {
         self.ask(&Request::SwapNsm { nsm: name.into(), change }).map(|(value, _)| value)
+    }
+
+    /// Ends as soon as the engine has begun.
+    pub fn restart_engine(&mut self, change: EngineChange) -> Result<(), ClientError> {
+        self.ask::<serde_json::Value>(&Request::RestartEngine(change)).map(drop)
     }
 
     pub fn stop(&mut self) -> Result<(), ClientError> {

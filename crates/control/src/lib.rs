@@ -30,8 +30,8 @@ mod tls;
 mod wire;
 
 pub use api::{
-    Destination, NewCapture, NewGuest, PROTOCOL_VERSION, Request, SocketQuery, StackChange, TenantChange,
-    Token, UsageQuery, examine,
+    Destination, EngineChange, NewCapture, NewGuest, PROTOCOL_VERSION, Request, SocketQuery, StackChange,
+    TenantChange, Token, UsageQuery, examine,
 };
 pub use caller::{Access, Caller};
 pub use client::{Client, ClientError};

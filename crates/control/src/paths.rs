@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -206,6 +206,26 @@ impl Endpoint {
         let address = listener.local_addr().map_err(unusable)?;
         let path = address.as_pathname().ok_or_else(no_listener)?.to_owned();
         Ok(Endpoint { listener, path, inode: None, lock: None })
+    }
+
+    /// Its descriptors, for the program that this process executes next: of the socket, and of the lock if there is one.
+    pub fn descriptors(&self) -> (RawFd, Option<RawFd>) {
+        (self.listener.as_raw_fd(), self.lock.as_ref().map(|(lock, _)| lock.as_raw_fd()))
+    }
+
+    /// What the program before this one listened with, at `path`. With a lock the file is ours to remove.
+    pub fn handed_over(socket: OwnedFd, lock: Option<OwnedFd>, path: &Path) -> Result<Endpoint, BindError> {
+        let mut endpoint = Endpoint::inherited(socket)?;
+        // Its address is the name that it was bound by, before that was changed.
+        endpoint.path = path.into();
+        if let Some(lock) = lock {
+            let meta = fs::symlink_metadata(&endpoint.path).ok();
+            endpoint.inode = meta.map(|meta| (meta.dev(), meta.ino()));
+            let mut name = endpoint.path.as_os_str().to_owned();
+            name.push(".lock");
+            endpoint.lock = Some((File::from(lock), name.into()));
+        }
+        Ok(endpoint)
     }
 
     pub fn path(&self) -> &Path {

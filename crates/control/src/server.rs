@@ -20,9 +20,9 @@ use crate::peer::{Peer, peer_of};
 use crate::places::{Limits, Places};
 use crate::wire::{Timed, Wire};
 use crate::{
-    ApiError, Attached, CaptureInfo, Endpoint, ErrorCode, GuestInfo, Moved, NewCapture, NewGuest, NsmInfo,
-    Request, Restarted, SocketInfo, StackChange, Status, TenantChange, TenantInfo, UsageQuery, VersionInfo,
-    parse_token, token_hex,
+    ApiError, Attached, CaptureInfo, Endpoint, EngineChange, ErrorCode, GuestInfo, Moved, NewCapture,
+    NewGuest, NsmInfo, Request, Restarted, SocketInfo, StackChange, Status, TenantChange, TenantInfo,
+    UsageQuery, VersionInfo, parse_token, token_hex,
 };
 
 /// Connections at a time. Two of each tenant or user find a place however many others there are, up to 1,000 of them.
@@ -81,6 +81,12 @@ pub trait EngineApi: Send + Sync {
     fn change_tenant(&self, name: &str, change: TenantChange) -> Result<(), ApiError>;
     /// Reads the configuration file again.
     fn reload(&self) -> Result<(), ApiError>;
+    /// Whether the engine's program can be exchanged; [`EngineApi::restart_now`] does it.
+    fn can_restart(&self, _change: EngineChange) -> Result<(), ApiError> {
+        Err(ApiError::new(ErrorCode::BadRequest, "this engine cannot be exchanged under its guests"))
+    }
+    /// What was asked last; returns at once.
+    fn restart_now(&self) {}
     /// Counters in the text format of OpenMetrics.
     fn metrics(&self) -> String;
 }
@@ -187,7 +193,7 @@ pub(crate) fn serve(
 ) -> io::Result<()> {
     let mut buffer = Vec::new();
     loop {
-        let mut stop = false;
+        let (mut stop, mut restart) = (false, false);
         let request = match http::read_request(wire, &mut buffer, REQUEST_TIMEOUT) {
             Ok(Some(request)) => request,
             Ok(None) => return Ok(()),
@@ -203,11 +209,12 @@ pub(crate) fn serve(
             admit(&caller)?;
             let (asked, role) = api::decode(&request.method, &request.target, &request.body)?;
             stop = asked == Request::Stop;
+            restart = matches!(asked, Request::RestartEngine(_));
             let shown = request.token.filter(|_| !caller.is_provider());
             answer(asked, role, &Asker { caller, peer, token: shown }, api, access)
         });
         let (reply, descriptors) = answered.unwrap_or_else(|error| {
-            stop = false;
+            (stop, restart) = (false, false);
             (error_reply(&error), Vec::new())
         });
         let fds: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
@@ -215,6 +222,9 @@ pub(crate) fn serve(
         if stop {
             // After the answer: the process may be gone at once.
             api.stop();
+        }
+        if restart {
+            api.restart_now();
         }
         if request.last {
             return Ok(());
@@ -335,6 +345,7 @@ fn answer(
             done(&tenants)
         }
         Request::ChangeTenant { name, change } => done(&api.change_tenant(&name, change)?),
+        Request::RestartEngine(change) => done(&api.can_restart(change)?),
         Request::Reload => done(&api.reload()?),
         Request::Usage(query) => done(&api.usage(&query, caller)?),
         Request::Metrics => {

@@ -206,6 +206,7 @@ const ROUTES: &[(&str, &str, &str, &str, u16)] = &[
     ("PATCH", "/v1/tenants/{tenant}", "/v1/tenants/red", r#"{"weight":2}"#, 403),
     ("PATCH", "/v1/tenants/{tenant}", "/v1/tenants/blue", r#"{"weight":2}"#, 403),
     ("POST", "/v1/reload", "/v1/reload", "", 403),
+    ("POST", "/v1/restart", "/v1/restart", "{}", 403),
     ("GET", "/metrics", "/metrics", "", 403),
     ("GET", "/v1/openapi.json", "/v1/openapi.json", "", 200),
 ];

@@ -28,7 +28,7 @@ use crate::tenants::{Asker, Tenant, Tenants};
 use crate::totals::{self, Finished};
 use crate::usage::{GuestUsage, MAX_OVER, Usage};
 use crate::watch::{self, Watch};
-use crate::worker::{NewGuest, Worker};
+use crate::worker::{Leaving, NewGuest, Worker};
 use crate::{Attained, EngineConfig, EngineError, GuestFds, GuestSpec, TenantConfig, TenantStatus};
 
 /// How long a control call waits for a switch thread, which answers within a turn unless the machine stands still.
@@ -36,7 +36,7 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// The per-host daemon's core. See the crate's documentation.
 pub struct Engine {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -46,9 +46,9 @@ pub(crate) struct Shared {
     /// The NSMs as they are set up now; what of `config.nsms` never changes can be read there.
     nsms: Vec<RwLock<Arc<crate::NsmConfig>>>,
     started: Instant,
-    registry: Mutex<Registry>,
+    pub registry: Mutex<Registry>,
     changed: Condvar,
-    workers: Vec<Link>,
+    pub workers: Vec<Link>,
     /// By NSM; those in processes of their own. In [`Registered::worker`] they come behind the threads.
     remotes: Vec<Option<Remote>>,
     /// Told of each guest that is over, with whether it broke the protocol.
@@ -58,7 +58,7 @@ pub(crate) struct Shared {
     stopping: AtomicBool,
     pub counters: SharedCounters,
     /// What guests that ended used, see [`Engine::usage`].
-    over: Mutex<VecDeque<GuestUsage>>,
+    pub over: Mutex<VecDeque<GuestUsage>>,
     pub tenants: Arc<Tenants>,
     finished: Finished,
     pub ledgers: Arc<direct::Ledgers>,
@@ -72,8 +72,8 @@ pub(crate) type OverHook = Box<dyn Fn(u32, Usage, bool) + Send + Sync>;
 
 #[derive(Default)]
 pub(crate) struct SharedCounters {
-    created: AtomicU64,
-    over: AtomicU64,
+    pub created: AtomicU64,
+    pub over: AtomicU64,
     pub violations: AtomicU64,
     pub turns: AtomicU64,
     pub sleeps: AtomicU64,
@@ -83,31 +83,31 @@ pub(crate) struct SharedCounters {
 }
 
 #[derive(Default)]
-struct Registry {
-    guests: HashMap<u32, Registered>,
-    tokens: HashMap<[u8; 16], u32>,
-    last_id: u32,
+pub(crate) struct Registry {
+    pub guests: HashMap<u32, Registered>,
+    pub tokens: HashMap<[u8; 16], u32>,
+    pub last_id: u32,
 }
 
-struct Registered {
-    token: [u8; 16],
-    name: String,
-    nsm: usize,
-    tenant: Arc<Tenant>,
-    pid: i32,
-    uid: u32,
-    created: Instant,
-    worker: usize,
-    region: OwnedFd,
-    doorbell: OwnedFd,
-    direct: Option<Direct>,
+pub(crate) struct Registered {
+    pub token: [u8; 16],
+    pub name: String,
+    pub nsm: usize,
+    pub tenant: Arc<Tenant>,
+    pub pid: i32,
+    pub uid: u32,
+    pub created: Instant,
+    pub worker: usize,
+    pub region: OwnedFd,
+    pub doorbell: OwnedFd,
+    pub direct: Option<Direct>,
     /// Its switch thread, or process, has it.
-    begun: bool,
+    pub begun: bool,
     /// What it used on NSMs before this one, and when it came.
-    before: Usage,
-    came: Instant,
+    pub before: Usage,
+    pub came: Instant,
     /// Whose sockets its agent gives to what the queues do not serve.
-    agent_nsm: usize,
+    pub agent_nsm: usize,
 }
 
 /// The way to a switch thread.
@@ -123,6 +123,8 @@ pub(crate) enum Command {
     Channel(u32, OwnedFd, Sender<Result<(), EngineError>>),
     /// A guest that a process before this one had; true: that one ended between two turns.
     Recover(Box<Left>, Arc<Tenant>, bool, Sender<Result<(), EngineError>>),
+    /// Write all guests down, and do nothing any more unless one is told to go on.
+    Leave(Sender<Result<Vec<Leaving>, EngineError>>, Receiver<()>),
     /// Do nothing any more, and leave everything as it is.
     Freeze(Sender<()>),
     End(u32),
@@ -393,7 +395,7 @@ impl Engine {
         result
     }
 
-    fn named_tenant(&self, name: &str) -> Arc<Tenant> {
+    pub(crate) fn named_tenant(&self, name: &str) -> Arc<Tenant> {
         let tenants = &self.shared.tenants;
         let named = tenants.all().find(|tenant| tenant.name() == name);
         named.map_or_else(|| tenants.others(), Arc::clone)
@@ -911,7 +913,11 @@ impl Engine {
         if self.shared.stopping.load(Ordering::Relaxed) { Err(EngineError::Stopped) } else { Ok(()) }
     }
 
-    fn ask<T>(&self, worker: usize, command: impl FnOnce(Sender<T>) -> Command) -> Result<T, EngineError> {
+    pub(crate) fn ask<T>(
+        &self,
+        worker: usize,
+        command: impl FnOnce(Sender<T>) -> Command,
+    ) -> Result<T, EngineError> {
         let (answer, receiver) = channel();
         self.shared.tell(worker, command(answer));
         receiver.recv_timeout(ANSWER).map_err(|_| EngineError::Stopped)
@@ -944,7 +950,7 @@ impl Shared {
         (0..threads).chain(self.remotes.iter().flatten().map(move |remote| threads + remote.nsm()))
     }
 
-    fn tell(self: &Arc<Self>, worker: usize, command: Command) {
+    pub fn tell(self: &Arc<Self>, worker: usize, command: Command) {
         match self.workers.get(worker) {
             Some(link) => link.send(command),
             None => {
@@ -979,6 +985,11 @@ impl Shared {
         let registry = lock(&self.registry);
         let is_meant = |(id, guest): &(&u32, &Registered)| target.is(**id, &guest.tenant.name(), guest.uid);
         registry.guests.iter().filter(is_meant).map(|(id, _)| *id).collect()
+    }
+
+    /// Whose sockets a guest's agent gives out, or gave out before this program.
+    pub fn agent_nsm(&self, id: u32) -> Option<usize> {
+        lock(&self.registry).guests.get(&id).map(|guest| guest.agent_nsm)
     }
 
     /// Name, process and user of a guest.
@@ -1021,9 +1032,10 @@ impl Shared {
     }
 
     /// A guest has an agent now.
-    pub fn has_agent(&self, id: u32, direct: Direct) {
+    pub fn has_agent(&self, id: u32, nsm: usize, direct: Direct) {
         if let Some(guest) = lock(&self.registry).guests.get_mut(&id) {
             guest.direct = Some(direct);
+            guest.agent_nsm = nsm;
         }
     }
 
@@ -1084,7 +1096,7 @@ impl Shared {
         Some(GuestUsage { guest: id, name: guest.name.clone(), nsm, tenant, uid: guest.uid, usage, over })
     }
 
-    fn forget(&self, id: u32) {
+    pub fn forget(&self, id: u32) {
         let mut registry = lock(&self.registry);
         if let Some(guest) = registry.guests.remove(&id) {
             registry.tokens.remove(&guest.token);

@@ -49,7 +49,8 @@ struct Heir {
 impl Heirs {
     /// When nobody answers this guest's listener any more, the heir will. `binary` is the program whose hidden subcommand
     /// calls [`main`]; without one there is no heir.
-    pub fn remember(&self, binary: Option<&Path>, guest: u32, listener: &mut Listener) {
+    /// `last`: where the agent notes its calls.
+    pub fn remember(&self, binary: Option<&Path>, guest: u32, listener: &Listener, last: &OwnedFd) {
         let Some(binary) = binary else { return };
         let mut state = lock(&self.0);
         if matches!(*state, State::None) {
@@ -61,11 +62,14 @@ impl Heirs {
                 }
             };
         }
-        match listener.share() {
-            Ok(last) => tell(&mut state, REMEMBER, guest, &[listener.fd(), last.as_raw_fd()]),
-            Err(error) => {
-                log::warn!("nobody will answer the programs of guest {guest} if this engine dies: {error}")
-            }
+        tell(&mut state, REMEMBER, guest, &[listener.fd(), last.as_raw_fd()]);
+    }
+
+    /// Another process goes on for this one, and starts an heir of its own. This one must not answer.
+    pub fn end(&self) {
+        if let State::There(mut heir) = std::mem::take(&mut *lock(&self.0)) {
+            let _ = heir.child.kill();
+            let _ = heir.child.wait();
         }
     }
 

@@ -14,6 +14,7 @@ mod direct;
 mod direct_capture;
 mod engine;
 mod handed;
+pub mod handover;
 pub mod heir;
 mod keeper;
 mod kinds;

@@ -98,7 +98,7 @@ impl Usage {
 }
 
 /// One guest's counts.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct GuestUsage {
     /// Never used twice in the life of an engine.
     pub guest: u32,

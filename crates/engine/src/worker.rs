@@ -9,7 +9,7 @@
 //! to sweep or to try again.
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicU32, compiler_fence, fence};
@@ -92,6 +92,15 @@ pub(crate) struct NewGuest {
     pub doorbell: OwnedFd,
 }
 
+/// A guest as it is written down.
+pub(crate) struct Leaving {
+    pub id: u32,
+    pub limits: netkernel_abi::Limits,
+    /// Its region's and its doorbell's, which stay this process's.
+    pub descriptors: (RawFd, RawFd),
+    pub journal: GuestJournal,
+}
+
 struct Guest {
     id: u32,
     nsm: usize,
@@ -112,8 +121,9 @@ struct Guest {
     /// What earlier processes told of, besides what the service counts.
     carried: Usage,
     has_agent: bool,
-    /// Where there is a journal: the agent's listener, and where it notes its calls, for the next process.
+    /// The agent's listener, and where it notes its calls, for the next process; and what the guest said of it.
     agent_kept: Option<(OwnedFd, OwnedFd)>,
+    agent_arguments: [u32; 3],
     /// What its agent did, once it has one.
     agent: Option<Arc<Counters>>,
     /// What its relay borrows the stack by.
@@ -157,6 +167,7 @@ impl Guest {
         }
         // Not before it is noted that there is none.
         self.agent_kept = kept;
+        self.agent_arguments = arguments;
     }
 
     fn note_process(&mut self, number: usize, process: [u32; 2]) {
@@ -916,6 +927,11 @@ impl Worker {
                     std::thread::park();
                 }
             }
+            Command::Leave(answer, go_on) => {
+                let _ = answer.send(self.leave());
+                // Ends with this process, unless nobody comes after it.
+                let _ = go_on.recv();
+            }
             Command::Channel(id, channel, answer) => {
                 let result = self.add_channel(id, channel);
                 let _ = answer.send(result);
@@ -1110,6 +1126,7 @@ impl Worker {
             carried: Usage::default(),
             has_agent: false,
             agent_kept: None,
+            agent_arguments: [0; 3],
             agent: None,
             lender: None,
             handed: Handed::default(),
@@ -1186,8 +1203,8 @@ impl Worker {
     /// Goes on with a guest that a process before this one had.
     fn recover(&mut self, left: Left, tenant: Arc<Tenant>, exact: bool) -> Result<(), EngineError> {
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
-        let Left { guest, region, doorbell, journal } = left;
-        self.module(0)?;
+        let Left { guest, nsm, may_use, region, doorbell, journal } = left;
+        self.module(nsm)?;
         let limits = netkernel_abi::Limits {
             region_bytes: guest.limits.0,
             sockets: guest.limits.1,
@@ -1195,12 +1212,12 @@ impl Worker {
         };
         let region = Region::open(region, limits).map_err(|e| EngineError::Resource(e.to_string()))?;
         let slot = vacancy(&mut self.guests);
-        let Some(module) = &mut self.modules[0] else { return Err(EngineError::Stopped) };
+        let Some(module) = &mut self.modules[nsm] else { return Err(EngineError::Stopped) };
         // As in `add`: before its first socket.
         module.stack.guest(slot as u32, guest.uid);
         let captures = Arc::<AtomicU32>::default();
         let member =
-            Member { tenant: tenant.number(), limits: Limits::default(), captures: Arc::clone(&captures) };
+            Member { tenant: tenant.number(), limits: may_use.clone(), captures: Arc::clone(&captures) };
         module.stack.member(slot as u32, member);
         let held = |id: u32| journal.ends.get(id as usize).is_some_and(|end| *end != 0);
         let service = Service::recover(
@@ -1211,6 +1228,7 @@ impl Worker {
             &mut *module.stack,
             &held,
             exact,
+            may_use,
         )
         .map_err(|violation| EngineError::Resource(violation.0.into()))?;
         module.guests += 1;
@@ -1248,7 +1266,7 @@ impl Worker {
         self.ends_here += placeholder_count;
         self.guests[slot] = Some(Box::new(Guest {
             id: guest.id,
-            nsm: 0,
+            nsm,
             service,
             ends: Ends {
                 placeholders,
@@ -1273,6 +1291,7 @@ impl Worker {
             carried: journal.carried[0],
             has_agent: false,
             agent_kept: None,
+            agent_arguments: [0; 3],
             agent: None,
             lender: None,
             handed: Handed::default(),
@@ -1281,6 +1300,12 @@ impl Worker {
             over_since: None,
         }));
         self.recover_agent(slot as u32);
+        if self.shared.root.is_none()
+            && let Some(guest) = &mut self.guests[slot]
+        {
+            // Written out anew when the engine is exchanged once more. The service's part stays in use.
+            guest.journal = None;
+        }
         self.warm(slot as u32);
         self.flush(slot as u32);
         self.maybe_over(slot as u32);
@@ -1297,9 +1322,64 @@ impl Worker {
         guest.keep_agent([0; 3], None);
         let [a, b, c] = note.arguments;
         let message = Message { kind: kind::AGENT, a, b, c, ..Message::default() };
-        if let Err(violation) = self.agent(slot, message, listener) {
+        let nsm = self.shared.agent_nsm(guest.id).unwrap_or(guest.nsm);
+        if let Err(violation) = self.agent(slot, message, listener, nsm) {
             self.violation(slot, violation);
         }
+    }
+
+    /// Everything of this thread's guests, for the process after this one. Nothing changes by it.
+    fn leave(&mut self) -> Result<Vec<Leaving>, EngineError> {
+        let resource = |e: io::Error| EngineError::Resource(format!("a guest cannot be written down: {e}"));
+        for slot in 0..self.guests.len() as u32 {
+            self.wake(slot);
+        }
+        let mut all = Vec::new();
+        for guest in self.guests.iter().flatten() {
+            let limits = guest.service.region().layout().limits;
+            let mut journal = GuestJournal::create(limits).map_err(resource)?;
+            let written = guest.service.write_out(&journal.memory);
+            written.ok_or_else(|| resource(io::Error::other("its journal is too small")))?;
+            for (number, channel) in guest.channels.iter().enumerate() {
+                note(Some(&mut journal.channels), number, channel.as_ref());
+            }
+            for (number, process) in guest.processes.iter().enumerate() {
+                // The agent's pair ends with its thread.
+                if let (Some(process), Some(place)) =
+                    (process.as_ref().filter(|process| process.tag != 0), journal.processes.get_mut(number))
+                {
+                    *place = [process.tag, process.pair.as_raw_fd() as u32 + 1];
+                }
+            }
+            for (q, bell) in guest.ends.doorbells.iter().enumerate() {
+                if let Bell::Some(fd) = bell {
+                    note(Some(&mut journal.bells), q, Some(fd));
+                }
+            }
+            for (id, end) in guest.ends.placeholders.iter() {
+                match end {
+                    End::None => {}
+                    End::Here(fd) => note(Some(&mut journal.ends), id as usize, Some(fd)),
+                    End::Kept(_) => {
+                        return Err(EngineError::Refused(format!(
+                            "guest {} has more sockets than can be handed over (placeholders_in_main_table)",
+                            guest.id
+                        )));
+                    }
+                }
+            }
+            if let Some((listener, last)) = &guest.agent_kept {
+                journal.agent[0] = AgentNote {
+                    listener: listener.as_raw_fd() + 1,
+                    last: last.as_raw_fd() + 1,
+                    arguments: guest.agent_arguments,
+                };
+            }
+            journal.carried[0] = besides(guest);
+            let descriptors = (guest.service.region().fd(), guest._doorbell.as_raw_fd());
+            all.push(Leaving { id: guest.id, limits, descriptors, journal });
+        }
+        Ok(all)
     }
 
     fn add_channel(&mut self, id: u32, channel: OwnedFd) -> Result<(), EngineError> {
@@ -1451,7 +1531,8 @@ impl Worker {
                 bury(fd);
                 Violation("agent without a seccomp listener")
             })?;
-            return self.agent(slot, message, listener);
+            let nsm = self.guests.get(slot as usize).and_then(Option::as_ref).map_or(0, |guest| guest.nsm);
+            return self.agent(slot, message, listener, nsm);
         }
         // Nothing but a real Unix stream socket: other descriptors could block this thread.
         if !is_unix_stream(&fd) {
@@ -1511,13 +1592,19 @@ impl Worker {
         Ok(())
     }
 
-    /// Starts the agent of a guest. It holds the guest as a process does.
-    fn agent(&mut self, slot: u32, message: Message, mut listener: Listener) -> Result<(), Violation> {
+    /// Starts the agent of a guest, which gives out sockets of stack `stack`. It holds the guest as a process does.
+    fn agent(
+        &mut self,
+        slot: u32,
+        message: Message,
+        mut listener: Listener,
+        stack: usize,
+    ) -> Result<(), Violation> {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
         if guest.has_agent {
             return Err(Violation("second agent"));
         }
-        let nsm = &self.shared.config.nsms[guest.nsm];
+        let nsm = &self.shared.config.nsms[stack];
         let queued_only = self.shared.needs_queues(guest.id);
         let settings = Settings {
             policy: nsm.congestion_policy,
@@ -1527,12 +1614,11 @@ impl Worker {
         // What goes wrong here ends the listener: the guest's sockets fail with ENETDOWN (ENOSYS without an heir), and nothing waits.
         let behind_preload = message.b == 1;
         let binary = self.shared.config.process_binary.as_deref();
-        self.shared.heirs.remember(binary, guest.id, &mut listener);
-        // In the process of an NSM, which has no heir but the next process.
-        let kept = match &self.shared.root {
-            Some(_) => listener.duplicate().and_then(|own| Ok((own, listener.share()?))).ok(),
-            None => None,
-        };
+        // For the next process: of the NSM, or of the engine.
+        let kept = listener.duplicate().and_then(|own| Ok((own, listener.share()?))).ok();
+        if let Some((_, last)) = &kept {
+            self.shared.heirs.remember(binary, guest.id, &listener, last);
+        }
         let started = if message.c == 1 {
             relay::start(&self.shared, guest.id, slot, nsm, listener, settings, behind_preload)
         } else {
@@ -1559,7 +1645,7 @@ impl Worker {
                 guest.service.prepare_hand_over();
             }
             guest.agent = Some(Arc::clone(&agent.counters));
-            self.shared.has_agent(guest.id, agent);
+            self.shared.has_agent(guest.id, stack, agent);
         }
         Ok(())
     }

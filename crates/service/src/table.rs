@@ -53,6 +53,17 @@ impl<T: Plain> Table<T> {
     }
 }
 
+impl<T: Plain> Table<T> {
+    /// Writes all values out, for [`Table::kept`]. `None`: the journal ends before.
+    pub fn write_out(&self, ids: u32, journal: &Arc<Journal>, offset: usize) -> Option<()> {
+        let mut copy = Table::kept(ids, journal, offset)?;
+        for (id, value) in self.iter() {
+            *copy.make(id)? = *value;
+        }
+        Some(())
+    }
+}
+
 impl<T: Default> Table<T> {
     /// For ids below `ids`.
     pub fn new(ids: u32) -> Table<T> {

@@ -92,6 +92,9 @@ unsafe impl Plain for Slot {}
 /// A guest that an earlier worker left.
 pub struct Left {
     pub guest: NewGuest,
+    /// Its NSM, by number, and what it may use.
+    pub nsm: usize,
+    pub may_use: netkernel_service::Limits,
     pub region: OwnedFd,
     pub doorbell: OwnedFd,
     pub journal: GuestJournal,
@@ -201,13 +204,7 @@ impl Root {
         for slot in lock(&self.slots).iter().filter(|slot| slot.used == USED) {
             let Ok(journal) = GuestJournal::reopen(slot.journal - 1, slot.limits()) else { continue };
             all.extend([slot.region - 1, slot.doorbell - 1, slot.journal - 1]);
-            all.extend(Service::journal_descriptors(&journal.memory, slot.limits()));
-            let processes = journal.processes.iter().map(|process| process[1] as i32);
-            let lists = [&journal.channels, &journal.bells, &journal.ends];
-            all.extend(journal.agent.iter().flat_map(|agent| [agent.listener - 1, agent.last - 1]));
-            all.extend(
-                lists.into_iter().flat_map(|list| list.iter().copied()).chain(processes).map(|n| n - 1),
-            );
+            all.extend(journal.descriptors(slot.limits()));
         }
         all.retain(|fd| *fd >= 0);
         all
@@ -224,7 +221,10 @@ impl Root {
                 continue;
             };
             match GuestJournal::open(memory, slot.limits()) {
-                Ok(journal) => left.push(Left { guest: slot.guest(), region, doorbell, journal }),
+                Ok(journal) => {
+                    let (guest, may_use) = (slot.guest(), netkernel_service::Limits::default());
+                    left.push(Left { guest, nsm: 0, may_use, region, doorbell, journal });
+                }
                 Err(_) => slot.used = 0,
             }
         }
@@ -289,7 +289,7 @@ impl GuestJournal {
         GuestJournal::of(Arc::new(memory), limits)
     }
 
-    fn open(memory: OwnedFd, limits: Limits) -> io::Result<GuestJournal> {
+    pub fn open(memory: OwnedFd, limits: Limits) -> io::Result<GuestJournal> {
         GuestJournal::of(Arc::new(Journal::open(memory, bytes(limits))?), limits)
     }
 
@@ -298,6 +298,16 @@ impl GuestJournal {
         // SAFETY: a number that is not open is an error of the call that copies it; the borrow ends with this statement.
         let copy = unsafe { std::os::fd::BorrowedFd::borrow_raw(memory.max(0)) }.try_clone_to_owned()?;
         GuestJournal::open(copy, limits)
+    }
+
+    /// The descriptors that are noted, those of the stack's sockets first. Some may be -1 or less.
+    pub fn descriptors(&self, limits: Limits) -> Vec<RawFd> {
+        let mut all = Service::journal_descriptors(&self.memory, limits);
+        let processes = self.processes.iter().map(|process| process[1] as i32);
+        let lists = [&self.channels, &self.bells, &self.ends];
+        all.extend(self.agent.iter().flat_map(|agent| [agent.listener - 1, agent.last - 1]));
+        all.extend(lists.into_iter().flat_map(|list| list.iter().copied()).chain(processes).map(|n| n - 1));
+        all
     }
 
     fn of(memory: Arc<Journal>, limits: Limits) -> io::Result<GuestJournal> {

@@ -66,6 +66,16 @@ impl Service {
         Some(())
     }
 
+    /// Writes into an empty journal what [`Service::recover`] needs, as it is now: between two turns.
+    pub fn write_out(&self, journal: &Arc<Journal>) -> Option<()> {
+        let limits = self.region.layout().limits;
+        let parts = Parts::of(limits);
+        Fixed::kept(journal, 0, 1, true)?.copy_from_slice(&self.core.totals.0);
+        let queues = &self.core.events.queues;
+        Fixed::kept(journal, parts.queues, queues.len(), true)?.copy_from_slice(queues);
+        self.core.socks.write_out(limits.sockets, journal, parts.socks)
+    }
+
     /// Descriptors of stacks' sockets in a journal.
     pub fn journal_descriptors(journal: &Arc<Journal>, limits: Limits) -> Vec<i32> {
         let parts = Parts::of(limits);
@@ -77,6 +87,8 @@ impl Service {
 
     /// The service that an earlier process left. Its stack's sockets are taken over: nothing else in this process may own
     /// their descriptors. `held`: sockets whose placeholder is there. `exact`: the process ended between two turns, so that nothing was under way.
+    /// `may_use`: of its connections, as many as that allows are counted.
+    #[allow(clippy::too_many_arguments)]
     pub fn recover(
         region: Region,
         guest: u32,
@@ -85,11 +97,13 @@ impl Service {
         stack: &mut dyn Stack,
         held: &dyn Fn(u32) -> bool,
         exact: bool,
+        may_use: crate::Limits,
     ) -> Result<Service, Violation> {
         const BAD: Violation = Violation("its journal is damaged");
         let limits = region.layout().limits;
         let parts = Parts::of(limits);
         let mut service = Service::new(region, guest, privileged);
+        service.set_limits(may_use);
         let core = &mut service.core;
         core.totals = One(Fixed::kept(journal, 0, 1, false).ok_or(BAD)?);
         let queues = Fixed::kept(journal, parts.queues, limits.queue_sets as usize, false).ok_or(BAD)?;
@@ -116,8 +130,12 @@ impl Core {
         for id in ids {
             let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { continue };
             self.sockets += 1;
+            let counted = sock.bits & COUNTED != 0;
             sock.bits &= !(QUEUED | STARVED | THROTTLED | COUNTED | PAIRED | TX_BLOCKED | RX_STALLED);
             sock.bits |= RX_READY;
+            if counted && self.limits.connections.as_ref().is_some_and(|places| places.take()) {
+                sock.bits |= COUNTED;
+            }
             sock.used_at = self.sweeps;
             sock.handle = Handle::NONE;
             let fd = sock.fd;

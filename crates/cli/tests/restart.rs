@@ -1,0 +1,245 @@
+//! The engine's program, exchanged under its guests.
+
+mod common;
+
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::{Child, Stdio};
+use std::sync::mpsc::Receiver;
+
+use common::{Place, WATCHDOG, finish, lines, until, wait};
+
+/// Two streams of numbered blocks between two sockets, both ways, until a line comes in; then what was sent and received.
+/// Beside them: an idle connection, a half-closed one, a UDP socket, an epoll set, and a call that blocks all the time.
+const STREAMS: &str = r#"
+import socket, select, sys, threading
+BLOCK = 4096
+def pair():
+    c = socket.create_connection(l.getsockname())
+    return c, l.accept()[0]
+l = socket.create_server(('127.0.0.1', 0))
+c, a = pair()
+idle, idle_peer = pair()
+half, half_peer = pair()
+half.shutdown(socket.SHUT_WR)
+late, late_peer = pair()
+watched, watched_peer = pair()
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(('127.0.0.1', 0))
+ep = select.epoll(); ep.register(watched, select.EPOLLIN)
+over = threading.Event()
+sent, got, wrong = [0, 0], [0, 0], []
+def put(s, way):
+    while not over.is_set():
+        s.sendall(sent[way].to_bytes(8, 'big') * (BLOCK // 8))
+        sent[way] += 1
+    s.shutdown(socket.SHUT_WR)
+def take(s, way):
+    rest = b''
+    while True:
+        data = s.recv(1 << 16)
+        if not data: break
+        rest += data
+        while len(rest) >= BLOCK:
+            if rest[:BLOCK] != got[way].to_bytes(8, 'big') * (BLOCK // 8): wrong.append((way, got[way])); return
+            got[way] += 1; rest = rest[BLOCK:]
+    if rest: wrong.append((way, 'a part of a block'))
+blocked = []
+def block(): blocked.append(late.recv(10))
+threads = [threading.Thread(target=f, args=args) for f, args in
+           ((put, (c, 0)), (take, (a, 0)), (put, (a, 1)), (take, (c, 1)), (block, ()))]
+for t in threads: t.start()
+print('up', flush=True)
+sys.stdin.readline()
+over.set()
+idle.sendall(b'still'); still = idle_peer.recv(10)
+half_peer.sendall(b'half'); ends = (half.recv(10), half_peer.recv(10))
+late_peer.sendall(b'late')
+v = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); v.sendto(b'dgram', u.getsockname())
+u.settimeout(20); dgram = u.recv(10)
+nothing = ep.poll(0); watched_peer.sendall(b'x'); event = ep.poll(20)
+n, m = pair(); n.sendall(b'new'); new = m.recv(10)
+for t in threads: t.join(20)
+print(sent == got, min(sent) > 0, wrong, still, ends, blocked, dgram, nothing, len(event), new, sum(sent) * BLOCK, flush=True)
+sys.stdin.readline()
+"#;
+
+const RIGHT: &str = "True True [] b'still' (b'half', b'') [b'late'] b'dgram' [] 1 b'new' ";
+
+struct Guest(Child, Receiver<String>);
+
+impl Guest {
+    fn start(place: &Place, arguments: &[&str], program: &str) -> Guest {
+        let mut command = place.netkernel(&["run"]);
+        command.args(arguments).args(["--", "python3", "-c", program]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let out = lines(child.stdout.take().unwrap());
+        Guest(child, out)
+    }
+
+    #[track_caller]
+    fn line(&self) -> String {
+        self.1.recv_timeout(WATCHDOG).expect("the guest says something")
+    }
+
+    fn tell(&mut self) {
+        writeln!(self.0.stdin.as_mut().unwrap()).unwrap();
+    }
+
+    fn ends(mut self) {
+        self.tell();
+        assert_eq!(wait(&mut self.0, "the guest").code(), Some(0));
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Restarts that came about.
+fn restarts(place: &Place) -> u64 {
+    let ps = place.run(&["ps", "--json"]).json();
+    ps["engines"][0]["restart"]["count"].as_u64().unwrap_or(0)
+}
+
+#[test]
+fn guests_go_on_through_ten_restarts_and_each_byte_is_metered_once() {
+    let place = Place::new("restart-ten");
+    let database = place.dir.join("usage.db");
+    let config = place.file("nk.toml", &format!("[engine]\nusage = {database:?}\nswitch_threads = 2\n"));
+    let engine = place.up(&["--config", config.to_str().unwrap()]);
+    let mut guests: Vec<Guest> = (0..2).map(|_| Guest::start(&place, &["--name", "ten"], STREAMS)).collect();
+    for guest in &guests {
+        assert_eq!(guest.line(), "up");
+    }
+    let pid = engine.pid();
+    for _ in 0..10 {
+        let told = place.run(&["restart", "--json"]).json();
+        assert_eq!((&told["guests"], &told["lost"]), (&2.into(), &serde_json::json!([])), "{told}");
+        assert!(told["pause_us"].as_u64().unwrap() > 0, "{told}");
+    }
+    assert_eq!(place.run(&["ps", "--json"]).json()["engines"][0]["engine"]["pid"], pid);
+    let mut payload = 0;
+    for guest in &mut guests {
+        guest.tell();
+        let said = guest.line();
+        let bytes = said.strip_prefix(RIGHT).unwrap_or_else(|| panic!("{said}"));
+        // Beside the streams: still, half, late, dgram, x, new.
+        payload += bytes.parse::<u64>().unwrap() + 5 + 4 + 4 + 5 + 1 + 3;
+    }
+    let usage = place.run(&["usage", "--by", "guest", "--format", "json"]).json();
+    let row = &usage.as_array().or_else(|| usage["rows"].as_array()).unwrap()[0];
+    assert_eq!((&row["bytes_in"], &row["bytes_out"]), (&payload.into(), &payload.into()), "{usage}");
+    guests.into_iter().for_each(Guest::ends);
+    engine.end();
+    assert_eq!(place.engine_files(), [""; 0], "socket and lock are gone");
+}
+
+#[test]
+fn a_restart_that_cannot_be_changes_nothing() {
+    let place = Place::new("restart-refused");
+    let config = place.file("nk.toml", "[[nsm]]\nname = \"kernel\"\n");
+    let engine = place.up(&["--config", config.to_str().unwrap()]);
+    let mut guest = Guest::start(&place, &[], STREAMS);
+    assert_eq!(guest.line(), "up");
+    place.file("nk.toml", "[[nsm]]\nname = \"kernel\"\nstack = 7\n");
+    place.run(&["restart"]).fails(125, &["nk.toml", "stack"]);
+    place.file("nk.toml", "[[nsm]]\nname = \"other\"\n");
+    place.run(&["restart"]).fails(125, &["nk.toml", "no stack 'kernel'", "guest 1"]);
+    place.file("nk.toml", "[[nsm]]\nname = \"kernel\"\n");
+    place.run(&["restart", "--binary", "/bin/false"]).fails(125, &["/bin/false"]);
+    place.run(&["restart", "--binary", "/nowhere"]).fails(125, &["/nowhere"]);
+    // One that says yes twice and is gone then.
+    let broken = place.file("broken", "#!/nowhere/at/all\n");
+    std::fs::set_permissions(&broken, std::fs::Permissions::from_mode(0o755)).unwrap();
+    place.run(&["restart", "--binary", broken.to_str().unwrap()]).fails(125, &["broken"]);
+    let gone = format!("#!/bin/sh\ncase \"$*\" in *--config*) rm -f '{}';; esac\n", broken.display());
+    place.file("broken", &gone);
+    place
+        .run(&["restart", "--binary", broken.to_str().unwrap()])
+        .fails(125, &["goes on as it was", "broken"]);
+    assert_eq!(restarts(&place), 0);
+    guest.tell();
+    let said = guest.line();
+    assert!(said.starts_with(RIGHT), "{said}");
+    guest.ends();
+    engine.end();
+}
+
+#[test]
+fn guests_that_could_not_go_on_are_named_and_go_on() {
+    let place = Place::new("restart-named");
+    let config = place.file(
+        "nk.toml",
+        "[[nsm]]\nname = \"kernel\"\n[[nsm]]\nname = \"apart\"\nform = \"process\"\n[[nsm]]\nname = \"joined\"\nstack = \"shm\"\n",
+    );
+    let engine = place.up(&["--config", config.to_str().unwrap()]);
+    for (stack, why) in [("apart", "a process of its own"), ("joined", "in this process")] {
+        let mut guest = Guest::start(&place, &["--stack", stack], STREAMS);
+        assert_eq!(guest.line(), "up");
+        place.run(&["restart"]).fails(125, &[stack, why]);
+        guest.tell();
+        let said = guest.line();
+        assert!(said.starts_with(RIGHT), "{stack}: {said}");
+        guest.ends();
+        until("it is over", || {
+            place.run(&["ps", "--json"]).json()["engines"][0]["guests"].as_array().unwrap().is_empty()
+        });
+    }
+    place.run(&["restart"]).succeeds();
+    assert_eq!(restarts(&place), 1);
+    engine.end();
+}
+
+#[test]
+fn sockets_of_agents_and_what_asks_for_them_go_on() {
+    let place = Place::new("restart-direct");
+    let engine = place.up(&[]);
+    // Without the library every socket() is the agent's; one thread asks all the time.
+    let program = "
+import socket, sys, threading
+l = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(l.getsockname()); a, _ = l.accept()
+over, made, failed = threading.Event(), [0], []
+def ask():
+    while not over.is_set():
+        try: socket.socket().close(); made[0] += 1
+        except OSError as e: failed.append(e.errno)
+t = threading.Thread(target=ask); t.start()
+print('up', flush=True)
+sys.stdin.readline(); before = made[0]
+while made[0] < before + 100 and not failed: pass
+over.set(); t.join()
+c.sendall(b'x'); print(a.recv(1), failed[:3], flush=True); sys.stdin.readline()";
+    let mut guest = Guest::start(&place, &["--attach", "direct"], program);
+    assert_eq!(guest.line(), "up");
+    for _ in 0..5 {
+        place.run(&["restart"]).succeeds();
+    }
+    guest.tell();
+    assert_eq!(guest.line(), "b'x' []");
+    guest.ends();
+    engine.end();
+}
+
+#[test]
+fn a_token_is_good_after_a_restart_and_new_guests_are_others() {
+    let place = Place::new("restart-token");
+    let engine = place.up(&[]);
+    let mut first = Guest::start(&place, &[], STREAMS);
+    assert_eq!(first.line(), "up");
+    place.run(&["restart"]).succeeds();
+    let program = "import socket; l = socket.create_server(('127.0.0.1', 0)); print(l.getsockname()[0])";
+    let mut command = place.netkernel(&["run", "--", "python3", "-c", program]);
+    command.stdin(Stdio::null());
+    let done = finish(command);
+    assert_eq!((done.code, done.out.as_str()), (Some(0), "127.0.0.1\n"), "{done:?}");
+    let status = place.run(&["ps", "--json"]).json();
+    assert_eq!(status["engines"][0]["counters"]["guests_created"], 2, "{status}");
+    first.tell();
+    let said = first.line();
+    assert!(said.starts_with(RIGHT), "{said}");
+    first.ends();
+    engine.end();
+}

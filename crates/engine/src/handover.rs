@@ -1,0 +1,416 @@
+//! The engine's process, exchanged for another program under its guests.
+//!
+//! The process executes a program in its own place: it keeps its number, its children and its descriptors. All switch threads
+//! stop between two turns and write their guests down, each into a journal as that of an NSM's process has it, with descriptors
+//! by their numbers; a *document* in a memfd lists the guests. The program reads it, checks that both understand
+//! the same memory, and goes on. What cannot be written down is found out before anything stops.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
+
+use netkernel_abi::Limits;
+use netkernel_agent::Counters;
+use netkernel_service::{journal_format, now_ns, take_descriptor};
+use serde::{Deserialize, Serialize};
+
+use crate::engine::{Command, Registered, lock};
+use crate::process::journal::{GuestJournal, Left, Root};
+use crate::process::wire::NewGuest;
+use crate::tenants::Tenants;
+use crate::worker::Leaving;
+use crate::{Engine, EngineConfig, EngineError, GuestUsage, Usage, direct};
+
+/// Changes with what the document's fields mean.
+const VERSION: u32 = 1;
+/// How long a switch thread may take to write its guests down.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Which memory a program understands. Two that say the same can follow each other.
+pub fn format() -> String {
+    let journal = netkernel_service::Service::journal_bytes(Limits::default());
+    let of_guests = (Root::slot_bytes(), journal_format(), journal);
+    format!("{VERSION}/{}/{}/{:x}/{}", netkernel_abi::ABI_VERSION, of_guests.0, of_guests.1, of_guests.2)
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Document {
+    format: String,
+    /// When the first switch thread stopped, on the monotonic clock.
+    stopped_ns: u64,
+    last_id: u32,
+    guests_created: u64,
+    guests_over: u64,
+    violations: u64,
+    guests: Vec<Written>,
+    /// Guests that are over and whose usage nobody has asked for.
+    over: Vec<GuestUsage>,
+    /// The caller's own.
+    besides: serde_json::Value,
+}
+
+/// A guest of the document. Descriptors are numbers of this very process.
+#[derive(Debug, Serialize, Deserialize)]
+struct Written {
+    guest: NewGuest,
+    token: [u8; 16],
+    nsm: String,
+    worker: usize,
+    age_ms: u64,
+    /// What it used on NSMs before this one, and for how long it is here.
+    before: Usage,
+    here_ms: u64,
+    /// Of the agent, if it has one.
+    agent_nsm: Option<String>,
+    region: RawFd,
+    doorbell: RawFd,
+    journal: RawFd,
+}
+
+/// A stopped engine, all of it written down. Dropping this lets it go on.
+pub struct Stopped {
+    document: File,
+    /// What the next program must find open.
+    keep: Vec<RawFd>,
+    _guests: Vec<Leaving>,
+    /// Told to go on, or closed for the same.
+    _go_on: Vec<Sender<()>>,
+    _gates: Gates,
+}
+
+/// Of agents that stand still, by guest. Opened when this is dropped.
+#[derive(Default)]
+struct Gates(HashMap<u32, Arc<Counters>>);
+
+impl Drop for Gates {
+    fn drop(&mut self) {
+        self.0.values().for_each(|agent| agent.gate.open());
+    }
+}
+
+impl Stopped {
+    /// The document's descriptor.
+    pub fn document(&self) -> RawFd {
+        self.document.as_raw_fd()
+    }
+
+    /// Leaves the descriptors open, or not, to the program that this process executes next.
+    pub fn keep(&self, yes: bool) {
+        for &fd in self.keep.iter().chain([&self.document.as_raw_fd()]) {
+            set_close_on_exec(fd, !yes);
+        }
+    }
+}
+
+/// What came of it, in the program that goes on.
+#[derive(Debug)]
+pub struct Resumed {
+    pub guests: usize,
+    /// Guests that could not be gone on with; what they had was reset.
+    pub lost: Vec<u32>,
+    /// For how long nobody served guests.
+    pub pause: Duration,
+    /// As it was given to [`Engine::stop_for`].
+    pub besides: serde_json::Value,
+}
+
+impl Engine {
+    /// Whether all guests can go on in another program; the error says which one cannot, and why.
+    pub fn can_be_exchanged(&self) -> Result<(), EngineError> {
+        let (shared, registry) = (&self.shared, lock(&self.shared.registry));
+        for (id, guest) in &registry.guests {
+            let nsm = shared.nsm(guest.nsm);
+            let why = if guest.worker >= shared.workers.len() {
+                "its stack is a process of its own"
+            } else if guest.direct.as_ref().is_some_and(|direct| direct.relay.is_some()) {
+                "its sockets are relayed"
+            } else if nsm.stack != "kernel" || nsm.memory {
+                "the state of its stack is in this process"
+            } else {
+                continue;
+            };
+            return Err(EngineError::Refused(format!(
+                "guest {id} ({}) of stack {} would be lost: {why}",
+                guest.name, nsm.name
+            )));
+        }
+        Ok(())
+    }
+
+    /// Names of the stacks that guests have, or that their agents give sockets of.
+    pub fn stacks_in_use(&self) -> Vec<(u32, String)> {
+        let registry = lock(&self.shared.registry);
+        let of = |(id, guest): (&u32, &Registered)| {
+            let agent = guest.direct.as_ref().map(|_| guest.agent_nsm);
+            [Some(guest.nsm), agent].into_iter().flatten().map(|nsm| (*id, nsm)).collect::<Vec<_>>()
+        };
+        let all = registry.guests.iter().flat_map(of);
+        all.map(|(id, nsm)| (id, self.shared.nsm(nsm).name.clone())).collect()
+    }
+
+    /// Stops all switch threads between two turns, and writes everything down. On error all go on.
+    pub fn stop_for(&self, besides: impl FnOnce() -> serde_json::Value) -> Result<Stopped, EngineError> {
+        self.can_be_exchanged()?;
+        // The kernel's list of sockets is long: before anybody waits.
+        let carried = direct::carried(&self.shared);
+        // Agents may need switch threads: they stop first.
+        let mut gates = Gates::default();
+        self.close_gates(&mut gates)?;
+        let resource = |e: io::Error| EngineError::Resource(format!("the state cannot be written down: {e}"));
+        let shared = &self.shared;
+        let stopped_ns = now_ns();
+        let (mut go_on, mut answers) = (Vec::new(), Vec::new());
+        for worker in 0..shared.workers.len() {
+            let ((answer, answered), (sender, told)) = (channel(), channel());
+            shared.tell(worker, Command::Leave(answer, told));
+            go_on.push(sender);
+            answers.push(answered);
+        }
+        let mut leaving: Vec<Leaving> = Vec::new();
+        for answered in answers {
+            leaving.extend(answered.recv_timeout(PATIENCE).map_err(|_| EngineError::Stopped)??);
+        }
+        // Guests, and agents, that came after the first look.
+        self.can_be_exchanged()?;
+        self.close_gates(&mut gates)?;
+        for one in &mut leaving {
+            one.journal.carried[0].carry(carried.get(&one.id));
+        }
+        let registry = lock(&shared.registry);
+        let mut keep = Vec::new();
+        let mut guests = Vec::new();
+        for one in &leaving {
+            let Some(known) = registry.guests.get(&one.id) else { continue };
+            keep.extend(one.journal.descriptors(one.limits).into_iter().filter(|fd| *fd >= 0));
+            keep.extend([one.descriptors.0, one.descriptors.1, one.journal.memory.fd()]);
+            guests.push(Written {
+                guest: NewGuest {
+                    id: one.id,
+                    name: known.name.clone(),
+                    tenant: known.tenant.name(),
+                    pid: known.pid,
+                    uid: known.uid,
+                    privileged: known.uid == 0,
+                    limits: (one.limits.region_bytes, one.limits.sockets, one.limits.queue_sets),
+                },
+                token: known.token,
+                nsm: shared.nsm(known.nsm).name.clone(),
+                worker: known.worker,
+                age_ms: known.created.elapsed().as_millis() as u64,
+                before: known.before,
+                here_ms: known.came.elapsed().as_millis() as u64,
+                agent_nsm: known.direct.as_ref().map(|_| shared.nsm(known.agent_nsm).name.clone()),
+                region: one.descriptors.0,
+                doorbell: one.descriptors.1,
+                journal: one.journal.memory.fd(),
+            });
+        }
+        let document = Document {
+            format: format(),
+            stopped_ns,
+            last_id: registry.last_id,
+            guests_created: shared.counters.created.load(Relaxed),
+            guests_over: shared.counters.over.load(Relaxed),
+            violations: shared.counters.violations.load(Relaxed),
+            guests,
+            over: lock(&shared.over).iter().cloned().collect(),
+            besides: besides(),
+        };
+        drop(registry);
+        let document = written(&document).map_err(resource)?;
+        Ok(Stopped { document, keep, _guests: leaving, _go_on: go_on, _gates: gates })
+    }
+
+    /// Stops the agents between two calls.
+    fn close_gates(&self, gates: &mut Gates) -> Result<(), EngineError> {
+        let registry = lock(&self.shared.registry);
+        let agents = registry.guests.iter().filter_map(|(id, guest)| Some((*id, guest.direct.as_ref()?)));
+        let agents: Vec<_> = agents.map(|(id, agent)| (id, Arc::clone(&agent.counters))).collect();
+        drop(registry);
+        for (id, counters) in agents {
+            if let Entry::Vacant(place) = gates.0.entry(id) {
+                if !counters.gate.close(PATIENCE) {
+                    return Err(EngineError::Refused(format!("a call of guest {id} is not answered yet")));
+                }
+                place.insert(counters);
+            }
+        }
+        Ok(())
+    }
+
+    /// The last thing before the other program is executed: the heir must not take this process for dead.
+    pub fn end_heir(&self) {
+        self.shared.heirs.end();
+    }
+
+    /// Starts an engine that goes on where this process's program before stopped. `document`: what [`Stopped::document`] said.
+    pub fn resume(config: EngineConfig, document: OwnedFd) -> Result<(Arc<Engine>, Resumed), EngineError> {
+        let bad = |e: &dyn std::fmt::Display| EngineError::Resource(format!("what was written down: {e}"));
+        let mut text = Vec::new();
+        File::from(document).read_to_end(&mut text).map_err(|e| bad(&e))?;
+        let document: Document = serde_json::from_slice(&text).map_err(|e| bad(&e))?;
+        if document.format != format() {
+            return Err(bad(&format_args!("it is of format {}, not {}", document.format, format())));
+        }
+        for one in &document.guests {
+            // Nothing else may inherit them.
+            [one.region, one.doorbell, one.journal].into_iter().for_each(|fd| set_close_on_exec(fd, true));
+        }
+        let engine = Engine::start(config)?;
+        let shared = &engine.shared;
+        lock(&shared.registry).last_id = document.last_id;
+        lock(&shared.over).extend(document.over);
+        shared.counters.created.store(document.guests_created, Relaxed);
+        shared.counters.over.store(document.guests_over, Relaxed);
+        shared.counters.violations.store(document.violations, Relaxed);
+        let mut resumed =
+            Resumed { guests: 0, lost: Vec::new(), pause: Duration::ZERO, besides: document.besides };
+        let since_ns = now_ns().saturating_sub(document.stopped_ns);
+        for one in document.guests {
+            let (id, name) = (one.guest.id, one.guest.name.clone());
+            match engine.go_on(one, since_ns / 1_000_000) {
+                Ok(()) => resumed.guests += 1,
+                Err(error) => {
+                    log::error!(guest = id; "guest {id} ({name}) is lost: {error}");
+                    shared.forget(id);
+                    resumed.lost.push(id);
+                }
+            }
+        }
+        resumed.pause = Duration::from_nanos(now_ns().saturating_sub(document.stopped_ns));
+        Ok((engine, resumed))
+    }
+
+    fn go_on(&self, written: Written, since_ms: u64) -> Result<(), EngineError> {
+        let parts = [written.region, written.doorbell, written.journal].map(|fd| take_descriptor(fd + 1));
+        let [Some(region), Some(doorbell), Some(memory)] = parts else {
+            return Err(no_descriptors(io::Error::other("they are not there")));
+        };
+        let (region_bytes, sockets, queue_sets) = written.guest.limits;
+        let limits = Limits { region_bytes, sockets, queue_sets };
+        let journal = GuestJournal::open(memory, limits).map_err(no_descriptors)?;
+        let left_open = LeftOpen::of(&journal, limits);
+        let result = self.place(written, region, doorbell, journal, since_ms);
+        if result.is_err() {
+            left_open.reset();
+        }
+        result
+    }
+
+    fn place(
+        &self,
+        written: Written,
+        region: OwnedFd,
+        doorbell: OwnedFd,
+        journal: GuestJournal,
+        since_ms: u64,
+    ) -> Result<(), EngineError> {
+        let shared = &self.shared;
+        let index = |name: &str| {
+            let nsms = &shared.config.nsms;
+            nsms.iter().position(|own| own.name == name).ok_or_else(|| EngineError::UnknownStack {
+                name: name.to_owned(),
+                known: nsms.iter().map(|own| own.name.clone()).collect(),
+            })
+        };
+        let ago = |ms: u64| {
+            let now = Instant::now();
+            now.checked_sub(Duration::from_millis(ms + since_ms)).unwrap_or(now)
+        };
+        let nsm = index(&written.nsm)?;
+        let agent_nsm = written.agent_nsm.as_deref().map_or(Ok(nsm), index)?;
+        let worker = written.worker % shared.workers.len();
+        let guest = written.guest;
+        let id = guest.id;
+        let tenant = self.named_tenant(&guest.tenant);
+        let registered = Registered {
+            token: written.token,
+            name: guest.name.clone(),
+            nsm,
+            tenant: Arc::clone(&tenant),
+            pid: guest.pid,
+            uid: guest.uid,
+            created: ago(written.age_ms),
+            worker,
+            region: region.try_clone().map_err(no_descriptors)?,
+            doorbell: doorbell.try_clone().map_err(no_descriptors)?,
+            direct: None,
+            begun: true,
+            before: written.before,
+            came: ago(written.here_ms),
+            agent_nsm,
+        };
+        {
+            let mut registry = lock(&shared.registry);
+            // A limit that is lower now ends nobody.
+            let _ = shared.tenants.take_guest(&tenant);
+            Tenants::arrive(&shared.tenants, &tenant, nsm, &shared.config.nsms[nsm]);
+            registry.tokens.insert(written.token, id);
+            registry.guests.insert(id, registered);
+        }
+        let left = Left { guest, nsm, may_use: tenant.limits(nsm), region, doorbell, journal };
+        self.ask(worker, |answer| Command::Recover(Box::new(left), tenant, true, answer))?
+    }
+}
+
+fn no_descriptors(error: io::Error) -> EngineError {
+    EngineError::Resource(format!("no descriptors for a guest: {error}"))
+}
+
+fn written(document: &Document) -> io::Result<File> {
+    // SAFETY: a C string and flags; the result is checked.
+    let fd = unsafe { libc::memfd_create(c"netkernel-handover".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: new and owned by nobody else.
+    let mut file = unsafe { File::from_raw_fd(fd) };
+    file.write_all(&serde_json::to_vec(document)?)?;
+    file.rewind()?;
+    Ok(file)
+}
+
+fn set_close_on_exec(fd: RawFd, on: bool) {
+    // SAFETY: plain system call; what is not open is an error.
+    unsafe { libc::fcntl(fd, libc::F_SETFD, if on { libc::FD_CLOEXEC } else { 0 }) };
+}
+
+/// The sockets that a guest's journal names, each with what tells that its number is not another's by now.
+struct LeftOpen(Vec<(RawFd, (u64, u64))>);
+
+impl LeftOpen {
+    fn of(journal: &GuestJournal, limits: Limits) -> LeftOpen {
+        let all = journal.descriptors(limits).into_iter();
+        let all = all.inspect(|fd| set_close_on_exec(*fd, true));
+        LeftOpen(all.filter_map(|fd| Some((fd, socket_inode(fd)?))).collect())
+    }
+
+    /// Closes what is still open of them: peers see a reset, the guest's programs that nobody is there.
+    fn reset(&self) {
+        let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+        let len = size_of::<libc::linger>() as libc::socklen_t;
+        for &(fd, inode) in self.0.iter().filter(|(fd, inode)| socket_inode(*fd) == Some(*inode)) {
+            let _ = inode;
+            // SAFETY: linger is valid for reads of its size. The descriptor is the same socket as before: nobody took it over,
+            // since who did closed it.
+            unsafe {
+                libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), len);
+                libc::close(fd);
+            }
+        }
+    }
+}
+
+fn socket_inode(fd: RawFd) -> Option<(u64, u64)> {
+    // SAFETY: an all-zero stat is a valid value of that plain C struct.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: stat is valid for writes; what is not open is an error.
+    let known = unsafe { libc::fstat(fd, &mut stat) } == 0;
+    (known && stat.st_mode & libc::S_IFMT == libc::S_IFSOCK).then_some((stat.st_dev, stat.st_ino))
+}
