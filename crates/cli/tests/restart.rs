@@ -137,6 +137,40 @@ fn guests_go_on_through_ten_restarts_and_each_byte_is_metered_once() {
     assert_eq!(place.engine_files(), [""; 0], "socket and lock are gone");
 }
 
+/// Sockets whose placeholders are not in the process's own table are handed over, too, and over and over.
+#[test]
+fn thousands_of_sockets_go_on() {
+    let place = Place::new("restart-many");
+    let engine = place.up(&[]);
+    let program = "
+import resource, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+l = socket.create_server(('127.0.0.1', 0), backlog=100)
+def pair(): c = socket.create_connection(l.getsockname()); return c, l.accept()[0]
+pairs = [pair() for _ in range(3000)]
+print('up', flush=True); sys.stdin.readline()
+for n, (c, a) in enumerate(pairs): c.sendall(b'%d' % n)
+wrong = [n for n, (c, a) in enumerate(pairs) if a.recv(10) != b'%d' % n]
+for c, a in pairs: c.close()
+wrong += [n for n, (c, a) in enumerate(pairs) if a.recv(10) != b'']
+pairs = [pair() for _ in range(3000)]
+print(wrong, flush=True); sys.stdin.readline()";
+    let mut guest = Guest::start(&place, &[], program);
+    assert_eq!(guest.line(), "up");
+    for _ in 0..3 {
+        place.run(&["restart"]).succeeds();
+    }
+    guest.tell();
+    assert_eq!(guest.line(), "[]");
+    place.run(&["restart"]).succeeds();
+    guest.ends();
+    assert_eq!(restarts(&place), 4);
+    until("the guest is over", || {
+        place.run(&["ps", "--json"]).json()["engines"][0]["guests"].as_array().unwrap().is_empty()
+    });
+    engine.end();
+}
+
 #[test]
 fn a_restart_that_cannot_be_changes_nothing() {
     let place = Place::new("restart-refused");

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Sender, channel};
@@ -71,6 +71,8 @@ struct Written {
     region: RawFd,
     doorbell: RawFd,
     journal: RawFd,
+    /// Where ends of placeholders are under way.
+    kept: Option<RawFd>,
 }
 
 /// A stopped engine, all of it written down. Dropping this lets it go on.
@@ -188,6 +190,7 @@ impl Engine {
         for one in &leaving {
             let Some(known) = registry.guests.get(&one.id) else { continue };
             keep.extend(one.journal.descriptors(one.limits).into_iter().filter(|fd| *fd >= 0));
+            keep.extend(one.kept.as_ref().map(AsRawFd::as_raw_fd));
             keep.extend([one.descriptors.0, one.descriptors.1, one.journal.memory.fd()]);
             guests.push(Written {
                 guest: NewGuest {
@@ -209,6 +212,7 @@ impl Engine {
                 region: one.descriptors.0,
                 doorbell: one.descriptors.1,
                 journal: one.journal.memory.fd(),
+                kept: one.kept.as_ref().map(AsRawFd::as_raw_fd),
             });
         }
         let document = Document {
@@ -260,7 +264,10 @@ impl Engine {
         }
         for one in &document.guests {
             // Nothing else may inherit them.
-            [one.region, one.doorbell, one.journal].into_iter().for_each(|fd| set_close_on_exec(fd, true));
+            [one.region, one.doorbell, one.journal]
+                .into_iter()
+                .chain(one.kept)
+                .for_each(|fd| set_close_on_exec(fd, true));
         }
         let engine = Engine::start(config)?;
         let shared = &engine.shared;
@@ -325,6 +332,7 @@ impl Engine {
         };
         let nsm = index(&written.nsm)?;
         let agent_nsm = written.agent_nsm.as_deref().map_or(Ok(nsm), index)?;
+        let kept = written.kept.and_then(|fd| take_descriptor(fd + 1));
         let worker = written.worker % shared.workers.len();
         let guest = written.guest;
         let id = guest.id;
@@ -354,7 +362,7 @@ impl Engine {
             registry.tokens.insert(written.token, id);
             registry.guests.insert(id, registered);
         }
-        let left = Left { guest, nsm, may_use: tenant.limits(nsm), region, doorbell, journal };
+        let left = Left { guest, nsm, may_use: tenant.limits(nsm), region, doorbell, journal, kept };
         self.ask(worker, |answer| Command::Recover(Box::new(left), tenant, true, answer))?
     }
 }

@@ -13,6 +13,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use netkernel_service::URGENT_WAKE;
 use netkernel_shm::fds;
@@ -32,12 +33,19 @@ pub struct Hangup {
 const ADD: u32 = 1;
 const WAKE: u32 = 2;
 const REMOVE_SLOT: u32 = 3;
+const COPY_SLOT: u32 = 4;
+/// How long the keeper may take to copy a guest's ends.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// What copies of ends may take in their socket, in bytes.
+static COPIES: i32 = 32 << 20;
 
 /// The switch thread's side.
 pub struct Keeper {
     requests: OwnedFd,
     pub wake: OwnedFd,
     reports: Arc<Mutex<VecDeque<Hangup>>>,
+    /// Answers to requests for copies.
+    copied: mpsc::Receiver<io::Result<()>>,
     serial: u32,
 }
 
@@ -48,10 +56,11 @@ impl Keeper {
         let wake = fds::eventfd()?;
         let reports = Arc::new(Mutex::new(VecDeque::new()));
         let (ready, begun) = mpsc::channel();
+        let (answers, copied) = mpsc::channel();
         let numbers = (theirs.as_raw_fd(), wake.as_raw_fd());
         let queue = Arc::clone(&reports);
         std::thread::Builder::new().name(format!("nk-keeper-{index}")).spawn(
-            move || match Table::separate(numbers.0, numbers.1, queue) {
+            move || match Table::separate(numbers.0, numbers.1, queue, answers) {
                 Ok(table) => {
                     let _ = ready.send(Ok(()));
                     table.run();
@@ -63,7 +72,7 @@ impl Keeper {
         )?;
         // `theirs` is dropped here only when the thread has its own copy of the table.
         begun.recv().map_err(|_| io::Error::other("the keeper thread died"))??;
-        Ok(Keeper { requests, wake, reports, serial: 0 })
+        Ok(Keeper { requests, wake, reports, copied, serial: 0 })
     }
 
     /// Hands an end over; the serial number names it from now on.
@@ -80,6 +89,28 @@ impl Keeper {
     /// Closes all ends of a guest.
     pub fn remove_slot(&self, slot: u32) {
         let _ = self.request([REMOVE_SLOT, slot, 0, 0], &[]);
+    }
+
+    /// Copies of all ends of a guest, under way in a socket, where they are no descriptors of anybody: [`copies`] takes them
+    /// out. What hung up before was reported then.
+    pub fn copy_slot(&self, slot: u32) -> io::Result<OwnedFd> {
+        let (here, theirs) = fds::pair(libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC)?;
+        for option in [libc::SO_SNDBUF, libc::SO_SNDBUFFORCE] {
+            // SAFETY: an int, valid for reads. What is not allowed leaves it as it is.
+            unsafe {
+                let size = size_of::<i32>() as libc::socklen_t;
+                libc::setsockopt(
+                    theirs.as_raw_fd(),
+                    libc::SOL_SOCKET,
+                    option,
+                    (&raw const COPIES).cast(),
+                    size,
+                );
+            }
+        }
+        self.request([COPY_SLOT, slot, 0, 0], &[theirs.as_raw_fd()])?;
+        self.copied.recv_timeout(PATIENCE).map_err(io::Error::other)??;
+        Ok(here)
     }
 
     pub fn take(&self) -> VecDeque<Hangup> {
@@ -102,6 +133,17 @@ impl Keeper {
     }
 }
 
+/// The next ends, with their sockets' numbers, of those that [`Keeper::copy_slot`] copied.
+pub fn copies(from: &OwnedFd) -> io::Result<Vec<(u32, OwnedFd)>> {
+    let mut ids = [0; 4 * fds::MAX_FDS];
+    let (n, ends) = fds::receive(from.as_raw_fd(), &mut ids, libc::MSG_DONTWAIT)?;
+    if ends.len() * 4 != n {
+        return Err(io::Error::other("the limit of open files is too low for all ends of sockets"));
+    }
+    let ids = ids.chunks_exact(4).map(|id| u32::from_ne_bytes([id[0], id[1], id[2], id[3]]));
+    Ok(ids.zip(ends).collect())
+}
+
 struct End {
     fd: OwnedFd,
     slot: u32,
@@ -114,6 +156,7 @@ struct Table {
     wake: OwnedFd,
     epoll: OwnedFd,
     reports: Arc<Mutex<VecDeque<Hangup>>>,
+    copied: mpsc::Sender<io::Result<()>>,
     ends: HashMap<u32, End>,
 }
 
@@ -122,7 +165,12 @@ const REQUESTS: u64 = 1 << 40;
 
 impl Table {
     /// Gives the calling thread a descriptor table of its own, with nothing in it but what it needs.
-    fn separate(requests: RawFd, wake: RawFd, reports: Arc<Mutex<VecDeque<Hangup>>>) -> io::Result<Table> {
+    fn separate(
+        requests: RawFd,
+        wake: RawFd,
+        reports: Arc<Mutex<VecDeque<Hangup>>>,
+        copied: mpsc::Sender<io::Result<()>>,
+    ) -> io::Result<Table> {
         // SAFETY: from here on the descriptors of this thread are its own copies; the rest of the process keeps its own.
         if unsafe { libc::unshare(libc::CLONE_FILES) } != 0 {
             return Err(io::Error::last_os_error());
@@ -146,7 +194,7 @@ impl Table {
         let (requests, wake, epoll) = unsafe {
             (OwnedFd::from_raw_fd(requests), OwnedFd::from_raw_fd(wake), OwnedFd::from_raw_fd(epoll))
         };
-        let table = Table { requests, wake, epoll, reports, ends: HashMap::new() };
+        let table = Table { requests, wake, epoll, reports, copied, ends: HashMap::new() };
         table.watch(table.requests.as_raw_fd(), libc::EPOLLIN, REQUESTS)?;
         Ok(table)
     }
@@ -216,11 +264,26 @@ impl Table {
                         send_wakes(end.fd.as_raw_fd(), second);
                     }
                 }
+                COPY_SLOT => {
+                    let full = || io::Error::other("its descriptor table is full");
+                    let result = received.pop().ok_or_else(full).and_then(|to| self.copy(slot, &to));
+                    let _ = self.copied.send(result);
+                }
                 REMOVE_SLOT => self.ends.retain(|_, end| end.slot != slot),
                 _ => {}
             }
         }
         true
+    }
+
+    fn copy(&self, slot: u32, to: &OwnedFd) -> io::Result<()> {
+        let of_slot: Vec<&End> = self.ends.values().filter(|end| end.slot == slot).collect();
+        for some in of_slot.chunks(fds::MAX_FDS) {
+            let ids: Vec<u8> = some.iter().flat_map(|end| end.id.to_ne_bytes()).collect();
+            let ends: Vec<RawFd> = some.iter().map(|end| end.fd.as_raw_fd()).collect();
+            fds::send(to.as_raw_fd(), &ids, &ends, libc::MSG_DONTWAIT)?;
+        }
+        Ok(())
     }
 
     fn report(&mut self, hung: &[u32]) {
@@ -274,6 +337,15 @@ mod tests {
         // SAFETY: eight bytes, valid for writes.
         let n = unsafe { libc::recv(ours[4].as_raw_fd(), bytes.as_mut_ptr().cast(), 8, 0) };
         assert_eq!(n, 3);
+        let copied = keeper.copy_slot(7).unwrap();
+        let mut again = HashMap::new();
+        while again.len() < 100 {
+            again.extend(copies(&copied).unwrap());
+        }
+        assert_eq!(copies(&copied).unwrap().len(), 0, "the end");
+        let inode = |fd: &OwnedFd| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
+        assert!((0..100).all(|id| inode(&again[&id]) == theirs[id as usize]), "another end");
+        drop(again);
         drop(ours.drain(..50));
         let mut hung = Vec::new();
         while hung.len() < 50 {

@@ -99,6 +99,8 @@ pub(crate) struct Leaving {
     /// Its region's and its doorbell's, which stay this process's.
     pub descriptors: (RawFd, RawFd),
     pub journal: GuestJournal,
+    /// Its ends that the keeper has.
+    pub kept: Option<OwnedFd>,
 }
 
 struct Guest {
@@ -1203,7 +1205,7 @@ impl Worker {
     /// Goes on with a guest that a process before this one had.
     fn recover(&mut self, left: Left, tenant: Arc<Tenant>, exact: bool) -> Result<(), EngineError> {
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
-        let Left { guest, nsm, may_use, region, doorbell, journal } = left;
+        let Left { guest, nsm, may_use, region, doorbell, journal, kept } = left;
         self.module(nsm)?;
         let limits = netkernel_abi::Limits {
             region_bytes: guest.limits.0,
@@ -1299,6 +1301,11 @@ impl Worker {
             journal: Some(journal),
             over_since: None,
         }));
+        if let Some(kept) = kept
+            && let Err(violation) = self.recover_kept(slot as u32, &kept)
+        {
+            self.violation(slot as u32, violation);
+        }
         self.recover_agent(slot as u32);
         if self.shared.root.is_none()
             && let Some(guest) = &mut self.guests[slot]
@@ -1334,8 +1341,16 @@ impl Worker {
         for slot in 0..self.guests.len() as u32 {
             self.wake(slot);
         }
+        // Before anything is written: what the keeper reported it has no more.
+        let mut kept: Vec<Option<OwnedFd>> = Vec::new();
+        for slot in 0..self.guests.len() as u32 {
+            kept.push(self.copy_kept(slot).map_err(resource)?);
+        }
+        self.keeper_reports();
+        self.close_hung(true);
         let mut all = Vec::new();
-        for guest in self.guests.iter().flatten() {
+        for (guest, kept) in self.guests.iter().zip(kept) {
+            let Some(guest) = guest else { continue };
             let limits = guest.service.region().layout().limits;
             let mut journal = GuestJournal::create(limits).map_err(resource)?;
             let written = guest.service.write_out(&journal.memory);
@@ -1361,10 +1376,9 @@ impl Worker {
                     End::None => {}
                     End::Here(fd) => note(Some(&mut journal.ends), id as usize, Some(fd)),
                     End::Kept(_) => {
-                        return Err(EngineError::Refused(format!(
-                            "guest {} has more sockets than can be handed over (placeholders_in_main_table)",
-                            guest.id
-                        )));
+                        if let Some(place) = journal.ends.get_mut(id as usize) {
+                            *place = -1;
+                        }
                     }
                 }
             }
@@ -1377,9 +1391,45 @@ impl Worker {
             }
             journal.carried[0] = besides(guest);
             let descriptors = (guest.service.region().fd(), guest._doorbell.as_raw_fd());
-            all.push(Leaving { id: guest.id, limits, descriptors, journal });
+            all.push(Leaving { id: guest.id, limits, descriptors, journal, kept });
         }
         Ok(all)
+    }
+
+    /// Copies of a guest's ends that the keeper has, if it has any.
+    fn copy_kept(&self, slot: u32) -> io::Result<Option<OwnedFd>> {
+        let Some(Some(guest)) = self.guests.get(slot as usize) else { return Ok(None) };
+        let any = guest.ends.placeholders.iter().any(|(_, end)| matches!(end, End::Kept(_)));
+        self.keeper.as_ref().filter(|_| any).map(|keeper| keeper.copy_slot(slot)).transpose()
+    }
+
+    /// Takes over the ends that a keeper of the program before had.
+    fn recover_kept(&mut self, slot: u32, kept: &OwnedFd) -> Result<(), Violation> {
+        loop {
+            match crate::keeper::copies(kept) {
+                Ok(ends) if ends.is_empty() => break,
+                Ok(ends) => {
+                    for (id, end) in ends {
+                        self.keep_placeholder(slot, id, end)?;
+                    }
+                }
+                Err(error) => {
+                    log::error!("ends of sockets are lost: {error}");
+                    break;
+                }
+            }
+        }
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
+        let (Some(module), Some(journal)) = (&mut self.modules[guest.nsm], &guest.journal) else {
+            return Ok(());
+        };
+        // Nobody would learn when these are closed.
+        for id in (0u32..).zip(&*journal.ends).filter_map(|(id, end)| (*end == -1).then_some(id)) {
+            if guest.ends.placeholders.get(id).is_none_or(|end| matches!(end, End::None)) {
+                guest.service.refuse(&mut *module.stack, id)?;
+            }
+        }
+        Ok(())
     }
 
     fn add_channel(&mut self, id: u32, channel: OwnedFd) -> Result<(), EngineError> {

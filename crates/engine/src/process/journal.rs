@@ -98,6 +98,8 @@ pub struct Left {
     pub region: OwnedFd,
     pub doorbell: OwnedFd,
     pub journal: GuestJournal,
+    /// Ends of placeholders that a keeper had ([`crate::keeper::copies`]); -1 stands for each in the journal.
+    pub kept: Option<OwnedFd>,
 }
 
 impl Root {
@@ -223,7 +225,7 @@ impl Root {
             match GuestJournal::open(memory, slot.limits()) {
                 Ok(journal) => {
                     let (guest, may_use) = (slot.guest(), netkernel_service::Limits::default());
-                    left.push(Left { guest, nsm: 0, may_use, region, doorbell, journal });
+                    left.push(Left { guest, nsm: 0, may_use, region, doorbell, journal, kept: None });
                 }
                 Err(_) => slot.used = 0,
             }
