@@ -1,9 +1,9 @@
-//! Lets an agent be stopped between two calls, with none received and not answered.
+//! Lets a thread be stopped between two pieces of work: an agent with no call received and not answered, for one.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Passed by an agent for each call.
+/// Passed by one thread for each piece of work.
 #[derive(Debug, Default)]
 pub struct Gate {
     state: Mutex<State>,
@@ -31,7 +31,7 @@ impl Gate {
         Passed(self)
     }
 
-    /// No call begins any more. False: one is still under way after `patience`, and the gate is open.
+    /// Nothing begins any more. False: something is still under way after `patience`, and the gate is open.
     pub fn close(&self, patience: Duration) -> bool {
         let mut state = self.state();
         state.closed = true;

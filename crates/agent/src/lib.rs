@@ -18,7 +18,7 @@ pub mod agent;
 pub mod census;
 mod clock;
 pub mod filter;
-mod gate;
+pub mod gate;
 pub mod ledger;
 pub mod memory;
 pub mod notify;

@@ -230,13 +230,14 @@ impl EngineApi for Adapter {
             let config = Config::read(file).map_err(|e| bad(format!("{e:#}")))?;
             crate::restart::check_config(&program, file).map_err(|e| bad(format!("{e:#}")))?;
             let offered = catalog::of(&config).map_err(|e| bad(format!("{e:#}")))?.nsms;
-            for (guest, stack) in self.engine.stacks_in_use() {
-                if !offered.iter().any(|nsm| nsm.name == stack) {
-                    return Err(bad(format!(
-                        "{}: no stack '{stack}', which guest {guest} has",
-                        file.display()
-                    )));
-                }
+            for (guest, stack, form) in self.engine.stacks_in_use() {
+                let now = offered.iter().find(|nsm| nsm.name == stack).map(|nsm| nsm.form);
+                let why = match now {
+                    Some(now) if now == form => continue,
+                    Some(_) => "has another form, and",
+                    None => "is not there, and",
+                };
+                return Err(bad(format!("{}: stack '{stack}' {why} guest {guest} has it", file.display())));
             }
         }
         self.engine.can_be_exchanged().map_err(refusal)?;

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use common::python::{CONNECTED, Python};
-use common::{Engine, Place, until};
+use common::{Engine, Place, children, until};
 
 const PROCESS: &str = "[[nsm]]\nname = \"kernel\"\nform = \"process\"\n";
 
@@ -19,23 +19,6 @@ fn up(place: &Place) -> Engine {
 fn up_with(place: &Place, config: &str) -> Engine {
     let config = place.file("nk.toml", config);
     place.up(&["--config", config.to_str().unwrap()])
-}
-
-/// The children of a process.
-fn children(pid: i32) -> Vec<i32> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Some(child) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
-            continue;
-        };
-        let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
-        // Behind the name, which may hold anything: state, parent.
-        let parent = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
-        if parent == Some(pid) {
-            found.push(child);
-        }
-    }
-    found
 }
 
 /// Holder and worker of the engine's only NSM.

@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Stdio};
 use std::sync::mpsc::Receiver;
 
-use common::{Place, WATCHDOG, finish, lines, until, wait};
+use common::{Engine, Place, WATCHDOG, children, finish, lines, until, wait};
 
 /// Two streams of numbered blocks between two sockets, both ways, until a line comes in; then what was sent and received.
 /// Beside them: an idle connection, a half-closed one, a UDP socket, an epoll set, and a call that blocks all the time.
@@ -98,6 +98,19 @@ impl Drop for Guest {
     }
 }
 
+/// Guests that there are.
+fn guests(place: &Place) -> usize {
+    place.run(&["ps", "--json"]).json()["engines"][0]["guests"].as_array().unwrap().len()
+}
+
+/// Processes of NSMs.
+fn holders(engine: &Engine) -> Vec<i32> {
+    let mut all = children(engine.pid());
+    let command = |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    all.retain(|pid| command(pid).contains("nsm-process"));
+    all
+}
+
 /// Restarts that came about.
 fn restarts(place: &Place) -> u64 {
     let ps = place.run(&["ps", "--json"]).json();
@@ -165,9 +178,7 @@ print(wrong, flush=True); sys.stdin.readline()";
     place.run(&["restart"]).succeeds();
     guest.ends();
     assert_eq!(restarts(&place), 4);
-    until("the guest is over", || {
-        place.run(&["ps", "--json"]).json()["engines"][0]["guests"].as_array().unwrap().is_empty()
-    });
+    until("the guest is over", || guests(&place) == 0);
     engine.end();
 }
 
@@ -181,7 +192,7 @@ fn a_restart_that_cannot_be_changes_nothing() {
     place.file("nk.toml", "[[nsm]]\nname = \"kernel\"\nstack = 7\n");
     place.run(&["restart"]).fails(125, &["nk.toml", "stack"]);
     place.file("nk.toml", "[[nsm]]\nname = \"other\"\n");
-    place.run(&["restart"]).fails(125, &["nk.toml", "no stack 'kernel'", "guest 1"]);
+    place.run(&["restart"]).fails(125, &["nk.toml", "stack 'kernel'", "guest 1"]);
     place.file("nk.toml", "[[nsm]]\nname = \"kernel\"\n");
     place.run(&["restart", "--binary", "/bin/false"]).fails(125, &["/bin/false"]);
     place.run(&["restart", "--binary", "/nowhere"]).fails(125, &["/nowhere"]);
@@ -205,25 +216,80 @@ fn a_restart_that_cannot_be_changes_nothing() {
 #[test]
 fn guests_that_could_not_go_on_are_named_and_go_on() {
     let place = Place::new("restart-named");
-    let config = place.file(
-        "nk.toml",
-        "[[nsm]]\nname = \"kernel\"\n[[nsm]]\nname = \"apart\"\nform = \"process\"\n[[nsm]]\nname = \"joined\"\nstack = \"shm\"\n",
-    );
+    let config =
+        place.file("nk.toml", "[[nsm]]\nname = \"kernel\"\n[[nsm]]\nname = \"joined\"\nstack = \"shm\"\n");
     let engine = place.up(&["--config", config.to_str().unwrap()]);
-    for (stack, why) in [("apart", "a process of its own"), ("joined", "in this process")] {
-        let mut guest = Guest::start(&place, &["--stack", stack], STREAMS);
+    for (arguments, why) in [
+        (&["--stack", "joined"][..], "stack joined would be lost: the state of its stack is in this process"),
+        (&["--attach", "relay"], "stack kernel would be lost: its sockets are relayed"),
+    ] {
+        let mut guest = Guest::start(&place, arguments, STREAMS);
         assert_eq!(guest.line(), "up");
-        place.run(&["restart"]).fails(125, &[stack, why]);
+        place.run(&["restart"]).fails(125, &[why]);
         guest.tell();
         let said = guest.line();
-        assert!(said.starts_with(RIGHT), "{stack}: {said}");
+        assert!(said.starts_with(RIGHT), "{why}: {said}");
         guest.ends();
-        until("it is over", || {
-            place.run(&["ps", "--json"]).json()["engines"][0]["guests"].as_array().unwrap().is_empty()
-        });
+        until("it is over", || guests(&place) == 0);
     }
     place.run(&["restart"]).succeeds();
     assert_eq!(restarts(&place), 1);
+    engine.end();
+}
+
+#[test]
+fn guests_of_processes_do_not_notice_and_their_processes_stay() {
+    let place = Place::new("restart-apart");
+    let database = place.dir.join("usage.db");
+    let text = format!(
+        "[engine]\nusage = {database:?}\n[[nsm]]\nname = \"kernel\"\n\
+         [[nsm]]\nname = \"apart\"\nform = \"process\"\n[[nsm]]\nname = \"unused\"\nform = \"process\"\n"
+    );
+    let config = place.file("nk.toml", &text);
+    let engine = place.up(&["--config", config.to_str().unwrap()]);
+    // In the other order, by which they have other numbers afterwards; one has no process yet, and is gone.
+    let other = text.replace("name = \"kernel\"", "name = \"first\"\n[[nsm]]\nname = \"kernel\"");
+    let other = other.split("[[nsm]]\nname = \"unused\"").next().unwrap().to_owned();
+    let arguments = ["--stack", "apart", "--name", "apart"];
+    let mut guests_of: Vec<Guest> = (0..2).map(|_| Guest::start(&place, &arguments, STREAMS)).collect();
+    let mut queued = Guest::start(&place, &[], STREAMS);
+    guests_of.iter().chain([&queued]).for_each(|guest| assert_eq!(guest.line(), "up"));
+    let before = holders(&engine);
+    place.run(&["nsm", "swap", "apart", "--congestion-control", "reno"]).succeeds();
+    until("another process", || holders(&engine).len() == 1 && holders(&engine) != before);
+    let swapped = holders(&engine);
+    for turn in 0..6 {
+        if turn == 3 {
+            place.file("nk.toml", &other);
+        }
+        place.run(&["restart"]).succeeds();
+        assert_eq!(holders(&engine), swapped, "the process that was");
+    }
+    // All that can be done with it: a worker that dies, one that is restarted, another process, a new guest.
+    place.run(&["nsm", "restart", "apart"]).succeeds();
+    place.run(&["nsm", "swap", "apart", "--congestion-control", "cubic"]).succeeds();
+    place.run(&["restart"]).succeeds();
+    let late = Guest::start(&place, &arguments, STREAMS);
+    assert_eq!(late.line(), "up");
+    guests_of.push(late);
+    let mut payload = 0;
+    for guest in &mut guests_of {
+        guest.tell();
+        let said = guest.line();
+        let bytes = said.strip_prefix(RIGHT).unwrap_or_else(|| panic!("{said}"));
+        payload += bytes.parse::<u64>().unwrap() + 5 + 4 + 4 + 5 + 1 + 3;
+    }
+    queued.tell();
+    let said = queued.line();
+    assert!(said.starts_with(RIGHT), "{said}");
+    guests_of.into_iter().for_each(Guest::ends);
+    until("they are over", || guests(&place) == 1);
+    queued.ends();
+    let usage = place.run(&["usage", "--by", "guest", "--format", "json"]).json();
+    let rows = usage.as_array().or_else(|| usage["rows"].as_array()).unwrap();
+    let row = rows.iter().find(|row| row["guest"] == "apart").unwrap_or_else(|| panic!("{usage}"));
+    assert_eq!((&row["bytes_in"], &row["bytes_out"]), (&payload.into(), &payload.into()), "{usage}");
+    assert_eq!(restarts(&place), 7);
     engine.end();
 }
 

@@ -50,7 +50,7 @@ pub(crate) struct Shared {
     changed: Condvar,
     pub workers: Vec<Link>,
     /// By NSM; those in processes of their own. In [`Registered::worker`] they come behind the threads.
-    remotes: Vec<Option<Remote>>,
+    pub remotes: Vec<Option<Remote>>,
     /// Told of each guest that is over, with whether it broke the protocol.
     over_hook: Option<OverHook>,
     /// In the process of an NSM: what the next one must find if this one dies.
@@ -98,6 +98,8 @@ pub(crate) struct Registered {
     pub uid: u32,
     pub created: Instant,
     pub worker: usize,
+    /// Of its region.
+    pub sizes: netkernel_abi::Limits,
     pub region: OwnedFd,
     pub doorbell: OwnedFd,
     pub direct: Option<Direct>,
@@ -307,6 +309,7 @@ impl Engine {
             uid: spec.uid,
             created: Instant::now(),
             worker,
+            sizes: limits,
             region: region_fd.try_clone_to_owned().map_err(resource)?,
             doorbell: doorbell.try_clone().map_err(resource)?,
             direct: None,
@@ -366,6 +369,7 @@ impl Engine {
             uid: guest.uid,
             created: Instant::now(),
             worker: 0,
+            sizes: region.layout().limits,
             region: region_fd.try_clone_to_owned().map_err(resource)?,
             doorbell: doorbell.try_clone().map_err(resource)?,
             direct: None,
@@ -433,6 +437,7 @@ impl Engine {
             uid: left.guest.uid,
             created: Instant::now(),
             worker: 0,
+            sizes: left.guest.sizes(),
             region: left.region.try_clone().map_err(resource)?,
             doorbell: left.doorbell.try_clone().map_err(resource)?,
             direct: None,

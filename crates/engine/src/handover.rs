@@ -20,12 +20,13 @@ use netkernel_agent::Counters;
 use netkernel_service::{journal_format, now_ns, take_descriptor};
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{Command, Registered, lock};
+use crate::engine::{Command, Registered, Shared, lock};
 use crate::process::journal::{GuestJournal, Left, Root};
-use crate::process::wire::NewGuest;
-use crate::tenants::Tenants;
+use crate::process::remote::{LeftRunning, Remote, Still, abandon};
+use crate::process::wire::{self, NewGuest};
+use crate::tenants::{Tenant, Tenants};
 use crate::worker::Leaving;
-use crate::{Engine, EngineConfig, EngineError, GuestUsage, Usage, direct};
+use crate::{Engine, EngineConfig, EngineError, Form, GuestUsage, NsmConfig, Usage, direct};
 
 /// Changes with what the document's fields mean.
 const VERSION: u32 = 1;
@@ -36,7 +37,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub fn format() -> String {
     let journal = netkernel_service::Service::journal_bytes(Limits::default());
     let of_guests = (Root::slot_bytes(), journal_format(), journal);
-    format!("{VERSION}/{}/{}/{:x}/{}", netkernel_abi::ABI_VERSION, of_guests.0, of_guests.1, of_guests.2)
+    format!(
+        "{VERSION}/{}/{}/{}/{:x}/{}",
+        wire::VERSION,
+        netkernel_abi::ABI_VERSION,
+        of_guests.0,
+        of_guests.1,
+        of_guests.2
+    )
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -49,6 +57,7 @@ struct Document {
     guests_over: u64,
     violations: u64,
     guests: Vec<Written>,
+    processes: Vec<LeftRunning>,
     /// Guests that are over and whose usage nobody has asked for.
     over: Vec<GuestUsage>,
     /// The caller's own.
@@ -61,7 +70,8 @@ struct Written {
     guest: NewGuest,
     token: [u8; 16],
     nsm: String,
-    worker: usize,
+    /// Its switch thread; `None`: its NSM is a process.
+    worker: Option<usize>,
     age_ms: u64,
     /// What it used on NSMs before this one, and for how long it is here.
     before: Usage,
@@ -70,13 +80,46 @@ struct Written {
     agent_nsm: Option<String>,
     region: RawFd,
     doorbell: RawFd,
-    journal: RawFd,
+    journal: Option<RawFd>,
     /// Where ends of placeholders are under way.
     kept: Option<RawFd>,
 }
 
+impl Written {
+    fn of(
+        shared: &Shared,
+        id: u32,
+        known: &Registered,
+        limits: Limits,
+        (region, doorbell): (RawFd, RawFd),
+    ) -> Written {
+        Written {
+            guest: NewGuest {
+                id,
+                name: known.name.clone(),
+                tenant: known.tenant.name(),
+                pid: known.pid,
+                uid: known.uid,
+                privileged: known.uid == 0,
+                limits: (limits.region_bytes, limits.sockets, limits.queue_sets),
+            },
+            token: known.token,
+            nsm: shared.nsm(known.nsm).name.clone(),
+            worker: Some(known.worker).filter(|&worker| worker < shared.workers.len()),
+            age_ms: known.created.elapsed().as_millis() as u64,
+            before: known.before,
+            here_ms: known.came.elapsed().as_millis() as u64,
+            agent_nsm: known.direct.as_ref().map(|_| shared.nsm(known.agent_nsm).name.clone()),
+            region,
+            doorbell,
+            journal: None,
+            kept: None,
+        }
+    }
+}
+
 /// A stopped engine, all of it written down. Dropping this lets it go on.
-pub struct Stopped {
+pub struct Stopped<'a> {
     document: File,
     /// What the next program must find open.
     keep: Vec<RawFd>,
@@ -84,6 +127,7 @@ pub struct Stopped {
     /// Told to go on, or closed for the same.
     _go_on: Vec<Sender<()>>,
     _gates: Gates,
+    _processes: Vec<Still<'a>>,
 }
 
 /// Of agents that stand still, by guest. Opened when this is dropped.
@@ -96,7 +140,7 @@ impl Drop for Gates {
     }
 }
 
-impl Stopped {
+impl Stopped<'_> {
     /// The document's descriptor.
     pub fn document(&self) -> RawFd {
         self.document.as_raw_fd()
@@ -129,7 +173,8 @@ impl Engine {
         for (id, guest) in &registry.guests {
             let nsm = shared.nsm(guest.nsm);
             let why = if guest.worker >= shared.workers.len() {
-                "its stack is a process of its own"
+                // It does not even notice.
+                continue;
             } else if guest.direct.as_ref().is_some_and(|direct| direct.relay.is_some()) {
                 "its sockets are relayed"
             } else if nsm.stack != "kernel" || nsm.memory {
@@ -145,22 +190,29 @@ impl Engine {
         Ok(())
     }
 
-    /// Names of the stacks that guests have, or that their agents give sockets of.
-    pub fn stacks_in_use(&self) -> Vec<(u32, String)> {
+    /// Names and forms of the stacks that guests have, or that their agents give sockets of.
+    pub fn stacks_in_use(&self) -> Vec<(u32, String, Form)> {
         let registry = lock(&self.shared.registry);
         let of = |(id, guest): (&u32, &Registered)| {
             let agent = guest.direct.as_ref().map(|_| guest.agent_nsm);
             [Some(guest.nsm), agent].into_iter().flatten().map(|nsm| (*id, nsm)).collect::<Vec<_>>()
         };
         let all = registry.guests.iter().flat_map(of);
-        all.map(|(id, nsm)| (id, self.shared.nsm(nsm).name.clone())).collect()
+        let of = |(id, nsm): (u32, usize)| {
+            let nsm = self.shared.nsm(nsm);
+            (id, nsm.name.clone(), nsm.form)
+        };
+        all.map(of).collect()
     }
 
     /// Stops all switch threads between two turns, and writes everything down. On error all go on.
-    pub fn stop_for(&self, besides: impl FnOnce() -> serde_json::Value) -> Result<Stopped, EngineError> {
+    pub fn stop_for(&self, besides: impl FnOnce() -> serde_json::Value) -> Result<Stopped<'_>, EngineError> {
         self.can_be_exchanged()?;
         // The kernel's list of sockets is long: before anybody waits.
         let carried = direct::carried(&self.shared);
+        // These wait for nobody, and nobody waits for them.
+        let remotes = self.shared.remotes.iter().flatten();
+        let processes = remotes.map(Remote::still).collect::<Result<Vec<_>, _>>()?;
         // Agents may need switch threads: they stop first.
         let mut gates = Gates::default();
         self.close_gates(&mut gates)?;
@@ -190,31 +242,22 @@ impl Engine {
         for one in &leaving {
             let Some(known) = registry.guests.get(&one.id) else { continue };
             keep.extend(one.journal.descriptors(one.limits).into_iter().filter(|fd| *fd >= 0));
-            keep.extend(one.kept.as_ref().map(AsRawFd::as_raw_fd));
-            keep.extend([one.descriptors.0, one.descriptors.1, one.journal.memory.fd()]);
-            guests.push(Written {
-                guest: NewGuest {
-                    id: one.id,
-                    name: known.name.clone(),
-                    tenant: known.tenant.name(),
-                    pid: known.pid,
-                    uid: known.uid,
-                    privileged: known.uid == 0,
-                    limits: (one.limits.region_bytes, one.limits.sockets, one.limits.queue_sets),
-                },
-                token: known.token,
-                nsm: shared.nsm(known.nsm).name.clone(),
-                worker: known.worker,
-                age_ms: known.created.elapsed().as_millis() as u64,
-                before: known.before,
-                here_ms: known.came.elapsed().as_millis() as u64,
-                agent_nsm: known.direct.as_ref().map(|_| shared.nsm(known.agent_nsm).name.clone()),
-                region: one.descriptors.0,
-                doorbell: one.descriptors.1,
-                journal: one.journal.memory.fd(),
+            let written = Written {
+                journal: Some(one.journal.memory.fd()),
                 kept: one.kept.as_ref().map(AsRawFd::as_raw_fd),
-            });
+                ..Written::of(shared, one.id, known, one.limits, one.descriptors)
+            };
+            guests.push(written);
         }
+        let apart = |(_, guest): &(&u32, &Registered)| guest.worker >= shared.workers.len();
+        for (id, known) in registry.guests.iter().filter(apart) {
+            let descriptors = (known.region.as_raw_fd(), known.doorbell.as_raw_fd());
+            guests.push(Written::of(shared, *id, known, known.sizes, descriptors));
+        }
+        keep.extend(guests.iter().flat_map(|one| [one.region, one.doorbell]));
+        keep.extend(guests.iter().flat_map(|one| [one.journal, one.kept]).flatten());
+        let left: Vec<LeftRunning> = processes.iter().filter_map(|process| process.left(shared)).collect();
+        keep.extend(left.iter().map(|process| process.control));
         let document = Document {
             format: format(),
             stopped_ns,
@@ -223,12 +266,13 @@ impl Engine {
             guests_over: shared.counters.over.load(Relaxed),
             violations: shared.counters.violations.load(Relaxed),
             guests,
+            processes: left,
             over: lock(&shared.over).iter().cloned().collect(),
             besides: besides(),
         };
         drop(registry);
         let document = written(&document).map_err(resource)?;
-        Ok(Stopped { document, keep, _guests: leaving, _go_on: go_on, _gates: gates })
+        Ok(Stopped { document, keep, _guests: leaving, _go_on: go_on, _gates: gates, _processes: processes })
     }
 
     /// Stops the agents between two calls.
@@ -264,10 +308,8 @@ impl Engine {
         }
         for one in &document.guests {
             // Nothing else may inherit them.
-            [one.region, one.doorbell, one.journal]
-                .into_iter()
-                .chain(one.kept)
-                .for_each(|fd| set_close_on_exec(fd, true));
+            let all = [Some(one.region), Some(one.doorbell), one.journal, one.kept];
+            all.into_iter().flatten().for_each(|fd| set_close_on_exec(fd, true));
         }
         let engine = Engine::start(config)?;
         let shared = &engine.shared;
@@ -290,27 +332,34 @@ impl Engine {
                 }
             }
         }
+        for process in document.processes {
+            engine.go_on_with(process);
+        }
         resumed.pause = Duration::from_nanos(now_ns().saturating_sub(document.stopped_ns));
         Ok((engine, resumed))
     }
 
     fn go_on(&self, written: Written, since_ms: u64) -> Result<(), EngineError> {
-        let parts = [written.region, written.doorbell, written.journal].map(|fd| take_descriptor(fd + 1));
-        let [Some(region), Some(doorbell), Some(memory)] = parts else {
+        let parts = [written.region, written.doorbell].map(|fd| take_descriptor(fd + 1));
+        let [Some(region), Some(doorbell)] = parts else {
             return Err(no_descriptors(io::Error::other("they are not there")));
         };
-        let (region_bytes, sockets, queue_sets) = written.guest.limits;
-        let limits = Limits { region_bytes, sockets, queue_sets };
+        if written.worker.is_none() {
+            return self.place(&written, region, doorbell, since_ms).map(|_| ());
+        }
+        let limits = written.guest.sizes();
+        let memory = written.journal.and_then(|fd| take_descriptor(fd + 1));
+        let memory = memory.ok_or_else(|| no_descriptors(io::Error::other("there is no journal")))?;
         let journal = GuestJournal::open(memory, limits).map_err(no_descriptors)?;
         let left_open = LeftOpen::of(&journal, limits);
-        let result = self.place(written, region, doorbell, journal, since_ms);
+        let result = self.rebuild(written, region, doorbell, journal, since_ms);
         if result.is_err() {
             left_open.reset();
         }
         result
     }
 
-    fn place(
+    fn rebuild(
         &self,
         written: Written,
         region: OwnedFd,
@@ -318,6 +367,51 @@ impl Engine {
         journal: GuestJournal,
         since_ms: u64,
     ) -> Result<(), EngineError> {
+        let copies =
+            (region.try_clone().map_err(no_descriptors)?, doorbell.try_clone().map_err(no_descriptors)?);
+        let (nsm, seat, tenant) = self.place(&written, copies.0, copies.1, since_ms)?;
+        let kept = written.kept.and_then(|fd| take_descriptor(fd + 1));
+        let may_use = tenant.limits(nsm);
+        let left = Left { guest: written.guest, nsm, may_use, region, doorbell, journal, kept };
+        self.ask(seat, |answer| Command::Recover(Box::new(left), tenant, true, answer))?
+    }
+
+    /// Where an NSM's process goes on to tell of its guests, which do not notice anything.
+    fn go_on_with(&self, left: LeftRunning) {
+        let shared = &self.shared;
+        let name = left.nsm.name.clone();
+        let Some(control) = take_descriptor(left.control + 1) else {
+            log::error!("stack {name}: its process cannot be reached any more");
+            return;
+        };
+        let nsms = &shared.config.nsms;
+        let index = nsms.iter().position(|nsm| nsm.name == name && nsm.form == Form::Process);
+        let Some((index, remote)) = index.and_then(|index| Some((index, shared.remote(index)?))) else {
+            // It has no guests.
+            std::thread::spawn(move || abandon(&left, control));
+            return;
+        };
+        let offered = nsms[index].capacity.clone();
+        let as_before = NsmConfig { capacity: offered, ..left.nsm.clone() };
+        let text = |nsm: &NsmConfig| serde_json::to_value(nsm).unwrap_or_default();
+        if text(&as_before) != text(&nsms[index]) {
+            log::warn!(nsm:% = name; "stack {name} goes on as it is, not as it is configured now: its process was not started again");
+        }
+        shared.set_nsm(index, as_before);
+        if let Err(error) = remote.adopt(shared, left, control) {
+            log::error!(nsm:% = name; "stack {name} is lost: {error}");
+            shared.keep_guests_of(index, &[]);
+        }
+    }
+
+    /// Makes a guest known; its stack, and its seat.
+    fn place(
+        &self,
+        written: &Written,
+        region: OwnedFd,
+        doorbell: OwnedFd,
+        since_ms: u64,
+    ) -> Result<(usize, usize, Arc<Tenant>), EngineError> {
         let shared = &self.shared;
         let index = |name: &str| {
             let nsms = &shared.config.nsms;
@@ -332,9 +426,9 @@ impl Engine {
         };
         let nsm = index(&written.nsm)?;
         let agent_nsm = written.agent_nsm.as_deref().map_or(Ok(nsm), index)?;
-        let kept = written.kept.and_then(|fd| take_descriptor(fd + 1));
-        let worker = written.worker % shared.workers.len();
-        let guest = written.guest;
+        let threads = shared.workers.len();
+        let seat = written.worker.map_or(threads + nsm, |worker| worker % threads);
+        let guest = &written.guest;
         let id = guest.id;
         let tenant = self.named_tenant(&guest.tenant);
         let registered = Registered {
@@ -345,9 +439,10 @@ impl Engine {
             pid: guest.pid,
             uid: guest.uid,
             created: ago(written.age_ms),
-            worker,
-            region: region.try_clone().map_err(no_descriptors)?,
-            doorbell: doorbell.try_clone().map_err(no_descriptors)?,
+            worker: seat,
+            sizes: guest.sizes(),
+            region,
+            doorbell,
             direct: None,
             begun: true,
             before: written.before,
@@ -362,8 +457,7 @@ impl Engine {
             registry.tokens.insert(written.token, id);
             registry.guests.insert(id, registered);
         }
-        let left = Left { guest, nsm, may_use: tenant.limits(nsm), region, doorbell, journal, kept };
-        self.ask(worker, |answer| Command::Recover(Box::new(left), tenant, true, answer))?
+        Ok((nsm, seat, tenant))
     }
 }
 

@@ -1207,11 +1207,7 @@ impl Worker {
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
         let Left { guest, nsm, may_use, region, doorbell, journal, kept } = left;
         self.module(nsm)?;
-        let limits = netkernel_abi::Limits {
-            region_bytes: guest.limits.0,
-            sockets: guest.limits.1,
-            queue_sets: guest.limits.2,
-        };
+        let limits = guest.sizes();
         let region = Region::open(region, limits).map_err(|e| EngineError::Resource(e.to_string()))?;
         let slot = vacancy(&mut self.guests);
         let Some(module) = &mut self.modules[nsm] else { return Err(EngineError::Stopped) };

@@ -258,3 +258,20 @@ pub fn is_root() -> bool {
     // SAFETY: cannot fail and touches no memory.
     unsafe { libc::geteuid() == 0 }
 }
+
+/// The children of a process.
+pub fn children(pid: i32) -> Vec<i32> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(child) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
+        let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+        // Behind the name, which may hold anything: state, parent.
+        let parent = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
+        if parent == Some(pid) {
+            found.push(child);
+        }
+    }
+    found
+}

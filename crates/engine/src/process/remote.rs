@@ -1,17 +1,19 @@
 //! The engine's side of an NSM in a process of its own: takes the commands of a switch thread.
 
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
-use std::process::{Child, Command as Process, Stdio};
+use std::process::{Command as Process, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use netkernel_agent::gate::Gate;
 use netkernel_capture::Session;
 use netkernel_shm::fds;
+use serde::{Deserialize, Serialize};
 
 use super::succession;
 use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
@@ -54,8 +56,70 @@ impl State {
 struct Running {
     control: Arc<OwnedFd>,
     holder: u32,
+    /// Of its reader, which passes for each message.
+    gate: Arc<Gate>,
     /// 0: none said yet that it serves.
     worker: u32,
+}
+
+/// A process as it is written down for another program of this engine, whose child it stays.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct LeftRunning {
+    pub nsm: NsmConfig,
+    /// Number of this very process.
+    pub control: RawFd,
+    holder: u32,
+    worker: u32,
+    binary: Option<PathBuf>,
+}
+
+/// Nothing is said to the process, and nothing that it says is taken, while this lives.
+pub(crate) struct Still<'a> {
+    remote: &'a Remote,
+    reader: Option<Arc<Gate>>,
+    _nobody_asks: MutexGuard<'a, ()>,
+}
+
+impl Drop for Still<'_> {
+    fn drop(&mut self) {
+        self.reader.iter().for_each(|gate| gate.open());
+    }
+}
+
+impl Still<'_> {
+    /// What another program goes on with; `None`: no process runs.
+    pub fn left(&self, shared: &Shared) -> Option<LeftRunning> {
+        let state = lock(&self.remote.state);
+        let running = state.running.as_ref()?;
+        Some(LeftRunning {
+            nsm: (*shared.nsm(self.remote.nsm)).clone(),
+            control: running.control.as_raw_fd(),
+            holder: running.holder,
+            worker: running.worker,
+            binary: state.binary.clone(),
+        })
+    }
+}
+
+/// A child of this process, or of the program that it executed before.
+struct Child(u32);
+
+impl Child {
+    /// Kills it, if it is still there, and waits for it.
+    fn end(&self) {
+        // SAFETY: plain system calls; the number is that of a child that was not waited for.
+        unsafe {
+            libc::kill(self.0 as i32, libc::SIGKILL);
+            libc::waitpid(self.0 as i32, std::ptr::null_mut(), 0);
+        }
+    }
+}
+
+/// Ends a process that was left to nobody: its stack is not configured any more.
+pub(crate) fn abandon(left: &LeftRunning, control: OwnedFd) {
+    let child = Child(left.holder);
+    drop(control);
+    child.end();
 }
 
 /// How long the process may take to end, and a worker to stop between two turns.
@@ -147,6 +211,43 @@ impl Remote {
         drop(keep);
     }
 
+    /// Waits until all that was asked is answered, and stops.
+    pub fn still(&self) -> Result<Still<'_>, EngineError> {
+        let late = || EngineError::Refused("a process of a stack does not answer: see `netkernel ps`".into());
+        let nobody_asks = lock(&self.gate);
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let reader = {
+                let state = lock(&self.state);
+                let idle = state.pending.is_empty() && state.restarting.is_empty();
+                idle.then(|| state.running.as_ref().map(|running| Arc::clone(&running.gate)))
+            };
+            if let Some(reader) = reader {
+                if let Some(gate) = &reader
+                    && !gate.close(until.saturating_duration_since(Instant::now()))
+                {
+                    return Err(late());
+                }
+                return Ok(Still { remote: self, reader, _nobody_asks: nobody_asks });
+            }
+            if Instant::now() >= until {
+                return Err(late());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Goes on with a process that the program before started. Its guests are known already.
+    pub fn adopt(&self, shared: &Arc<Shared>, left: LeftRunning, control: OwnedFd) -> Result<(), String> {
+        let mut state = lock(&self.state);
+        state.binary = left.binary;
+        self.run(&mut state, shared, control, Child(left.holder))?;
+        if let Some(running) = &mut state.running {
+            running.worker = left.worker;
+        }
+        Ok(())
+    }
+
     /// Has the process capture what this session wants, unless it knows.
     fn capture(&self, state: &mut State, session: &Arc<Session>, pending: Option<Pending>) {
         state.captures.retain(|told| !told.is_over());
@@ -204,7 +305,7 @@ impl Remote {
         nsm: NsmConfig,
         before: Option<&OwnedFd>,
     ) -> Result<(OwnedFd, Child), String> {
-        let (control, mut child) = spawn(binary, &nsm)?;
+        let (control, child) = spawn(binary, &nsm)?;
         let tenants = shared.tenants.all().map(|tenant| (tenant.name(), tenant.weight()));
         let start = Start {
             nsm,
@@ -215,7 +316,7 @@ impl Remote {
         };
         let fds: Vec<i32> = before.into_iter().map(|fd| fd.as_raw_fd()).collect();
         send(control.as_raw_fd(), &start, &fds).map_err(|e| {
-            end(&mut child);
+            child.end();
             format!("its process ended at once ({e}): is it netkernel?")
         })?;
         Ok((control, child))
@@ -230,12 +331,18 @@ impl Remote {
         child: Child,
     ) -> Result<(), String> {
         let control = Arc::new(control);
-        state.running = Some(Running { control: Arc::clone(&control), holder: child.id(), worker: 0 });
+        let gate = Arc::<Gate>::default();
+        state.running = Some(Running {
+            control: Arc::clone(&control),
+            holder: child.0,
+            gate: Arc::clone(&gate),
+            worker: 0,
+        });
         let weak = Arc::downgrade(shared);
         let index = self.nsm;
         let reader = std::thread::Builder::new()
             .name(format!("nk-nsm-{index}"))
-            .spawn(move || read(&weak, index, &control, child))
+            .spawn(move || read(&weak, index, &control, &child, &gate))
             .map_err(|e| format!("no thread for its process: {e}"))?;
         state.reader = Some(reader);
         Ok(())
@@ -256,7 +363,7 @@ impl Remote {
         let _one = lock(&self.gate);
         let program = binary.clone().or_else(|| lock(&self.state).binary.clone());
         let (before, after) = fds::pair(libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC).map_err(resource)?;
-        let (control, mut child) = self
+        let (control, child) = self
             .spawn(
                 shared,
                 program.clone().or_else(|| shared.config.process_binary.clone()),
@@ -267,14 +374,14 @@ impl Remote {
         drop(after);
         // Nothing has changed yet for anybody.
         if let Err(reason) = understands(&control) {
-            end(&mut child);
+            child.end();
             return Err(refused(reason));
         }
         let (given, begun, old) = {
             let mut state = lock(&self.state);
             let Some(old) = state.running.as_ref().filter(|running| running.worker != 0) else {
                 // The next guest's process is the new one.
-                end(&mut child);
+                child.end();
                 state.binary = program;
                 shared.set_nsm(self.nsm, nsm.clone());
                 return Ok(None);
@@ -292,7 +399,7 @@ impl Remote {
             Err(EngineError::Resource("the process before did not give its descriptors".into()))
         });
         if let Err(error) = given {
-            end(&mut child);
+            child.end();
             // Its worker is started again by itself.
             return Err(refused(error.to_string()));
         }
@@ -406,15 +513,23 @@ fn spawn(binary: Option<PathBuf>, nsm: &NsmConfig) -> Result<(OwnedFd, Child), S
         })
     };
     let child = command.spawn().map_err(|e| format!("{} cannot be started: {e}", binary.display()))?;
-    Ok((ours, child))
+    Ok((ours, Child(child.id())))
 }
 
 /// The thread that takes what the process tells.
-fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, mut child: Child) {
+fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, child: &Child, gate: &Gate) {
     let mut reader = Reader::default();
-    while let Ok(Some((report, _))) = reader.receive::<Report>(control) {
-        let Some(shared) = shared.upgrade() else { break };
-        let Some(remote) = shared.remote(index) else { break };
+    let mut next = || {
+        wait_readable(control, -1);
+        let passed = gate.pass();
+        (passed, reader.receive::<Report>(control))
+    };
+    // What comes after the end is not to be interrupted either.
+    let _passed = loop {
+        let (passed, received) = next();
+        let Ok(Some((report, _))) = received else { break passed };
+        let Some(shared) = shared.upgrade() else { break passed };
+        let Some(remote) = shared.remote(index) else { break passed };
         match report {
             Report::Answer(serial, answer) => remote.answer(serial, answer),
             Report::Over(id, usage, violation) => shared.remote_guest_over(id, usage, violation),
@@ -454,7 +569,7 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, mut child: Child
             }
             Report::Waiting(_) => {}
         }
-    }
+    };
     if let Some(shared) = shared.upgrade()
         && let Some(remote) = shared.remote(index)
     {
@@ -474,20 +589,19 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, mut child: Child
         }
     }
     // Closed by the kernel a moment before it can be waited for; or it never understood us.
-    end(&mut child);
+    child.end();
 }
 
-/// Kills a process, if it is still there.
-fn end(child: &mut Child) {
-    let _ = child.kill();
-    let _ = child.wait();
+/// At most so many milliseconds; -1: however long it takes. False: nothing came.
+fn wait_readable(control: &OwnedFd, ms: i32) -> bool {
+    let mut poll = libc::pollfd { fd: control.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid pollfd.
+    unsafe { libc::poll(&mut poll, 1, ms) == 1 }
 }
 
 /// Waits until a successor says that it understands what the one before leaves.
 fn understands(control: &OwnedFd) -> Result<(), String> {
-    let mut poll = libc::pollfd { fd: control.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: one valid pollfd.
-    if unsafe { libc::poll(&mut poll, 1, PATIENCE.as_millis() as i32) } != 1 {
+    if !wait_readable(control, PATIENCE.as_millis() as i32) {
         return Err("the new program does not answer: is it netkernel?".into());
     }
     let own = succession::format();

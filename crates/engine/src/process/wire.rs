@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 
+use netkernel_abi::Limits;
 use netkernel_capture::Target;
 use netkernel_shm::fds;
 use serde::de::DeserializeOwned;
@@ -12,6 +13,9 @@ use serde::{Deserialize, Serialize};
 use crate::NsmConfig;
 use crate::status::{GuestStatus, SocketStatus};
 use crate::usage::Usage;
+
+/// Changes with what is said: a process may be older, or newer, than the engine that was exchanged over it.
+pub const VERSION: u32 = 1;
 
 /// The first packet: what to be.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -63,6 +67,14 @@ pub struct NewGuest {
     pub privileged: bool,
     /// Size of the region, sockets, queue sets. What stands in the region itself can be forged.
     pub limits: (u64, u32, u32),
+}
+
+impl NewGuest {
+    /// Of its region.
+    pub fn sizes(&self) -> Limits {
+        let (region_bytes, sockets, queue_sets) = self.limits;
+        Limits { region_bytes, sockets, queue_sets }
+    }
 }
 
 /// Worker, or holder, to engine.
