@@ -12,11 +12,14 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::census::{self, Seen};
+use crate::gate::Gate;
 
 /// Listeners that are remembered after their end; connections may live on.
 const MAX_LISTENERS: usize = 4096;
@@ -27,7 +30,7 @@ static QUEUE: i32 = 4 << 20;
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// What one connection, or those of one guest, carried.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Carried {
     pub bytes_in: u64,
     pub bytes_out: u64,
@@ -70,11 +73,15 @@ impl Carried {
 #[derive(Debug)]
 pub struct Ledger {
     books: Arc<Mutex<Books>>,
+    netlink: Arc<OwnedFd>,
+    /// Passed by the thread for each time that it reads.
+    gate: Arc<Gate>,
     _end: OwnedFd,
 }
 
-#[derive(Debug, Default)]
-struct Books {
+/// What a ledger knows, for the one after it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Books {
     /// Open sockets by cookie.
     open: HashMap<u64, Open>,
     /// Of guests that are not over: what their closed connections carried.
@@ -86,7 +93,7 @@ struct Books {
     looks: u64,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Open {
     guest: u32,
     carried: Carried,
@@ -97,7 +104,11 @@ struct Open {
 impl Ledger {
     /// To be called in the network namespace. Errors: the kernel has no sock_diag, or no descriptors.
     pub fn open() -> io::Result<Ledger> {
-        let netlink = listen()?;
+        Ledger::resume(Books::default(), listen()?)
+    }
+
+    /// Goes on for another one, see [`Ledger::still`]. To be called in the network namespace.
+    pub fn resume(books: Books, netlink: OwnedFd) -> io::Result<Ledger> {
         let mut pair = [0; 2];
         // SAFETY: valid for two descriptors.
         if unsafe {
@@ -108,13 +119,24 @@ impl Ledger {
         }
         // SAFETY: new and owned by nobody else.
         let (ours, theirs) = unsafe { (OwnedFd::from_raw_fd(pair[0]), OwnedFd::from_raw_fd(pair[1])) };
-        let books = Arc::new(Mutex::new(Books::default()));
-        let own = Arc::clone(&books);
+        let (books, netlink) = (Arc::new(Mutex::new(books)), Arc::new(netlink));
+        let gate = Arc::<Gate>::default();
+        let own = (Arc::clone(&books), Arc::clone(&netlink), Arc::clone(&gate));
         std::thread::Builder::new()
             .name("nk-ledger".into())
             .stack_size(128 << 10)
-            .spawn(move || keep(&netlink, &theirs, &own))?;
-        Ok(Ledger { books, _end: ours })
+            .spawn(move || keep(&own.1, &theirs, &own.0, &own.2))?;
+        Ok(Ledger { books, netlink, gate, _end: ours })
+    }
+
+    /// Takes no more notice of what the kernel says, which waits in the socket that is returned, with what is known, until
+    /// [`Ledger::go_on`]. `None`: the thread is busy for longer than `patience`.
+    pub fn still(&self, patience: Duration) -> Option<(Books, RawFd)> {
+        self.gate.close(patience).then(|| (lock(&self.books).clone(), self.netlink.as_raw_fd()))
+    }
+
+    pub fn go_on(&self) {
+        self.gate.open();
     }
 
     /// A socket is about to be given to a guest.
@@ -230,7 +252,7 @@ impl Books {
 }
 
 /// The thread.
-fn keep(netlink: &OwnedFd, end: &OwnedFd, books: &Mutex<Books>) {
+fn keep(netlink: &OwnedFd, end: &OwnedFd, books: &Mutex<Books>, gate: &Gate) {
     let mut buffer = vec![0u8; 64 << 10];
     loop {
         let mut polled = [
@@ -245,6 +267,7 @@ fn keep(netlink: &OwnedFd, end: &OwnedFd, books: &Mutex<Books>) {
         if polled[1].revents != 0 {
             return;
         }
+        let passed = gate.pass();
         let mut freed = Vec::new();
         loop {
             // SAFETY: the buffer is valid for writes of its length.
@@ -280,6 +303,7 @@ fn keep(netlink: &OwnedFd, end: &OwnedFd, books: &Mutex<Books>) {
                 books.freed(seen);
             }
         }
+        drop(passed);
         std::thread::sleep(PAUSE);
     }
 }

@@ -323,6 +323,44 @@ c.sendall(b'x'); print(a.recv(1), failed[:3], flush=True); sys.stdin.readline()"
     engine.end();
 }
 
+/// Each byte of a direct connection is metered once, whether the connection is open at a restart, or ends right behind it.
+#[test]
+fn what_direct_sockets_carry_is_metered_through_restarts() {
+    let place = Place::new("restart-metered");
+    let database = place.dir.join("usage.db");
+    let config = place.file("nk.toml", &format!("[engine]\nusage = {database:?}\n"));
+    let engine = place.up(&["--config", config.to_str().unwrap()]);
+    let program = "
+import socket, sys
+l = socket.create_server(('127.0.0.1', 0))
+def pair(): c = socket.create_connection(l.getsockname()); return c, l.accept()[0]
+def carry(c, a):
+    c.sendall(bytes(100000)); n = 0
+    while n < 100000: n += len(a.recv(1 << 16))
+c, a = pair()
+for _ in range(4):
+    short, its = pair(); carry(short, its)
+    carry(c, a); print('up', flush=True); sys.stdin.readline()
+    short.close(); its.close()
+print('over', flush=True); sys.stdin.readline()";
+    let mut guest = Guest::start(&place, &["--attach", "direct", "--name", "direct"], program);
+    for _ in 0..4 {
+        assert_eq!(guest.line(), "up");
+        place.run(&["restart"]).succeeds();
+        guest.tell();
+    }
+    assert_eq!(guest.line(), "over");
+    guest.ends();
+    until("the guest is over", || guests(&place) == 0);
+    let usage = place.run(&["usage", "--by", "guest", "--format", "json"]).json();
+    let row = &usage.as_array().or_else(|| usage["rows"].as_array()).unwrap()[0];
+    let carried = ["bytes_in", "bytes_out"].map(|way| row[way].as_u64().unwrap());
+    // One byte more for each end of a stream that was received.
+    assert!(carried.iter().all(|bytes| (800_000..=800_010).contains(bytes)), "{usage}");
+    assert_eq!(row["tcp_connections"], 10, "{usage}");
+    engine.end();
+}
+
 #[test]
 fn a_token_is_good_after_a_restart_and_new_guests_are_others() {
     let place = Place::new("restart-token");

@@ -8,6 +8,7 @@ use netkernel_agent::notify::Listener;
 use std::collections::HashMap;
 use std::sync::Mutex;
 
+use netkernel_agent::ledger::Books;
 use netkernel_agent::{Agent, Carried, Census, Counters, DirectSocket, Ledger, Processes, Settings, Sockets};
 use netkernel_shm::fds;
 
@@ -48,6 +49,26 @@ impl Ledgers {
             }
         };
         all.entry(nsm.to_owned()).or_insert_with(open).clone()
+    }
+
+    /// Those that there are, by stack.
+    pub fn all(&self) -> Vec<(String, Arc<Ledger>)> {
+        let all = lock(&self.0);
+        all.iter().filter_map(|(nsm, ledger)| Some((nsm.clone(), ledger.clone()?))).collect()
+    }
+
+    /// Goes on with what a program before this one knew of a stack's sockets.
+    pub fn resume(&self, nsm: &str, sockets: &dyn Sockets, books: Books, netlink: OwnedFd) {
+        let mut left = Some((books, netlink));
+        sockets.within(&mut || {
+            let resumed = left.take().map(|(books, netlink)| Ledger::resume(books, netlink));
+            match resumed {
+                Some(Ok(ledger)) => _ = lock(&self.0).insert(nsm.to_owned(), Some(Arc::new(ledger))),
+                other => {
+                    log::error!(nsm:%; "{nsm}: what direct sockets carried is not counted any more: {other:?}");
+                }
+            }
+        });
     }
 
     fn existing(&self, nsm: &str) -> Option<Arc<Ledger>> {

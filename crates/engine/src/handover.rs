@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use netkernel_abi::Limits;
 use netkernel_agent::Counters;
+use netkernel_agent::ledger::{Books, Ledger};
 use netkernel_service::{journal_format, now_ns, take_descriptor};
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +27,7 @@ use crate::process::remote::{LeftRunning, Remote, Still, abandon};
 use crate::process::wire::{self, NewGuest};
 use crate::tenants::{Tenant, Tenants};
 use crate::worker::Leaving;
-use crate::{Engine, EngineConfig, EngineError, Form, GuestUsage, NsmConfig, Usage, direct};
+use crate::{Engine, EngineConfig, EngineError, Form, GuestUsage, NsmConfig, Usage};
 
 /// Changes with what the document's fields mean.
 const VERSION: u32 = 1;
@@ -58,6 +59,7 @@ struct Document {
     violations: u64,
     guests: Vec<Written>,
     processes: Vec<LeftRunning>,
+    ledgers: Vec<LeftLedger>,
     /// Guests that are over and whose usage nobody has asked for.
     over: Vec<GuestUsage>,
     /// The caller's own.
@@ -118,6 +120,40 @@ impl Written {
     }
 }
 
+/// What is known of a stack's direct sockets, and where the kernel tells of them.
+#[derive(Debug, Serialize, Deserialize)]
+struct LeftLedger {
+    nsm: String,
+    books: Books,
+    netlink: RawFd,
+}
+
+/// Ledgers that stand still until this is dropped.
+#[derive(Default)]
+struct Ledgers(Vec<(Arc<Ledger>, Option<LeftLedger>)>);
+
+impl Ledgers {
+    fn stop(&mut self, shared: &Shared) -> Result<(), EngineError> {
+        for (nsm, ledger) in shared.ledgers.all() {
+            let late =
+                || EngineError::Refused(format!("what sockets of stack {nsm} carried is being counted"));
+            let (books, netlink) = ledger.still(PATIENCE).ok_or_else(late)?;
+            self.0.push((ledger, Some(LeftLedger { nsm, books, netlink })));
+        }
+        Ok(())
+    }
+
+    fn take(&mut self) -> Vec<LeftLedger> {
+        self.0.iter_mut().filter_map(|(_, left)| left.take()).collect()
+    }
+}
+
+impl Drop for Ledgers {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|(ledger, _)| ledger.go_on());
+    }
+}
+
 /// A stopped engine, all of it written down. Dropping this lets it go on.
 pub struct Stopped<'a> {
     document: File,
@@ -128,6 +164,7 @@ pub struct Stopped<'a> {
     _go_on: Vec<Sender<()>>,
     _gates: Gates,
     _processes: Vec<Still<'a>>,
+    _ledgers: Ledgers,
 }
 
 /// Of agents that stand still, by guest. Opened when this is dropped.
@@ -208,8 +245,6 @@ impl Engine {
     /// Stops all switch threads between two turns, and writes everything down. On error all go on.
     pub fn stop_for(&self, besides: impl FnOnce() -> serde_json::Value) -> Result<Stopped<'_>, EngineError> {
         self.can_be_exchanged()?;
-        // The kernel's list of sockets is long: before anybody waits.
-        let carried = direct::carried(&self.shared);
         // These wait for nobody, and nobody waits for them.
         let remotes = self.shared.remotes.iter().flatten();
         let processes = remotes.map(Remote::still).collect::<Result<Vec<_>, _>>()?;
@@ -233,9 +268,8 @@ impl Engine {
         // Guests, and agents, that came after the first look.
         self.can_be_exchanged()?;
         self.close_gates(&mut gates)?;
-        for one in &mut leaving {
-            one.journal.carried[0].carry(carried.get(&one.id));
-        }
+        let mut ledgers = Ledgers::default();
+        ledgers.stop(shared)?;
         let registry = lock(&shared.registry);
         let mut keep = Vec::new();
         let mut guests = Vec::new();
@@ -258,6 +292,8 @@ impl Engine {
         keep.extend(guests.iter().flat_map(|one| [one.journal, one.kept]).flatten());
         let left: Vec<LeftRunning> = processes.iter().filter_map(|process| process.left(shared)).collect();
         keep.extend(left.iter().map(|process| process.control));
+        let left_ledgers = ledgers.take();
+        keep.extend(left_ledgers.iter().map(|ledger| ledger.netlink));
         let document = Document {
             format: format(),
             stopped_ns,
@@ -267,12 +303,21 @@ impl Engine {
             violations: shared.counters.violations.load(Relaxed),
             guests,
             processes: left,
+            ledgers: left_ledgers,
             over: lock(&shared.over).iter().cloned().collect(),
             besides: besides(),
         };
         drop(registry);
         let document = written(&document).map_err(resource)?;
-        Ok(Stopped { document, keep, _guests: leaving, _go_on: go_on, _gates: gates, _processes: processes })
+        Ok(Stopped {
+            document,
+            keep,
+            _guests: leaving,
+            _go_on: go_on,
+            _gates: gates,
+            _processes: processes,
+            _ledgers: ledgers,
+        })
     }
 
     /// Stops the agents between two calls.
@@ -321,6 +366,14 @@ impl Engine {
         let mut resumed =
             Resumed { guests: 0, lost: Vec::new(), pause: Duration::ZERO, besides: document.besides };
         let since_ns = now_ns().saturating_sub(document.stopped_ns);
+        for ledger in document.ledgers {
+            let nsm = shared.config.nsms.iter().find(|nsm| nsm.name == ledger.nsm);
+            let sockets = nsm.and_then(|nsm| shared.config.kinds.direct(nsm)).and_then(Result::ok);
+            if let (Some(sockets), Some(netlink)) = (sockets, take_descriptor(ledger.netlink + 1)) {
+                set_close_on_exec(netlink.as_raw_fd(), true);
+                shared.ledgers.resume(&ledger.nsm, &*sockets, ledger.books, netlink);
+            }
+        }
         for one in document.guests {
             let (id, name) = (one.guest.id, one.guest.name.clone());
             match engine.go_on(one, since_ns / 1_000_000) {
@@ -384,6 +437,7 @@ impl Engine {
             log::error!("stack {name}: its process cannot be reached any more");
             return;
         };
+        set_close_on_exec(control.as_raw_fd(), true);
         let nsms = &shared.config.nsms;
         let index = nsms.iter().position(|nsm| nsm.name == name && nsm.form == Form::Process);
         let Some((index, remote)) = index.and_then(|index| Some((index, shared.remote(index)?))) else {

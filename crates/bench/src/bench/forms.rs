@@ -2,10 +2,12 @@
 //! process is exchanged or dies.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
 use super::{Benchmark, Live, Promise, Sample, redis, row};
@@ -44,6 +46,28 @@ pub fn catalog(_: &Settings) -> Vec<Benchmark> {
             ],
             most_rounds: u32::MAX,
             start: |session| Ok(Box::new(Pause(Servers::start(session)?))),
+        },
+        Benchmark {
+            id: "engine",
+            about: "the engine itself, exchanged (`netkernel restart`) under redis-benchmark -c 50 -P 16"
+                .into(),
+            needs: redis::NEEDS,
+            rows: vec![
+                row(
+                    "engine-exchanged",
+                    "engine form, `netkernel restart`: nobody serves",
+                    "ms",
+                    Promise::AlwaysAtMost(300.0),
+                ),
+                row(
+                    "engine-answer",
+                    "engine form, the longest answer meanwhile",
+                    "ms",
+                    Promise::AlwaysAtMost(300.0),
+                ),
+            ],
+            most_rounds: u32::MAX,
+            start: |session| Ok(Box::new(Exchanged::start(session)?)),
         },
     ]
 }
@@ -142,15 +166,82 @@ impl Live for Pause {
 
 impl Pause {
     fn exchange(&self, session: &Session) -> Result<f64> {
-        let mut command = Command::new(&session.settings.netkernel);
-        command.args(["nsm", "restart", SIDES[1], "--json", "--socket"]).arg(&self.0.engine.socket);
-        let begin = Instant::now();
-        let (text, _) = session.client("nsm restart", Role::Peer, command, Duration::from_secs(30))?;
-        let reply: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
-        let pause = reply["pause_us"].as_f64().context("`nsm restart` tells no pause")? / 1e3;
-        if pause > begin.elapsed().as_secs_f64() * 1e3 {
-            bail!("the pause of {pause} ms is longer than the command took");
+        pause(&session.settings.netkernel, &self.0.engine.socket, &["nsm", "restart", SIDES[1]])
+    }
+}
+
+/// What a command that exchanges something tells of the time in which nobody served, in milliseconds.
+fn pause(netkernel: &Path, socket: &Path, arguments: &[&str]) -> Result<f64> {
+    let mut command = Command::new(netkernel);
+    command.args(arguments).args(["--json", "--socket"]).arg(socket);
+    let begin = Instant::now();
+    let name = arguments.join(" ");
+    // It waits for a minute at most.
+    let output = command.output().with_context(|| format!("`{name}` cannot be run"))?;
+    let reply: Value = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("`{name}`: {}", String::from_utf8_lossy(&output.stderr).trim()))?;
+    let pause = reply["pause_us"].as_f64().with_context(|| format!("`{name}` tells no pause"))? / 1e3;
+    if pause > begin.elapsed().as_secs_f64() * 1e3 {
+        bail!("the pause of {pause} ms is longer than the command took");
+    }
+    Ok(pause)
+}
+
+/// How often in a round.
+const EXCHANGES: u32 = 3;
+
+/// The engine's form only: what guests of a process would wait is nothing.
+struct Exchanged {
+    servers: Servers,
+    /// As many as take a round's time.
+    requests: u64,
+}
+
+impl Exchanged {
+    fn start(session: &Session) -> Result<Exchanged> {
+        let servers = Servers::start(session)?;
+        let rate = redis::rate(session, servers.ports[0], 50, 16, 200_000)?;
+        let requests = (rate * (session.settings.seconds / 2.0).max(1.0)) as u64;
+        Ok(Exchanged { servers, requests })
+    }
+}
+
+impl Live for Exchanged {
+    fn measure(&mut self, session: &Session, side: Side) -> Result<Sample> {
+        if side == Side::Native {
+            return Ok(Sample::new(vec![f64::NAN; 2], Value::Null));
         }
-        Ok(pause)
+        let port = self.servers.ports[0];
+        let over = AtomicBool::new(false);
+        let mut client = redis::Asker::connect(port)?;
+        let (netkernel, socket) = (&session.settings.netkernel, &self.servers.engine.socket);
+        let between = Duration::from_secs_f64(session.settings.seconds / f64::from(EXCHANGES + 1));
+        std::thread::scope(|scope| {
+            let asker = scope.spawn(|| {
+                let mut longest = 0f64;
+                while !over.load(Relaxed) {
+                    longest = longest.max(client.ask()? / 1e3);
+                }
+                Ok::<f64, anyhow::Error>(longest)
+            });
+            let pauses = scope.spawn(|| {
+                let one = |_| {
+                    std::thread::sleep(between);
+                    pause(netkernel, socket, &["restart"])
+                };
+                (0..EXCHANGES).map(one).collect::<Result<Vec<f64>>>()
+            });
+            // Fails if a single one of its connections is lost.
+            let load = redis::rate(session, port, 50, 16, self.requests);
+            let pauses = pauses.join();
+            over.store(true, Relaxed);
+            let longest = asker.join();
+            let dead = |_| anyhow!("a client's thread died");
+            load.context("redis-benchmark lost a connection")?;
+            let longest = longest.map_err(dead)?.context("a client lost its connection")?;
+            let pauses = pauses.map_err(dead)??;
+            let most = pauses.iter().copied().fold(0.0, f64::max);
+            Ok(Sample::new(vec![most, longest], json!({ "pauses_ms": pauses, "longest_ms": longest })))
+        })
     }
 }
