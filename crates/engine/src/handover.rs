@@ -445,7 +445,7 @@ impl Engine {
             std::thread::spawn(move || abandon(&left, control));
             return;
         };
-        let offered = nsms[index].capacity.clone();
+        let offered = nsms[index].capacity;
         let as_before = NsmConfig { capacity: offered, ..left.nsm.clone() };
         let text = |nsm: &NsmConfig| serde_json::to_value(nsm).unwrap_or_default();
         if text(&as_before) != text(&nsms[index]) {
