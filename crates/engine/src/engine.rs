@@ -50,6 +50,9 @@ pub(crate) struct Shared {
     changed: Condvar,
     pub workers: Vec<Link>,
     /// By NSM; those in processes of their own. In [`Registered::worker`] they come behind the threads.
+    /// Held while it is asked which switch thread a guest is on and this is told something that must not be lost; written when
+    /// a guest changes its thread.
+    pub seats: RwLock<()>,
     pub remotes: Vec<Option<Remote>>,
     /// Told of each guest that is over, with whether it broke the protocol.
     over_hook: Option<OverHook>,
@@ -127,6 +130,8 @@ pub(crate) enum Command {
     Recover(Box<Left>, Arc<Tenant>, bool, Sender<Result<(), EngineError>>),
     /// Write all guests down, and do nothing any more unless one is told to go on.
     Leave(Sender<Result<Vec<Leaving>, EngineError>>, Receiver<()>),
+    /// Give a guest away: another switch thread is to go on with it.
+    Depart(u32, Sender<Result<Box<Left>, EngineError>>),
     /// Do nothing any more, and leave everything as it is.
     Freeze(Sender<()>),
     End(u32),
@@ -201,6 +206,7 @@ impl Engine {
         let shared = Arc::new(Shared {
             tenants,
             watches,
+            seats: RwLock::default(),
             remotes,
             over_hook,
             root,
@@ -464,6 +470,7 @@ impl Engine {
     pub fn attach(&self, token: &[u8; 16]) -> Result<GuestFds, EngineError> {
         self.running()?;
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors to attach with: {e}"));
+        let _stays = self.shared.seats.read().unwrap_or_else(PoisonError::into_inner);
         let (ours, theirs) = channel_pair().map_err(resource)?;
         let (worker, fds) = {
             let registry = lock(&self.shared.registry);
@@ -831,6 +838,7 @@ impl Engine {
             name: name.into(),
             known: nsms.iter().map(|nsm| nsm.name.clone()).collect(),
         })?;
+        let _stays = shared.seats.read().unwrap_or_else(PoisonError::into_inner);
         let (worker, from) = {
             let registry = lock(&shared.registry);
             let found = registry.guests.get(&guest).ok_or(EngineError::UnknownGuest(guest))?;
@@ -868,8 +876,41 @@ impl Engine {
         Ok(count)
     }
 
+    /// Puts a guest on another switch thread; its sockets, and what waits in its queues, go along. False: it is there.
+    /// Errors: it cannot be moved (relayed, joined in memory, captured), and stays where it is.
+    pub fn seat_guest(&self, guest: u32, thread: usize) -> Result<bool, EngineError> {
+        let shared = &self.shared;
+        if thread >= shared.workers.len() {
+            return Err(EngineError::Refused(format!("there are {} switch threads", shared.workers.len())));
+        }
+        let _alone = shared.seats.write().unwrap_or_else(PoisonError::into_inner);
+        let (from, tenant) = {
+            let registry = lock(&shared.registry);
+            let known = registry.guests.get(&guest).ok_or(EngineError::UnknownGuest(guest))?;
+            (known.worker, Arc::clone(&known.tenant))
+        };
+        if from == thread {
+            return Ok(false);
+        }
+        if from >= shared.workers.len() {
+            return Err(EngineError::Refused(format!("guest {guest}: its stack is a process of its own")));
+        }
+        let left = self.ask(from, |answer| Command::Depart(guest, answer))??;
+        if let Some(known) = lock(&shared.registry).guests.get_mut(&guest) {
+            known.worker = thread;
+        }
+        let came = self.ask(thread, |answer| Command::Recover(left, tenant, true, answer));
+        if let Err(error) = came.and_then(|came| came) {
+            log::error!(guest; "guest {guest} is lost on the way to another thread: {error}");
+            shared.guest_over(guest, Usage::default());
+            return Err(error);
+        }
+        Ok(true)
+    }
+
     /// Ends a guest: its sockets are closed, its processes see a dead network.
     pub fn end_guest(&self, guest: u32) -> Result<(), EngineError> {
+        let _stays = self.shared.seats.read().unwrap_or_else(PoisonError::into_inner);
         let worker = lock(&self.shared.registry).guests.get(&guest).map(|guest| guest.worker);
         self.shared.tell(worker.ok_or(EngineError::UnknownGuest(guest))?, Command::End(guest));
         Ok(())

@@ -425,7 +425,8 @@ impl Engine {
         let (nsm, seat, tenant) = self.place(&written, copies.0, copies.1, since_ms)?;
         let kept = written.kept.and_then(|fd| take_descriptor(fd + 1));
         let may_use = tenant.limits(nsm);
-        let left = Left { guest: written.guest, nsm, may_use, region, doorbell, journal, kept };
+        let left =
+            Left { guest: written.guest, nsm, may_use, region, doorbell, journal, kept, departed: None };
         self.ask(seat, |answer| Command::Recover(Box::new(left), tenant, true, answer))?
     }
 

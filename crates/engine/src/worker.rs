@@ -9,7 +9,7 @@
 //! to sweep or to try again.
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicU32, compiler_fence, fence};
@@ -44,6 +44,10 @@ use crate::tenants::Tenant;
 use crate::totals::StagesStatus;
 use crate::usage::Usage;
 use crate::watch::Watch;
+
+mod leave;
+
+pub(crate) use leave::{Departed, Leaving};
 
 /// Elements of one guest in one turn.
 const GUEST_BATCH: usize = 256;
@@ -92,24 +96,13 @@ pub(crate) struct NewGuest {
     pub doorbell: OwnedFd,
 }
 
-/// A guest as it is written down.
-pub(crate) struct Leaving {
-    pub id: u32,
-    pub limits: netkernel_abi::Limits,
-    /// Its region's and its doorbell's, which stay this process's.
-    pub descriptors: (RawFd, RawFd),
-    pub journal: GuestJournal,
-    /// Its ends that the keeper has.
-    pub kept: Option<OwnedFd>,
-}
-
 struct Guest {
     id: u32,
     nsm: usize,
     service: Service,
     ends: Ends,
     channels: Vec<Option<OwnedFd>>,
-    _doorbell: OwnedFd,
+    doorbell: OwnedFd,
     processes: Vec<Option<Process>>,
     /// Sockets whose last descriptor was closed, not processed yet.
     hangups: Vec<u32>,
@@ -658,7 +651,12 @@ impl Worker {
         let mut sources = std::mem::take(&mut self.sources);
         sources.clear();
         self.poller.wait(timeout_ms, &mut sources);
-        for &source in &sources {
+        // Commands last: by them another guest may come to a slot that the rest is about.
+        let commands = |source: &&Source| matches!(source, Source::Control);
+        for &source in sources.iter().filter(|source| !commands(source)) {
+            self.source(source);
+        }
+        for &source in sources.iter().filter(commands) {
             self.source(source);
         }
         let mut worked = !sources.is_empty();
@@ -934,6 +932,9 @@ impl Worker {
                 // Ends with this process, unless nobody comes after it.
                 let _ = go_on.recv();
             }
+            Command::Depart(id, answer) => {
+                let _ = answer.send(self.depart(id));
+            }
             Command::Channel(id, channel, answer) => {
                 let result = self.add_channel(id, channel);
                 let _ = answer.send(result);
@@ -1116,7 +1117,7 @@ impl Worker {
                 wakes: 0,
             },
             channels: vec![Some(new.channel)],
-            _doorbell: new.doorbell,
+            doorbell: new.doorbell,
             processes: Vec::new(),
             hangups: Vec::new(),
             hot: false,
@@ -1205,7 +1206,7 @@ impl Worker {
     /// Goes on with a guest that a process before this one had.
     fn recover(&mut self, left: Left, tenant: Arc<Tenant>, exact: bool) -> Result<(), EngineError> {
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
-        let Left { guest, nsm, may_use, region, doorbell, journal, kept } = left;
+        let Left { guest, nsm, may_use, region, doorbell, journal, kept, departed } = left;
         self.module(nsm)?;
         let limits = guest.sizes();
         let region = Region::open(region, limits).map_err(|e| EngineError::Resource(e.to_string()))?;
@@ -1277,7 +1278,7 @@ impl Worker {
                 wakes: 0,
             },
             channels,
-            _doorbell: doorbell,
+            doorbell,
             processes,
             hangups: Vec::new(),
             hot: false,
@@ -1302,7 +1303,10 @@ impl Worker {
         {
             self.violation(slot as u32, violation);
         }
-        self.recover_agent(slot as u32);
+        match departed {
+            Some(departed) => self.arrive(slot as u32, *departed)?,
+            None => self.recover_agent(slot as u32),
+        }
         if self.shared.root.is_none()
             && let Some(guest) = &mut self.guests[slot]
         {
@@ -1329,103 +1333,6 @@ impl Worker {
         if let Err(violation) = self.agent(slot, message, listener, nsm) {
             self.violation(slot, violation);
         }
-    }
-
-    /// Everything of this thread's guests, for the process after this one. Nothing changes by it.
-    fn leave(&mut self) -> Result<Vec<Leaving>, EngineError> {
-        let resource = |e: io::Error| EngineError::Resource(format!("a guest cannot be written down: {e}"));
-        for slot in 0..self.guests.len() as u32 {
-            self.wake(slot);
-        }
-        // Before anything is written: what the keeper reported it has no more.
-        let mut kept: Vec<Option<OwnedFd>> = Vec::new();
-        for slot in 0..self.guests.len() as u32 {
-            kept.push(self.copy_kept(slot).map_err(resource)?);
-        }
-        self.keeper_reports();
-        self.close_hung(true);
-        let mut all = Vec::new();
-        for (guest, kept) in self.guests.iter().zip(kept) {
-            let Some(guest) = guest else { continue };
-            let limits = guest.service.region().layout().limits;
-            let mut journal = GuestJournal::create(limits).map_err(resource)?;
-            let written = guest.service.write_out(&journal.memory);
-            written.ok_or_else(|| resource(io::Error::other("its journal is too small")))?;
-            for (number, channel) in guest.channels.iter().enumerate() {
-                note(Some(&mut journal.channels), number, channel.as_ref());
-            }
-            for (number, process) in guest.processes.iter().enumerate() {
-                // The agent's pair ends with its thread.
-                if let (Some(process), Some(place)) =
-                    (process.as_ref().filter(|process| process.tag != 0), journal.processes.get_mut(number))
-                {
-                    *place = [process.tag, process.pair.as_raw_fd() as u32 + 1];
-                }
-            }
-            for (q, bell) in guest.ends.doorbells.iter().enumerate() {
-                if let Bell::Some(fd) = bell {
-                    note(Some(&mut journal.bells), q, Some(fd));
-                }
-            }
-            for (id, end) in guest.ends.placeholders.iter() {
-                match end {
-                    End::None => {}
-                    End::Here(fd) => note(Some(&mut journal.ends), id as usize, Some(fd)),
-                    End::Kept(_) => {
-                        if let Some(place) = journal.ends.get_mut(id as usize) {
-                            *place = -1;
-                        }
-                    }
-                }
-            }
-            if let Some((listener, last)) = &guest.agent_kept {
-                journal.agent[0] = AgentNote {
-                    listener: listener.as_raw_fd() + 1,
-                    last: last.as_raw_fd() + 1,
-                    arguments: guest.agent_arguments,
-                };
-            }
-            journal.carried[0] = besides(guest);
-            let descriptors = (guest.service.region().fd(), guest._doorbell.as_raw_fd());
-            all.push(Leaving { id: guest.id, limits, descriptors, journal, kept });
-        }
-        Ok(all)
-    }
-
-    /// Copies of a guest's ends that the keeper has, if it has any.
-    fn copy_kept(&self, slot: u32) -> io::Result<Option<OwnedFd>> {
-        let Some(Some(guest)) = self.guests.get(slot as usize) else { return Ok(None) };
-        let any = guest.ends.placeholders.iter().any(|(_, end)| matches!(end, End::Kept(_)));
-        self.keeper.as_ref().filter(|_| any).map(|keeper| keeper.copy_slot(slot)).transpose()
-    }
-
-    /// Takes over the ends that a keeper of the program before had.
-    fn recover_kept(&mut self, slot: u32, kept: &OwnedFd) -> Result<(), Violation> {
-        loop {
-            match crate::keeper::copies(kept) {
-                Ok(ends) if ends.is_empty() => break,
-                Ok(ends) => {
-                    for (id, end) in ends {
-                        self.keep_placeholder(slot, id, end)?;
-                    }
-                }
-                Err(error) => {
-                    log::error!("ends of sockets are lost: {error}");
-                    break;
-                }
-            }
-        }
-        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
-        let (Some(module), Some(journal)) = (&mut self.modules[guest.nsm], &guest.journal) else {
-            return Ok(());
-        };
-        // Nobody would learn when these are closed.
-        for id in (0u32..).zip(&*journal.ends).filter_map(|(id, end)| (*end == -1).then_some(id)) {
-            if guest.ends.placeholders.get(id).is_none_or(|end| matches!(end, End::None)) {
-                guest.service.refuse(&mut *module.stack, id)?;
-            }
-        }
-        Ok(())
     }
 
     fn add_channel(&mut self, id: u32, channel: OwnedFd) -> Result<(), EngineError> {

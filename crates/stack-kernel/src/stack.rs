@@ -667,8 +667,9 @@ impl Stack for KernelStack {
             let _ = host::set_congestion(&fd, name);
         }
         let _ = host::mark_and_pace(&fd, &self.config);
-        without_linger(&fd);
+        let linger = take_linger(&fd);
         let handle = self.insert(fd, key);
+        self.sockets[handle.0 as usize].linger = linger;
         // What ended before is not reported again; reading on until nothing comes costs one call more.
         self.sockets[handle.0 as usize].ended = true;
         if tells {
@@ -687,14 +688,17 @@ impl Stack for KernelStack {
     }
 }
 
-/// Whoever had it before may have told the kernel, see [`Socket::linger`].
-fn without_linger(fd: &OwnedFd) {
-    let off = libc::linger { l_onoff: 0, l_linger: 0 };
-    let length = size_of::<libc::linger>() as libc::socklen_t;
-    // SAFETY: the value is valid for reads of its size. Datagram sockets know the option too.
+/// Whoever had it before told the kernel, see [`Socket::linger`], which is not to act by it any more.
+fn take_linger(fd: &OwnedFd) -> [i32; 2] {
+    let (mut told, off) = ([0; 2], [0; 2]);
+    let mut length = size_of_val(&told) as libc::socklen_t;
+    // SAFETY: both values are as large as a struct linger, which is two ints. Datagram sockets know the option too.
     unsafe {
-        libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const off).cast(), length)
-    };
+        let (fd, level, name) = (fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER);
+        libc::getsockopt(fd, level, name, (&raw mut told).cast(), &mut length);
+        libc::setsockopt(fd, level, name, (&raw const off).cast(), length);
+    }
+    if told[0] != 0 { [1, told[1]] } else { [0; 2] }
 }
 
 /// Leaves a sixteenth of the table, at most 256 descriptors, for everything but sockets.

@@ -15,6 +15,7 @@ use netkernel_shm::Journal;
 use super::wire::NewGuest;
 use crate::engine::lock;
 use crate::usage::Usage;
+use crate::worker::Departed;
 
 const NAME_BYTES: usize = 124;
 /// Processes and channels of a guest, as in `worker`.
@@ -100,6 +101,8 @@ pub struct Left {
     pub journal: GuestJournal,
     /// Ends of placeholders that a keeper had ([`crate::keeper::copies`]); -1 stands for each in the journal.
     pub kept: Option<OwnedFd>,
+    /// It comes from another switch thread of this process.
+    pub departed: Option<Box<Departed>>,
 }
 
 impl Root {
@@ -225,7 +228,16 @@ impl Root {
             match GuestJournal::open(memory, slot.limits()) {
                 Ok(journal) => {
                     let (guest, may_use) = (slot.guest(), netkernel_service::Limits::default());
-                    left.push(Left { guest, nsm: 0, may_use, region, doorbell, journal, kept: None });
+                    left.push(Left {
+                        guest,
+                        nsm: 0,
+                        may_use,
+                        region,
+                        doorbell,
+                        journal,
+                        kept: None,
+                        departed: None,
+                    });
                 }
                 Err(_) => slot.used = 0,
             }

@@ -172,7 +172,11 @@ impl Remote {
             Command::End(id) => (Request::End(id), Vec::new(), None),
             Command::Status(answer) => (Request::Status, Vec::new(), Some(Pending::Status(answer))),
             Command::Usage(answer) => (Request::Usage, Vec::new(), Some(Pending::Usage(answer))),
-            Command::Recover(..) | Command::Freeze(_) | Command::Move(..) | Command::Leave(..) => return,
+            Command::Recover(..)
+            | Command::Freeze(_)
+            | Command::Move(..)
+            | Command::Leave(..)
+            | Command::Depart(..) => return,
             // All at once: it has a switch thread of its own, which is asked in parts.
             Command::Sockets(id, _, answer) => {
                 (Request::Sockets(id), Vec::new(), Some(Pending::Sockets(answer)))

@@ -1,5 +1,7 @@
 //! A guest whose sockets go over to another stack while its programs run.
 
+use std::os::fd::IntoRawFd as _;
+
 use netkernel_abi::socket::state;
 
 use super::bit::{COUNTED, RX_READY};
@@ -44,14 +46,10 @@ impl Service {
         for &id in &ids {
             let Some(sock) = core.socks.get_mut(id) else { continue };
             let tells = sock.kind != Kind::Stream || sock.state & (state::CONNECTED | state::CONNECTING) != 0;
-            let linger = option(from, sock.handle);
             let given = from.give(sock.handle);
             let adopted = given.and_then(|fd| cx.stack.adopt(key(core.guest, id), fd, tells));
             sock.handle = adopted.unwrap_or(Handle::NONE);
             sock.bits |= RX_READY;
-            if let (Ok(handle), Some(linger)) = (adopted, linger) {
-                let _ = cx.stack.set_option(handle, libc::SOL_SOCKET, libc::SO_LINGER, &linger);
-            }
             if adopted.is_err() {
                 sock.error = libc::ECONNRESET;
                 core.fail(cx, id, libc::ECONNRESET)?;
@@ -59,6 +57,44 @@ impl Service {
             core.enqueue(id);
         }
         Ok(Ok(ids.len()))
+    }
+}
+
+impl Service {
+    /// Whether all open sockets are descriptors of the kernel, which another thread's stack can adopt.
+    pub fn can_depart(&self, stack: &dyn Stack) -> bool {
+        let open = |sock: &super::Sock| sock.kind != Kind::Free && sock.handle != Handle::NONE;
+        !self.core.socks.iter().any(|(_, sock)| open(sock) && stack.lasting(sock.handle).is_none())
+    }
+
+    /// Sockets that were handed over are not this service's any more, nor of the one after it.
+    pub fn disown_handed(&mut self) {
+        let mut at = Some(0);
+        while let Some(id) = at {
+            at = self.core.socks.next_id(id);
+            if let Some(sock) = self.core.socks.get_mut(id).filter(|sock| sock.state & state::HANDED != 0) {
+                sock.fd = 0;
+            }
+        }
+    }
+
+    /// After [`Service::write_out`]: takes all sockets out of the stack. Their descriptors stay open, and belong to who recovers
+    /// the service.
+    pub fn depart(&mut self, stack: &mut dyn Stack) {
+        let core = &mut self.core;
+        let mut at = Some(0);
+        while let Some(id) = at {
+            at = core.socks.next_id(id);
+            let Some(sock) = core.socks.get_mut(id).filter(|sock| sock.kind != Kind::Free) else { continue };
+            let counted = std::mem::take(&mut sock.bits) & COUNTED != 0;
+            let handle = std::mem::replace(&mut sock.handle, Handle::NONE);
+            if handle != Handle::NONE
+                && let Ok(fd) = stack.give(handle)
+            {
+                let _ = fd.into_raw_fd();
+            }
+            core.uncount(counted);
+        }
     }
 }
 
@@ -75,11 +111,4 @@ fn exchange(from: &Limits, to: &Limits, connections: usize) -> bool {
         (0..connections).for_each(|_| _ = take(from));
     }
     taken == connections
-}
-
-/// SO_LINGER as the guest set it, unless it is off.
-fn option(stack: &mut dyn Stack, handle: Handle) -> Option<Vec<u8>> {
-    let mut value = [0; 8];
-    let length = stack.option(handle, libc::SOL_SOCKET, libc::SO_LINGER, &mut value).ok()?;
-    (length == value.len() && value[0] != 0).then(|| value.to_vec())
 }

@@ -1,0 +1,123 @@
+//! Guests that change their switch thread.
+
+mod common;
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+
+use common::{Guest, WATCHDOG, config, pattern, until};
+use netkernel_engine::{Engine, EngineConfig};
+
+/// Set when this is dropped.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+fn two_threads() -> Arc<Engine> {
+    Engine::start(EngineConfig { switch_threads: 2, ..config() }).unwrap()
+}
+
+fn timed(stream: TcpStream) -> TcpStream {
+    stream.set_read_timeout(Some(WATCHDOG)).unwrap();
+    stream.set_write_timeout(Some(WATCHDOG)).unwrap();
+    stream
+}
+
+/// Streams both ways, an idle connection, a listener, a datagram socket and the end of each, while the guest goes to and fro.
+#[test]
+fn a_guest_goes_to_and_fro_and_nothing_is_lost() {
+    for kept in [None, Some(0)] {
+        let config = EngineConfig { switch_threads: 2, placeholders_in_main_table: kept, ..config() };
+        let engine = Engine::start(config).unwrap();
+        let guest = Guest::new(&engine, "kernel");
+        let beside = Guest::new(&engine, "kernel");
+        let own = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = guest.connect(own.local_addr().unwrap());
+        let peer = timed(own.accept().unwrap().0);
+        let idle = guest.connect(own.local_addr().unwrap());
+        let mut idle_peer = timed(own.accept().unwrap().0);
+        let (listener, address) = guest.listen("127.0.0.1:0", 16);
+        let stays = beside.connect(own.local_addr().unwrap());
+        let mut stays_peer = timed(own.accept().unwrap().0);
+        let (over, moves) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let data = pattern(8 << 20, 7);
+        std::thread::scope(|scope| {
+            // Also when something fails.
+            let _over = Over(&over);
+            let echo = scope.spawn(|| {
+                let (mut peer, mut buffer) = (peer, vec![0; 64 << 10]);
+                loop {
+                    let n = peer.read(&mut buffer).unwrap();
+                    if n == 0 {
+                        return;
+                    }
+                    peer.write_all(&buffer[..n]).unwrap();
+                }
+            });
+            let mover = scope.spawn(|| {
+                let mut thread = 0;
+                while !over.load(Relaxed) {
+                    moves.fetch_add(usize::from(engine.seat_guest(1, thread).unwrap()), Relaxed);
+                    thread = 1 - thread;
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+            });
+            let (mut sent, mut got) = (0, Vec::new());
+            while got.len() < data.len() {
+                sent += guest.try_send(stream.id, &data[sent..data.len().min(sent + 50_000)]);
+                let mut some = vec![0; 64 << 10];
+                let n = guest.try_recv(stream.id, &mut some);
+                got.extend_from_slice(&some[..n]);
+                assert_eq!(got[got.len() - n..], data[got.len() - n..got.len()], "at {}", got.len());
+            }
+            // What comes while it moves, too.
+            let mut i = 0u8;
+            let mut connections = 0;
+            while connections < 50 || moves.load(Relaxed) < 200 {
+                (i, connections) = (i.wrapping_add(1), connections + 1);
+                let mut caller = timed(TcpStream::connect(address).unwrap());
+                let accepted = guest.accept(listener.id);
+                caller.write_all(&[i; 3]).unwrap();
+                let mut three = [0; 3];
+                guest.recv_exact(accepted.id, &mut three);
+                assert_eq!(three, [i; 3]);
+                drop(accepted);
+                assert_eq!(caller.read(&mut three).unwrap(), 0, "its last descriptor was closed");
+            }
+            over.store(true, Relaxed);
+            mover.join().unwrap();
+            drop(stream);
+            echo.join().unwrap();
+        });
+        idle_peer.write_all(b"idle").unwrap();
+        let mut four = [0; 4];
+        guest.recv_exact(idle.id, &mut four);
+        assert_eq!(&four, b"idle");
+        stays_peer.write_all(b"stay").unwrap();
+        beside.recv_exact(stays.id, &mut four);
+        assert_eq!(&four, b"stay");
+        drop((idle, listener, guest));
+        until("it is over", || engine.guest_count() == 1);
+        assert_eq!(idle_peer.read(&mut four).unwrap(), 0, "nothing of it is left");
+        assert_eq!(engine.status().counters.violations, 0);
+    }
+}
+
+#[test]
+fn what_cannot_move_stays_and_says_why() {
+    let engine = two_threads();
+    let guest = Guest::new(&engine, "kernel");
+    let says = |id, thread| engine.seat_guest(id, thread).unwrap_err().to_string();
+    assert!(says(7, 0).contains('7'));
+    assert!(says(1, 2).contains("2 switch threads"));
+    let there = engine.seat_guest(1, 0).unwrap() as usize + engine.seat_guest(1, 1).unwrap() as usize;
+    assert_eq!(there, 1 + usize::from(engine.seat_guest(1, 0).unwrap() && there == 2), "there and back");
+    drop(guest);
+    until("it is over", || engine.guest_count() == 0);
+}
