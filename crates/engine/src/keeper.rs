@@ -269,7 +269,17 @@ impl Table {
                     let result = received.pop().ok_or_else(full).and_then(|to| self.copy(slot, &to));
                     let _ = self.copied.send(result);
                 }
-                REMOVE_SLOT => self.ends.retain(|_, end| end.slot != slot),
+                REMOVE_SLOT => {
+                    let epoll = self.epoll.as_raw_fd();
+                    for (_, end) in self.ends.extract_if(|_, end| end.slot == slot) {
+                        // It may be open elsewhere and come back: closing it alone would leave it watched.
+                        // SAFETY: both are open; DEL reads no event.
+                        unsafe {
+                            let event = std::ptr::null_mut();
+                            libc::epoll_ctl(epoll, libc::EPOLL_CTL_DEL, end.fd.as_raw_fd(), event);
+                        }
+                    }
+                }
                 _ => {}
             }
         }
