@@ -219,7 +219,12 @@ impl Worker {
                 Ok(ends) if ends.is_empty() => break,
                 Ok(ends) => {
                     for (id, end) in ends {
-                        self.keep_placeholder(slot, id, end)?;
+                        // What hung up after the copy was made is closed, and its number may be another socket's by now.
+                        let noted =
+                            self.guests[slot as usize].as_ref().and_then(|guest| guest.journal.as_ref());
+                        if noted.is_some_and(|noted| noted.ends.get(id as usize) == Some(&-1)) {
+                            self.keep_placeholder(slot, id, end)?;
+                        }
                     }
                 }
                 Err(error) => {
