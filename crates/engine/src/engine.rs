@@ -22,6 +22,7 @@ use crate::process::journal::{Left, Root};
 use crate::process::remote::Remote;
 use crate::process::wire;
 use crate::relay::RELAY_SLOT;
+use crate::seats;
 use crate::sockets;
 use crate::status::{Counters, GuestStatus, SocketStatus, StackStatus, Status};
 use crate::tenants::{Asker, Tenant, Tenants};
@@ -49,16 +50,16 @@ pub(crate) struct Shared {
     pub registry: Mutex<Registry>,
     changed: Condvar,
     pub workers: Vec<Link>,
-    /// By NSM; those in processes of their own. In [`Registered::worker`] they come behind the threads.
     /// Held while it is asked which switch thread a guest is on and this is told something that must not be lost; written when
     /// a guest changes its thread.
     pub seats: RwLock<()>,
+    /// By NSM; those in processes of their own. In [`Registered::worker`] they come behind the threads.
     pub remotes: Vec<Option<Remote>>,
     /// Told of each guest that is over, with whether it broke the protocol.
     over_hook: Option<OverHook>,
     /// In the process of an NSM: what the next one must find if this one dies.
     pub root: Option<Arc<Root>>,
-    stopping: AtomicBool,
+    pub stopping: AtomicBool,
     pub counters: SharedCounters,
     /// What guests that ended used, see [`Engine::usage`].
     pub over: Mutex<VecDeque<GuestUsage>>,
@@ -139,6 +140,8 @@ pub(crate) enum Command {
     Move(u32, usize, Sender<Result<(usize, Usage), EngineError>>),
     Status(Sender<Vec<GuestStatus>>),
     Usage(Sender<Vec<(u32, Usage)>>),
+    /// Processor time so far of each guest, in nanoseconds.
+    Spent(Sender<Vec<(u32, u64)>>),
     /// Sockets of a guest from this one on; the answer says where to go on.
     Capture(Arc<Session>, Sender<Result<(), EngineError>>),
     Sockets(u32, u32, Sender<(Vec<SocketStatus>, Option<u32>)>),
@@ -234,6 +237,7 @@ impl Engine {
                 .map_err(resource)?;
             threads.push(thread);
         }
+        seats::start(&shared).map_err(resource)?;
         Ok(Arc::new(Engine { shared, threads: Mutex::new(threads) }))
     }
 
@@ -876,38 +880,6 @@ impl Engine {
         Ok(count)
     }
 
-    /// Puts a guest on another switch thread; its sockets, and what waits in its queues, go along. False: it is there.
-    /// Errors: it cannot be moved (relayed, joined in memory, captured), and stays where it is.
-    pub fn seat_guest(&self, guest: u32, thread: usize) -> Result<bool, EngineError> {
-        let shared = &self.shared;
-        if thread >= shared.workers.len() {
-            return Err(EngineError::Refused(format!("there are {} switch threads", shared.workers.len())));
-        }
-        let _alone = shared.seats.write().unwrap_or_else(PoisonError::into_inner);
-        let (from, tenant) = {
-            let registry = lock(&shared.registry);
-            let known = registry.guests.get(&guest).ok_or(EngineError::UnknownGuest(guest))?;
-            (known.worker, Arc::clone(&known.tenant))
-        };
-        if from == thread {
-            return Ok(false);
-        }
-        if from >= shared.workers.len() {
-            return Err(EngineError::Refused(format!("guest {guest}: its stack is a process of its own")));
-        }
-        let left = self.ask(from, |answer| Command::Depart(guest, answer))??;
-        if let Some(known) = lock(&shared.registry).guests.get_mut(&guest) {
-            known.worker = thread;
-        }
-        let came = self.ask(thread, |answer| Command::Recover(left, tenant, true, answer));
-        if let Err(error) = came.and_then(|came| came) {
-            log::error!(guest; "guest {guest} is lost on the way to another thread: {error}");
-            shared.guest_over(guest, Usage::default());
-            return Err(error);
-        }
-        Ok(true)
-    }
-
     /// Ends a guest: its sockets are closed, its processes see a dead network.
     pub fn end_guest(&self, guest: u32) -> Result<(), EngineError> {
         let _stays = self.shared.seats.read().unwrap_or_else(PoisonError::into_inner);
@@ -964,9 +936,7 @@ impl Engine {
         worker: usize,
         command: impl FnOnce(Sender<T>) -> Command,
     ) -> Result<T, EngineError> {
-        let (answer, receiver) = channel();
-        self.shared.tell(worker, command(answer));
-        receiver.recv_timeout(ANSWER).map_err(|_| EngineError::Stopped)
+        self.shared.ask(worker, command)
     }
 }
 
@@ -994,6 +964,17 @@ impl Shared {
     fn seats(&self) -> impl Iterator<Item = usize> {
         let threads = self.workers.len();
         (0..threads).chain(self.remotes.iter().flatten().map(move |remote| threads + remote.nsm()))
+    }
+
+    /// What a switch thread answers.
+    pub fn ask<T>(
+        self: &Arc<Self>,
+        worker: usize,
+        command: impl FnOnce(Sender<T>) -> Command,
+    ) -> Result<T, EngineError> {
+        let (answer, receiver) = channel();
+        self.tell(worker, command(answer));
+        receiver.recv_timeout(ANSWER).map_err(|_| EngineError::Stopped)
     }
 
     pub fn tell(self: &Arc<Self>, worker: usize, command: Command) {

@@ -10,9 +10,9 @@ use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use netkernel_abi::Limits;
@@ -248,6 +248,7 @@ impl Engine {
         // These wait for nobody, and nobody waits for them.
         let remotes = self.shared.remotes.iter().flatten();
         let processes = remotes.map(Remote::still).collect::<Result<Vec<_>, _>>()?;
+        let _stay = self.shared.seats.write().unwrap_or_else(PoisonError::into_inner);
         // Agents may need switch threads: they stop first.
         let mut gates = Gates::default();
         self.close_gates(&mut gates)?;

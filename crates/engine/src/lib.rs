@@ -23,6 +23,7 @@ mod poller;
 pub mod process;
 mod relay;
 mod sample;
+mod seats;
 mod shares;
 mod sockets;
 mod status;

@@ -933,7 +933,15 @@ impl Worker {
                 let _ = go_on.recv();
             }
             Command::Depart(id, answer) => {
-                let _ = answer.send(self.depart(id));
+                let tenant = self.slot(id).and_then(|slot| self.guests[slot as usize].as_ref());
+                let tenant = tenant.map(|guest| Arc::clone(&guest.tenant));
+                // Nobody waits for it any more: it stays.
+                if let Err(error) = answer.send(self.depart(id))
+                    && let (Ok(left), Some(tenant)) = (error.0, tenant)
+                    && let Err(error) = self.recover(*left, tenant, true)
+                {
+                    log::error!(guest = id; "guest {id} is lost: {error}");
+                }
             }
             Command::Channel(id, channel, answer) => {
                 let result = self.add_channel(id, channel);
@@ -961,6 +969,10 @@ impl Worker {
                 }
                 let _ =
                     answer.send(self.guests.iter().flatten().map(|guest| (guest.id, usage(guest))).collect());
+            }
+            Command::Spent(answer) => {
+                let spent = |guest: &Guest| (guest.id, guest.carried.cpu_ns + guest.cpu.spent_ns());
+                let _ = answer.send(self.guests.iter().flatten().map(|guest| spent(guest)).collect());
             }
             Command::Sockets(id, first, answer) => {
                 let _ = answer.send(self.sockets(id, first));

@@ -3,9 +3,10 @@
 mod common;
 
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use common::{Guest, WATCHDOG, config, pattern, until};
 use netkernel_engine::{Engine, EngineConfig};
@@ -65,7 +66,7 @@ fn a_guest_goes_to_and_fro_and_nothing_is_lost() {
                 while !over.load(Relaxed) {
                     moves.fetch_add(usize::from(engine.seat_guest(1, thread).unwrap()), Relaxed);
                     thread = 1 - thread;
-                    std::thread::sleep(std::time::Duration::from_millis(1));
+                    std::thread::sleep(Duration::from_millis(1));
                 }
             });
             let (mut sent, mut got) = (0, Vec::new());
@@ -120,4 +121,46 @@ fn what_cannot_move_stays_and_says_why() {
     assert_eq!(there, 1 + usize::from(engine.seat_guest(1, 0).unwrap() && there == 2), "there and back");
     drop(guest);
     until("it is over", || engine.guest_count() == 0);
+}
+
+/// Two guests keep their switch thread busy: one of them goes to the other thread; and comes back when there is little to do.
+#[test]
+fn packed_guests_are_spread_when_they_grow_and_packed_again() {
+    let config = EngineConfig { switch_threads: 2, placement: netkernel_engine::Placement::Pack, ..config() };
+    let engine = Engine::start(config).unwrap();
+    // Nobody reads: what does not fit is dropped, and costs the switch thread a call all the same.
+    let deaf = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let to = deaf.local_addr().unwrap();
+    let guests = [Guest::new(&engine, "kernel"), Guest::new(&engine, "kernel")];
+    let sockets = guests.each_ref().map(|guest| guest.socket(libc::SOCK_DGRAM));
+    let are_on = |threads: [usize; 2]| {
+        let mut on: Vec<_> = engine.status().guests.iter().map(|guest| guest.switch_thread).collect();
+        on.sort_unstable();
+        on == threads
+    };
+    let send = |count: usize| {
+        for _ in 0..count {
+            for (guest, socket) in guests.iter().zip(&sockets) {
+                guest.send_to(socket.id, Some(to), &[7; 64]);
+            }
+        }
+    };
+    for guest in [1, 2] {
+        engine.seat_guest(guest, 0).unwrap();
+    }
+    assert!(are_on([0, 0]));
+    let since = Instant::now();
+    while !are_on([0, 1]) {
+        assert!(since.elapsed() < 2 * WATCHDOG, "nobody moved: {:?}", engine.status().guests);
+        send(10_000);
+    }
+    let since = Instant::now();
+    while !are_on([0, 0]) {
+        assert!(since.elapsed() < 2 * WATCHDOG, "nobody came back: {:?}", engine.status().guests);
+        send(1);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    for (guest, socket) in guests.iter().zip(&sockets) {
+        assert_ne!(guest.local(socket.id).port(), 0, "it is served");
+    }
 }

@@ -176,6 +176,7 @@ impl Remote {
             | Command::Freeze(_)
             | Command::Move(..)
             | Command::Leave(..)
+            | Command::Spent(..)
             | Command::Depart(..) => return,
             // All at once: it has a switch thread of its own, which is asked in parts.
             Command::Sockets(id, _, answer) => {
