@@ -67,6 +67,8 @@ pub(crate) struct Rounds {
     begun_ns: u64,
     /// How many there were.
     count: usize,
+    /// All are looked at in this one.
+    rested: bool,
     second_ns: u64,
     nsms: Vec<[Vec<Slot>; RESOURCES]>,
     /// By NSM: who did something lately.
@@ -99,8 +101,8 @@ struct Awake {
 }
 
 impl Awake {
-    /// Who is looked at in this round: besides these, every so often each that is there.
-    fn round(&mut self, present: &[usize], count: usize, tenants: usize, into: &mut Vec<usize>) {
+    /// Who is looked at in this round: besides these, every so often each that is there; or `all`.
+    fn round(&mut self, present: &[usize], count: usize, all: bool, tenants: usize, into: &mut Vec<usize>) {
         self.rounds.resize(tenants, 0);
         self.list.retain(|&index| {
             self.rounds[index] -= 1;
@@ -108,7 +110,8 @@ impl Awake {
         });
         into.clear();
         into.extend(&self.list);
-        let some = present.iter().skip(count % SELDOM).step_by(SELDOM);
+        let (first, step) = if all { (0, 1) } else { (count % SELDOM, SELDOM) };
+        let some = present.iter().skip(first).step_by(step);
         into.extend(some.filter(|&&index| self.rounds[index] == 0));
     }
 
@@ -167,7 +170,7 @@ impl Rounds {
             self.nsms.resize_with(nsm + 1, Default::default);
             self.awake.resize_with(nsm + 1, Default::default);
         }
-        self.awake[nsm].round(present, self.count, tenants.len(), &mut self.looked);
+        self.awake[nsm].round(present, self.count, self.rested, tenants.len(), &mut self.looked);
         for resource in 0..RESOURCES {
             let slots = &mut self.nsms[nsm][resource];
             slots.resize(tenants.len(), Slot::default());
@@ -224,6 +227,13 @@ impl Rounds {
             return SECOND_NS / 100;
         }
         now_ns.saturating_sub(before)
+    }
+
+    /// How many rounds there is nothing to do for: while nobody does anything, one round that looks at all stands for as many as
+    /// it takes to look at each once.
+    pub fn rest(&mut self) -> u32 {
+        self.rested = self.awake.iter().all(|awake| awake.list.is_empty());
+        if self.rested { SELDOM as u32 } else { 1 }
     }
 
     /// True once a second.

@@ -436,10 +436,12 @@ impl Tenants {
         let (stop, nsms) = (Arc::clone(&tenants.stop), nsms.to_vec());
         let tenants: Weak<Tenants> = Arc::downgrade(tenants);
         std::thread::Builder::new().name("nk-shares".into()).spawn(move || {
+            let mut rounds = 1;
             while !stop.load(Relaxed) {
-                std::thread::sleep(SHARE_EVERY);
+                std::thread::sleep(SHARE_EVERY * rounds);
                 let Some(tenants) = tenants.upgrade() else { return };
                 tenants.round(&nsms, now_ns());
+                rounds = lock(&tenants.rounds).rest();
             }
         })?;
         Ok(())
