@@ -1,0 +1,128 @@
+//! The end of a socket.
+
+use super::*;
+
+impl Core {
+    pub(super) fn close(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return Ok(()) };
+        match sock.kind {
+            Kind::Free => return Ok(()),
+            Kind::Listener => {
+                self.drop_untaken(cx, id);
+                self.finish_close(cx, id, Close::Graceful);
+                return Ok(());
+            }
+            // Handed over, or the stack had none.
+            Kind::Stream | Kind::Datagram if sock.handle == Handle::NONE => {
+                self.finish_close(cx, id, Close::Graceful);
+                return Ok(());
+            }
+            Kind::Stream | Kind::Datagram => {}
+        }
+        if sock.bits & CLOSING != 0 {
+            return Ok(());
+        }
+        if sock.kind == Kind::Stream && sock.state & state::CONNECTED != 0 {
+            let unread = sock.rx_tail != entry.rx_head.load(Acquire);
+            if unread || sock.bits & LINGER_0 != 0 {
+                self.finish_close(cx, id, Close::Abort);
+                return Ok(());
+            }
+        }
+        let unsent = entry.tx_tail.load(Acquire) != sock.tx_head;
+        let open = sock.kind == Kind::Datagram || sock.state & (state::DEAD | state::TX_END) == 0;
+        if !unsent || !open || sock.tx.is_none() {
+            self.finish_close(cx, id, Close::Graceful);
+            return Ok(());
+        }
+        sock.bits |= CLOSING;
+        sock.bits &= !SHUT_WR;
+        // Nothing is received any more.
+        let rx = std::mem::take(&mut sock.rx);
+        self.give_block(rx);
+        self.send(cx, id, false)
+    }
+
+    /// Closes (RST) the connections of a listener that nobody took.
+    pub(super) fn drop_untaken(&mut self, cx: &mut Cx, listener: u32) {
+        let (Some(sock), Some(entry)) = (self.socks.get(listener), cx.region.socket(listener)) else {
+            return;
+        };
+        let waiting = sock.rx_tail.wrapping_sub(entry.rx_head.load(Acquire));
+        let tail = sock.rx_tail;
+        let mut at = Some(self.guest_sockets);
+        while let Some(id) = at {
+            if let Some(child) = self.socks.get_mut(id)
+                && child.bits & UNTAKEN != 0
+                && child.link == listener
+            {
+                // Its record ends at `record`; those within `waiting` bytes of the tail are still in the ring.
+                if tail.wrapping_sub(child.record) < waiting {
+                    self.finish_close(cx, id, Close::Abort);
+                } else {
+                    child.link = 0;
+                }
+            }
+            at = self.socks.next_id(id);
+            if id >= self.next_id {
+                break;
+            }
+        }
+    }
+
+    pub(super) fn finish_close(&mut self, cx: &mut Cx, id: u32, how: Close) {
+        self.look_at_tcp(cx.stack, id);
+        self.end_pair(cx.stack, id);
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return };
+        if sock.kind == Kind::Free {
+            return;
+        }
+        // The number may be another descriptor's as soon as it is closed.
+        sock.fd = 0;
+        compiler_fence(SeqCst);
+        if sock.handle != Handle::NONE {
+            if how == Close::Graceful {
+                // It was read: the peer is told of the end, and not of a reset.
+                sock.take_peeked(cx.stack);
+            }
+            cx.stack.close(sock.handle, how);
+        }
+        let (rx, tx) = (sock.rx, sock.tx);
+        let generation = sock.generation.wrapping_add(1);
+        let queued = sock.bits & (QUEUED | STARVED | THROTTLED);
+        let counted = sock.bits & COUNTED != 0;
+        *sock = Sock { generation, bits: queued, ..Sock::default() };
+        self.sockets -= 1;
+        self.uncount(counted);
+        clear_engine_lines(entry);
+        entry.inode.store(0, Relaxed);
+        // SYNC: socket-state - the cleared lines are visible to who takes the id again.
+        entry.generation.store(generation, Release);
+        self.give_block(rx);
+        self.give_block(tx);
+        if id < self.guest_sockets {
+            self.return_id(cx.region, id);
+        } else {
+            self.free_ids.push(id);
+        }
+        if !self.starved.is_empty() {
+            self.retry_starved();
+        }
+    }
+
+    /// Puts a guest id on the guest's free list.
+    pub(super) fn return_id(&mut self, region: &Region, id: u32) {
+        let (header, Some(entry)) = (region.header(), region.socket(id)) else { return };
+        // A correct guest disturbs this once in a while; a hostile one could for ever.
+        for _ in 0..256 {
+            let head = header.free_head.load(Acquire);
+            entry.next_free.store(head as u32, Relaxed);
+            let new = ((head >> 32).wrapping_add(1) << 32) | id as u64;
+            // SYNC: free-list - the link, and the cleared entry.
+            if header.free_head.compare_exchange_weak(head, new, AcqRel, Relaxed).is_ok() {
+                return;
+            }
+        }
+        self.unreturned.push(id);
+    }
+}
