@@ -233,8 +233,19 @@ impl Session {
 
     /// `program` as a guest of one of the engine's stacks.
     pub fn guest(&self, engine: &Engine, stack: &str, program: impl AsRef<OsStr>) -> Command {
+        self.guest_by(self.settings.attach, engine, stack, program)
+    }
+
+    /// The same, attached as said.
+    pub fn guest_by(
+        &self,
+        attach: Attach,
+        engine: &Engine,
+        stack: &str,
+        program: impl AsRef<OsStr>,
+    ) -> Command {
         let mut command = Command::new(&self.settings.netkernel);
-        command.args(["run", "--attach", self.settings.attach.name()]);
+        command.args(["run", "--attach", attach.name()]);
         command.args(["--stack", stack, "--socket"]).arg(&engine.socket);
         command.arg("--").arg(program);
         command

@@ -16,7 +16,7 @@ pub use load::{LoadArgs, Peers, run as run_load};
 
 use crate::bench::{Benchmark, Live, Promise, Row, Sample, redis};
 use crate::process::Process;
-use crate::session::{Engine, Role, Session, Settings, Side};
+use crate::session::{Attach, Engine, Role, Session, Settings, Side};
 use load::{Kind, SAMPLE};
 
 /// Bits per second.
@@ -78,13 +78,41 @@ pub fn catalog(_: &Settings) -> Vec<Benchmark> {
             "caps-send",
             "guests capped at 1 Gbit/s and 500 Mbit/s send beside one without a cap",
             caps("sent", ["caps-send-1g", "caps-send-500m", "caps-send-third", "caps-send-alone"]),
-            |session| Ok(Box::new(Caps::start(session, Kind::Send)?)),
+            |session| Ok(Box::new(Caps::start(session, Kind::Send, false)?)),
         ),
         benchmark(
             "caps-receive",
             "the same, receiving",
             caps("received", ["caps-receive-1g", "caps-receive-500m", "caps-receive-third", "caps-receive-alone"]),
-            |session| Ok(Box::new(Caps::start(session, Kind::Receive)?)),
+            |session| Ok(Box::new(Caps::start(session, Kind::Receive, false)?)),
+        ),
+        benchmark(
+            "caps-send-unseen",
+            "the same with programs that the library does not see: capped ones are relayed, the third has the kernel's own sockets",
+            caps(
+                "sent, unseen",
+                [
+                    "caps-send-1g-unseen",
+                    "caps-send-500m-unseen",
+                    "caps-send-third-unseen",
+                    "caps-send-alone-unseen",
+                ],
+            ),
+            |session| Ok(Box::new(Caps::start(session, Kind::Send, true)?)),
+        ),
+        benchmark(
+            "caps-receive-unseen",
+            "the same, receiving",
+            caps(
+                "received, unseen",
+                [
+                    "caps-receive-1g-unseen",
+                    "caps-receive-500m-unseen",
+                    "caps-receive-third-unseen",
+                    "caps-receive-alone-unseen",
+                ],
+            ),
+            |session| Ok(Box::new(Caps::start(session, Kind::Receive, true)?)),
         ),
         benchmark(
             "shares-send",
@@ -143,6 +171,8 @@ struct Host {
     engine: Engine,
     peers: Peers,
     tokens: Vec<PathBuf>,
+    /// How each tenant's guests are attached, if not as all.
+    attach: Vec<Attach>,
 }
 
 impl Host {
@@ -160,7 +190,7 @@ impl Host {
         }
         let file = directory.join("engine.toml");
         std::fs::write(&file, config).context("the engine's configuration")?;
-        Ok(Host { engine: session.engine_with(&file)?, peers: Peers::start()?, tokens })
+        Ok(Host { engine: session.engine_with(&file)?, peers: Peers::start()?, tokens, attach: Vec::new() })
     }
 
     fn load(
@@ -173,7 +203,10 @@ impl Host {
         seconds: f64,
     ) -> Result<Process> {
         let own = std::env::current_exe().context("this program's own file")?;
-        let mut command = session.command(side, Some(&self.engine), own);
+        let mut command = match self.attach.get(tenant).filter(|_| side == Side::Netkernel) {
+            Some(&attach) => session.guest_by(attach, &self.engine, &session.settings.stack, own),
+            None => session.command(side, Some(&self.engine), own),
+        };
         command.env("NETKERNEL_TENANT_TOKEN_FILE", &self.tokens[tenant]);
         self.arguments(session, &mut command, tenant, kind, connections, seconds);
         session.spawn("load", Role::Measured, command)
@@ -296,9 +329,12 @@ struct Caps {
 }
 
 impl Caps {
-    fn start(session: &Session, kind: Kind) -> Result<Caps> {
+    fn start(session: &Session, kind: Kind, unseen: bool) -> Result<Caps> {
         let cap = |rate: &str| format!("max_send = \"{rate}\"\nmax_receive = \"{rate}\"");
-        let host = Host::start(session, "", &[&cap("1 Gbit/s"), &cap("500 Mbit/s"), ""])?;
+        let mut host = Host::start(session, "", &[&cap("1 Gbit/s"), &cap("500 Mbit/s"), ""])?;
+        if unseen {
+            host.attach = vec![Attach::Relay, Attach::Relay, Attach::Direct];
+        }
         Ok(Caps { host, kind })
     }
 }
