@@ -75,4 +75,8 @@ pub mod env {
     pub const UNATTACHED: &str = "NETKERNEL_UNATTACHED";
     /// Trace level of GuestLib: `0` silent, `1` what is bypassed and why, `2` every call.
     pub const TRACE: &str = "NETKERNEL_TRACE";
+    /// How many seccomp filters the program has of NetKernel. Missing where it has others, too, or where that is not known.
+    pub const FILTERS: &str = "NETKERNEL_FILTERS";
+    /// All of them, but for [`BYPASS`].
+    pub const ALL: [&str; 7] = [FDS, SOCKET, TOKEN, LIBRARY, UNATTACHED, TRACE, FILTERS];
 }

@@ -31,8 +31,10 @@ pub mod feature {
     pub const PLACEHOLDER: u64 = 1 << 1;
     /// The region stands on huge pages.
     pub const HUGE_PAGES: u64 = 1 << 2;
+    /// Guests that this one shares memory with are trusted as processes of one user are: large writes take one copy (`pair::offer`).
+    pub const SINGLE_COPY: u64 = 1 << 3;
     /// Every bit that this version knows.
-    pub const ALL: u64 = EVENTFD | PLACEHOLDER | HUGE_PAGES;
+    pub const ALL: u64 = EVENTFD | PLACEHOLDER | HUGE_PAGES | SINGLE_COPY;
 }
 
 const _: () = {

@@ -30,12 +30,55 @@ pub struct PairEnd {
     /// The last urgent byte: its position, the byte in bits 32 to 39, and from bit 40 on which one it is (0: there was none).
     pub urgent: AtomicU64,
     reserved0: [AtomicU64; 4],
-    // Line 1: set by this end's guest, cleared by the other's.
+    // Line 1: flags that this end's guest sets and the other's clears, and offers.
     /// Somebody sleeps until there is something to read: 1, once; 2, for each change.
     pub want_data: AtomicU32,
     /// Somebody sleeps until there is room to write: 1.
     pub want_space: AtomicU32,
-    reserved1: [AtomicU32; 14],
+    /// This end's reader takes nothing that is offered: its kernel, its sandbox or its way of reading forbids it.
+    pub refuses: AtomicU32,
+    /// The offer that this end's reader copies now, by its number: a hint to be patient.
+    pub copying: AtomicU32,
+    // An offer of this end's writer, which the other's reader takes from the program's own memory (process_vm_readv).
+    /// See [`offer`]. Both ends change it, the reader only by compare-and-exchange.
+    pub offer: AtomicU64,
+    /// Address of the first byte behind what is offered, in the writer's process.
+    pub offer_end: AtomicU64,
+    /// Where in that process [`PairEnd::offer_proof`] stands, for as long as the offer does: so that no other process is taken for it.
+    pub offer_proof_at: AtomicU64,
+    pub offer_proof: AtomicU64,
+    /// The process, as it knows itself.
+    pub offer_pid: AtomicU32,
+    /// Of the writer alone: large writes that are not offered before the next one is (bits 0 to 15), and how many it will be after a
+    /// failure (from bit 16 on).
+    pub offer_pause: AtomicU32,
+    reserved1: [AtomicU32; 2],
+}
+
+/// The word [`PairEnd::offer`]: what is left of an offer, its number, and whether it was withdrawn. 0: there is none.
+pub mod offer {
+    /// The writer took it back, and what is left comes by the ring: at once, unless it was ended meanwhile.
+    pub const WITHDRAWN: u64 = 1 << 63;
+    /// Bytes that one offer has at most.
+    pub const MOST: usize = 1 << 30;
+
+    /// Offer number `number` (31 bits count), of which `left` bytes were not taken.
+    pub const fn word(number: u32, left: u32) -> u64 {
+        ((number & 0x7fff_ffff) as u64) << 32 | left as u64
+    }
+
+    pub const fn number(word: u64) -> u32 {
+        (word >> 32) as u32 & 0x7fff_ffff
+    }
+
+    pub const fn left(word: u64) -> u32 {
+        word as u32
+    }
+
+    /// Bytes that a reader may still take.
+    pub const fn open(word: u64) -> u32 {
+        if word & WITHDRAWN != 0 { 0 } else { left(word) }
+    }
 }
 
 /// Which end: the one that connected is 0, the one that accepted is 1.

@@ -57,6 +57,7 @@ pub fn of(config: &Config) -> Result<EngineConfig> {
                     memory: nsm.memory.unwrap_or_default(),
                     memory_allow: (!allow.everybody).then_some(allow.list),
                     pair: nsm.pair.unwrap_or(true),
+                    single_copy: nsm.single_copy.as_ref().is_some_and(|on| *on.get_ref()),
                 })
             })
             .collect::<Result<_>>()?;

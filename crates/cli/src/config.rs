@@ -79,6 +79,8 @@ pub struct NsmSection {
     pub memory_allow: Vec<Spanned<User>>,
     /// Guests of one tenant map the memory that their connections stand in.
     pub pair: Option<bool>,
+    /// These guests trust each other: a large write takes one copy.
+    pub single_copy: Option<Spanned<bool>>,
     /// What it can carry in each direction.
     pub capacity: Option<Spanned<Rate>>,
     pub capacity_operations: Option<Spanned<u64>>,
@@ -287,6 +289,16 @@ impl Config {
             }
             if let Err((start, error)) = crate::smoltcp::config(nsm) {
                 bail!("{}: {error}", at(start));
+            }
+            let joins = nsm.memory == Some(true) || nsm.stack.as_ref().is_some_and(|s| s.get_ref() == "shm");
+            if let Some(single_copy) = &nsm.single_copy
+                && *single_copy.get_ref()
+                && (!joins || nsm.pair == Some(false))
+            {
+                bail!(
+                    "{}: there is no memory that guests share: set `memory = true`, and not `pair = false`",
+                    at(single_copy.span().start)
+                );
             }
             if let Some(cc) = &nsm.congestion_control
                 && (cc.get_ref().is_empty() || cc.get_ref().len() > 15)
@@ -719,6 +731,10 @@ mod tests {
             (
                 "[[nsm]]\nname = \"a\"\nprice_per_gb = -0.5\n",
                 "nk.toml, line 3, key 'price_per_gb': a price is",
+            ),
+            (
+                "[[nsm]]\nname = \"a\"\nsingle_copy = true\n",
+                "nk.toml, line 3, key 'single_copy': there is no memory",
             ),
             ("[[tenant]]\nname = \"a\"\n", "nk.toml, line 2, key 'name': tenant 'a' cannot be recognised"),
             (

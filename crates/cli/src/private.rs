@@ -42,7 +42,7 @@ pub fn start(log: bool) -> Result<PathBuf> {
     }
     command.stdin(Stdio::null()).stdout(Stdio::null());
     // The engine must not become a guest itself.
-    for name in ["LD_PRELOAD", env::FDS, env::SOCKET, env::TOKEN, env::LIBRARY, env::UNATTACHED, env::TRACE] {
+    for name in env::ALL.into_iter().chain(["LD_PRELOAD"]) {
         command.env_remove(name);
     }
     // Started from inside a guest, it would get all that back from GuestLib.

@@ -18,7 +18,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     let name = &args.program[0];
     let program = program::resolve(name)?;
     let mut environment: BTreeMap<OsString, OsString> = std::env::vars_os().collect();
-    for name in [env::FDS, env::SOCKET, env::TOKEN, env::LIBRARY, env::UNATTACHED, env::TRACE] {
+    for name in env::ALL {
         environment.remove(OsStr::new(name));
     }
     let report = program::inspect(&program);
@@ -39,6 +39,8 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         }
     };
     let made = || made.map_or_else(|| guest(args, &name), Ok);
+    // GuestLib keeps away from some system calls where somebody else's filter might forbid them.
+    let unfiltered = sys::seccomp_filters() == Some(0);
     // Nothing after this makes a socket, and nothing undoes the filter.
     match (attach, report.verdict()) {
         (_, Err(why)) if report.kind == Kind::Bits32 => {
@@ -51,12 +53,20 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         }
         (Attach::Queued, Ok(())) => {
             queued(args, made()?, &mut environment)?;
+            if unfiltered {
+                environment.insert(env::FILTERS.into(), "0".into());
+            }
         }
         (Attach::Auto, Ok(())) => {
             let (attached, channel) = queued(args, made()?, &mut environment)?;
             match filtered(args, channel.as_fd(), true, agent_watch(&attached)) {
                 // Programs that cannot attach have the agent.
-                Ok(()) => _ = environment.insert(env::UNATTACHED.into(), "agent".into()),
+                Ok(()) => {
+                    environment.insert(env::UNATTACHED.into(), "agent".into());
+                    if unfiltered {
+                        environment.insert(env::FILTERS.into(), "1".into());
+                    }
+                }
                 Err(why) => eprintln!(
                     "netkernel: warning: {why}; sockets that the preloaded library does not see are not served"
                 ),

@@ -35,6 +35,8 @@ pub struct NsmConfig {
     pub memory_allow: Option<Vec<u32>>,
     /// Those of them between guests of one tenant stand in memory that both map, without the engine.
     pub pair: bool,
+    /// Guests of one tenant trust each other as processes of one user do: a large write in such memory takes one copy.
+    pub single_copy: bool,
     /// What it can carry.
     pub capacity: Capacity,
 }
@@ -69,6 +71,7 @@ impl NsmConfig {
             memory: false,
             memory_allow: Some(Vec::new()),
             pair: true,
+            single_copy: false,
             capacity: Capacity::default(),
         }
     }

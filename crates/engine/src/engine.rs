@@ -7,6 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use netkernel_abi::feature;
 use netkernel_agent::Processes;
 use netkernel_capture::{Session, Target};
 use netkernel_service::{Limits, now_ns};
@@ -289,6 +290,9 @@ impl Engine {
         let spin_ns = u32::try_from(config.spin_us.saturating_mul(1000)).unwrap_or(u32::MAX);
         let region =
             Region::create(limits, id, spin_ns, huge).map_err(|e| EngineError::Resource(e.to_string()))?;
+        if config.nsms[nsm].single_copy {
+            region.add_features(feature::SINGLE_COPY);
+        }
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a new guest: {e}"));
         let (channel_ours, channel_theirs) = channel_pair().map_err(resource)?;
         let doorbell = fds::eventfd().map_err(resource)?;

@@ -5,6 +5,7 @@ use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, 
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use netkernel_abi::control::{Message, env, kind};
+use netkernel_abi::feature;
 use netkernel_shm::{Region, fds};
 
 use crate::sys::{self, raw};
@@ -18,6 +19,8 @@ pub struct Guest {
     /// Data word of GuestLib's own entries in real epoll sets; random, so that a program's own data never equals it.
     pub magic: u64,
     pub spin_ns: u64,
+    /// Whether the guests that this one shares memory with are to be trusted ([`feature::SINGLE_COPY`]).
+    pub single_copy: bool,
 }
 
 static GUEST: AtomicPtr<Guest> = AtomicPtr::new(core::ptr::null_mut());
@@ -38,6 +41,7 @@ struct PerProcess {
     tag: AtomicU32,
     lock: AtomicU32,
     liveness: AtomicI32,
+    pid: AtomicU32,
 }
 
 static PER_PROCESS: AtomicUsize = AtomicUsize::new(0);
@@ -51,6 +55,23 @@ fn per_process() -> &'static PerProcess {
 #[inline]
 pub fn tag() -> u32 {
     per_process().tag.load(Ordering::Acquire)
+}
+
+/// The calling process's number, without a system call but for the first time.
+#[inline]
+pub fn pid() -> u32 {
+    if PER_PROCESS.load(Ordering::Relaxed) == 0 {
+        return raw!(libc::SYS_getpid) as u32;
+    }
+    let page = per_process();
+    match page.pid.load(Ordering::Relaxed) {
+        0 => {
+            let pid = raw!(libc::SYS_getpid) as u32;
+            page.pid.store(pid, Ordering::Relaxed);
+            pid
+        }
+        pid => pid,
+    }
 }
 
 impl Guest {
@@ -76,7 +97,7 @@ impl Guest {
             result = fds::pair(libc::SOCK_STREAM | libc::SOCK_CLOEXEC)
                 .map_err(|e| e.raw_os_error().unwrap_or(libc::ENOBUFS))
                 .and_then(|(ours, theirs)| {
-                    let pid = raw!(libc::SYS_getpid) as u32;
+                    let pid = pid();
                     let message = Message { kind: kind::PROCESS, a: tag, b: pid, ..Message::default() };
                     self.channel_send(message, &theirs)?;
                     let liveness = table::move_high(ours);
@@ -269,6 +290,7 @@ pub fn attach() {
     if let Some(level) = variable(env::TRACE) {
         TRACE.store(level.parse().unwrap_or(0), Ordering::Relaxed);
     }
+    crate::offer::init();
     let attached = match inherited() {
         Ok(None) if variable(env::TOKEN).is_some() => attach_by_token().map(Some),
         Ok(None) if variable(env::FDS).is_some() => {
@@ -304,12 +326,14 @@ fn join((region, [region_fd, channel, doorbell]): Parts) {
     // The region's own copy of the descriptor is not needed: the mapping stays.
     sys::close(region.fd());
     let spin_ns = region.header().spin_ns.load(Ordering::Relaxed) as u64;
+    let single_copy = region.header().features.load(Ordering::Relaxed) & feature::SINGLE_COPY != 0;
     let guest = Box::new(Guest {
         region,
         channel: AtomicI32::new(channel),
         doorbell: AtomicI32::new(doorbell),
         magic: (random32() as u64) << 32 | random32() as u64,
         spin_ns,
+        single_copy,
     });
     GUEST.store(Box::into_raw(guest), Ordering::Release);
     // SAFETY: registers a plain function that only touches atomics and closes a descriptor.

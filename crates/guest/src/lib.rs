@@ -10,6 +10,7 @@ mod guest;
 mod handover;
 mod hooks;
 mod next;
+mod offer;
 mod options;
 mod pair;
 mod passing;

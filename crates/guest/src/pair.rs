@@ -14,7 +14,8 @@ use netkernel_abi::{Op, SocketEntry};
 use netkernel_shm::{Bytes, PairView};
 
 use crate::guest::{Guest, Lock};
-use crate::socket::{self, Sock};
+use crate::offer::{self, Source};
+use crate::socket::{self, Buffers, Sock};
 use crate::sys;
 use crate::table::{self, Slot};
 use crate::{handover, queue};
@@ -136,6 +137,15 @@ pub fn before_confinement(guest: &Guest) {
     });
 }
 
+#[cfg(test)]
+impl Pair {
+    /// One end of a connection of a memory that lives as long as the process.
+    pub fn of_view(view: PairView<'static>, slot: u32, end: usize) -> Pair {
+        let [mine, theirs] = [end, 1 - end].map(|end| view.end(slot, end).unwrap());
+        Pair { mine, theirs, view, slot, end }
+    }
+}
+
 impl Pair {
     /// The ring that this end writes; `None` never is.
     fn out_ring(&self) -> Option<Bytes<'static>> {
@@ -238,7 +248,10 @@ impl Sock {
     #[inline]
     pub fn pair_unread(&self, pair: &Pair) -> u32 {
         let waiting = pair.waiting();
-        if waiting == 0 || pair.theirs.urgent.load(Ordering::Relaxed) == 0 {
+        if waiting == 0 {
+            return offer::open(pair);
+        }
+        if pair.theirs.urgent.load(Ordering::Relaxed) == 0 {
             return waiting;
         }
         match self.note_mark(pair) {
@@ -264,15 +277,25 @@ impl Sock {
         }
     }
 
-    /// Puts what fits into the ring; the caller holds the writers' lock. Says how much, and whether the source ran dry.
+    /// Puts what fits into the ring; the caller holds the writers' lock. Says how much, and whether the source ran dry. `source`:
+    /// where `fill` copies from, if that is the program's own memory.
     pub fn pair_put(
         &self,
         pair: &Pair,
         len: usize,
         urgent: bool,
+        source: Option<Source>,
         mut fill: impl FnMut(*mut u8, usize, usize) -> Result<usize, i32>,
     ) -> Result<(usize, bool), i32> {
         let mine = pair.mine;
+        let offered = match source {
+            Some(source) if !urgent && self.guest.single_copy => offer::make(pair, source)?,
+            _ => offer::Offered::NOTHING,
+        };
+        let begin = offered.taken;
+        if begin == len {
+            return Ok((len, false));
+        }
         let mut tail = mine.tail.load(Ordering::Relaxed);
         // SYNC: pair-head - the peer has read the bytes before it.
         let used = tail.wrapping_sub(pair.theirs.head.load(Ordering::Acquire));
@@ -283,7 +306,7 @@ impl Sock {
             mine.base.store(tail, Ordering::Relaxed);
         }
         let Some(ring) = pair.out_ring() else { return Err(libc::ECONNRESET) };
-        let n = ((RING_BYTES - used) as usize).min(len);
+        let n = ((RING_BYTES - used) as usize).min(len - begin);
         let (mut put, mut short, mut failed) = (0, false, None);
         while put < n && !short && failed.is_none() {
             let piece = (n - put).min(PIECE as usize);
@@ -292,7 +315,7 @@ impl Sock {
                 if failed.is_some() || short {
                     return;
                 }
-                match fill(p, put + at, run) {
+                match fill(p, begin + put + at, run) {
                     Ok(filled) => {
                         got += filled.min(run);
                         short = filled < run;
@@ -317,6 +340,9 @@ impl Sock {
             // SYNC: pair-tail - the bytes, the base and the urgent mark are visible with it.
             mine.tail.store(tail, Ordering::Release);
         }
+        if offered.withdrawn {
+            offer::ended(mine);
+        }
         if put > 0 {
             mine.sent.store(mine.sent.load(Ordering::Relaxed).wrapping_add(put as u64), Ordering::Relaxed);
             // SYNC: pair-sleep - a sleeper that set its flag before it could see this tail is seen here. The same for an
@@ -328,20 +354,22 @@ impl Sock {
             } else {
                 self.tell(&pair.theirs.want_data, urgent && put == len);
             }
-            return Ok((put, short));
+            return Ok((begin + put, short));
         }
         match failed {
-            Some(errno) => Err(errno),
-            None => Ok((0, short)),
+            Some(errno) if begin == 0 => Err(errno),
+            _ => Ok((begin, short)),
         }
     }
 
-    /// Takes bytes of the ring; the caller holds the readers' lock.
+    /// Takes bytes of the ring; the caller holds the readers' lock. `sink`: the program's
+    /// buffers and where in them to begin, if that is where `drain` copies to.
     pub fn pair_take(
         &self,
         pair: &Pair,
         len: usize,
         peek: bool,
+        sink: Option<(Buffers, usize)>,
         mut drain: impl FnMut(*mut u8, usize, usize) -> Result<usize, i32>,
     ) -> Result<usize, i32> {
         let mine = pair.mine;
@@ -349,7 +377,8 @@ impl Sock {
         // SYNC: pair-tail
         let mut used = pair.theirs.tail.load(Ordering::Acquire).wrapping_sub(head);
         if used == 0 {
-            return Ok(0);
+            let sink = sink.filter(|_| self.guest.single_copy);
+            return Ok(offer::take(pair, sink, len, !peek));
         }
         if used > RING_BYTES {
             return Err(libc::ECONNRESET);

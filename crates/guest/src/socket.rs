@@ -11,6 +11,7 @@ use netkernel_abi::{Op, SocketEntry};
 use netkernel_shm::Bytes;
 
 use crate::guest::{self, Guest};
+use crate::offer::{self, Source};
 use crate::sys::{self, raw};
 use crate::table::{self, Slot};
 use crate::{handover, pair, queue, wait};
@@ -59,6 +60,9 @@ const GIVE_WAY: u32 = 384 << 10;
 pub const SIOCATMARK: u64 = 0x8905;
 
 /// A set of program buffers, as in `struct iovec`; addresses are the program's own.
+/// Looks at what an offer became, before it counts as nothing.
+const MOST_LOOKS: u32 = 64;
+
 pub type Buffers<'a> = &'a [libc::iovec];
 
 pub fn total(buffers: Buffers) -> usize {
@@ -66,7 +70,7 @@ pub fn total(buffers: Buffers) -> usize {
 }
 
 /// Calls `copy(buffer pointer, length)` for the next `len` bytes of `buffers` from `skip` on.
-fn walk(buffers: Buffers, mut skip: usize, mut len: usize, mut copy: impl FnMut(*mut u8, usize)) {
+pub fn walk(buffers: Buffers, mut skip: usize, mut len: usize, mut copy: impl FnMut(*mut u8, usize)) {
     for b in buffers {
         if len == 0 {
             break;
@@ -756,11 +760,13 @@ impl Sock {
 
     // ---- streams -----------------------------------------------------------------------------------------------
 
-    /// Writes to a stream. `fill(ring pointer, offset in the message, length)` brings the bytes; `len` in all.
+    /// Writes to a stream. `fill(ring pointer, offset in the message, length)` brings the bytes; `len` in all. `source`: the program's
+    /// buffers, if that is where they come from.
     pub fn stream_send(
         &self,
         len: usize,
         flags: i32,
+        source: Option<Buffers>,
         mut fill: impl FnMut(*mut u8, usize, usize) -> Result<usize>,
     ) -> Result<usize> {
         let nonblock = self.nonblock(flags);
@@ -773,7 +779,8 @@ impl Sock {
             if len == 0 {
                 return Ok(0);
             }
-            match self.put(len - done, flags, |p, at, n| fill(p, done + at, n)) {
+            let from = source.map(|buffers| Source { buffers, skip: done });
+            match self.put(len - done, flags, from, |p, at, n| fill(p, done + at, n)) {
                 Ok((n, short)) => {
                     done += n;
                     if done == len || short {
@@ -845,6 +852,7 @@ impl Sock {
         &self,
         len: usize,
         flags: i32,
+        source: Option<Source>,
         mut fill: impl FnMut(*mut u8, usize, usize) -> Result<usize>,
     ) -> Result<(usize, bool)> {
         let e = self.entry;
@@ -855,7 +863,7 @@ impl Sock {
         if s & state::PAIRED != 0 {
             let pair = pair::of(self.guest, e)?;
             let lock = RegionLock::take(&e.tx_lock)?;
-            let put = self.pair_put(&pair, len, flags & libc::MSG_OOB != 0, fill)?;
+            let put = self.pair_put(&pair, len, flags & libc::MSG_OOB != 0, source, fill)?;
             drop(lock);
             if put.0 > 0 && pair.unsent() >= netkernel_abi::pair::RING_BYTES / 2 {
                 sys::yield_now();
@@ -928,13 +936,14 @@ impl Sock {
         &self,
         len: usize,
         peek_from: Option<u32>,
+        sink: Option<(Buffers, usize)>,
         mut drain: impl FnMut(*mut u8, usize, usize) -> Result<usize>,
     ) -> Result<usize> {
         let e = self.entry;
         if self.state() & state::PAIRED != 0 {
             let pair = pair::of(self.guest, e)?;
             let _lock = RegionLock::take(&e.rx_lock)?;
-            return self.pair_take(&pair, len, peek_from.is_some(), drain);
+            return self.pair_take(&pair, len, peek_from.is_some(), sink, drain);
         }
         let _lock = RegionLock::take(&e.rx_lock)?;
         let head = e.rx_head.load(Ordering::Relaxed);
@@ -993,17 +1002,18 @@ impl Sock {
         }
     }
 
-    /// Reads from a stream through `drain`.
+    /// Reads from a stream through `drain`. `sink`: the program's buffers, if that is where it puts the bytes.
     pub fn stream_receive(
         &self,
         len: usize,
         flags: i32,
+        sink: Option<Buffers>,
         mut drain: impl FnMut(*mut u8, usize, usize) -> Result<usize>,
     ) -> Result<usize> {
         let timeout = self.entry.rcv_timeout_us.load(Ordering::Relaxed);
         let all = flags & libc::MSG_WAITALL != 0 && flags & libc::MSG_PEEK == 0 && !self.nonblock(flags);
         let peek = flags & libc::MSG_PEEK != 0;
-        let mut done = 0usize;
+        let (mut done, mut fruitless) = (0usize, 0u32);
         loop {
             let s = self.state();
             if s & state::LISTENING != 0
@@ -1017,15 +1027,21 @@ impl Sock {
             if len == 0 && self.rx_used() > 0 {
                 return Ok(0);
             }
-            done += match self.take(len - done, peek.then_some(0), |p, at, n| drain(p, begin + at, n)) {
+            let to = sink.map(|buffers| (buffers, begin));
+            let got = match self.take(len - done, peek.then_some(0), to, |p, at, n| drain(p, begin + at, n)) {
                 Ok(n) => n,
                 Err(e) if done == 0 => return Err(e),
                 Err(_) => return Ok(done),
             };
+            done += got;
+            fruitless = if got > 0 { 0 } else { fruitless };
             if done > 0 && (!all || done == len) {
                 return Ok(done);
             }
             // Nothing (more) there.
+            if self.offer_comes(&mut fruitless) {
+                continue;
+            }
             if self.rx_used() == 0 {
                 let s = self.state();
                 let ended = s & (state::RX_END | state::DEAD | state::CONNECT_FAILED) != 0
@@ -1058,6 +1074,21 @@ impl Sock {
                 }
             }
         }
+    }
+
+    /// What a pair's other end had offered will stand in the ring in a moment: a look more, if there were not too many.
+    fn offer_comes(&self, looks: &mut u32) -> bool {
+        let Some(pair) = self.pair() else { return false };
+        if self.rx_used() == 0 && !offer::comes(&pair) {
+            return false;
+        }
+        *looks += 1;
+        if *looks > MOST_LOOKS {
+            offer::refuse(&pair);
+            return false;
+        }
+        sys::yield_now();
+        true
     }
 
     /// `recv(MSG_OOB)`.
@@ -1110,7 +1141,7 @@ impl Sock {
         let result = if self.is_datagram() {
             self.datagram_send(buffers, flags, address, control, announce)
         } else {
-            self.stream_send(total(buffers), flags, |p, at, n| {
+            self.stream_send(total(buffers), flags, Some(buffers), |p, at, n| {
                 let mut to = p;
                 walk(buffers, at, n, |from, n| {
                     // SAFETY: `to` has n bytes of the ring left, `from` n bytes of the program's buffer.
@@ -1142,7 +1173,7 @@ impl Sock {
             return self.receive_oob(buffers, flags).map(|n| (n, libc::MSG_OOB));
         }
         let trunc = flags & libc::MSG_TRUNC != 0;
-        self.stream_receive(total(buffers), flags, |p, at, n| {
+        self.stream_receive(total(buffers), flags, (!trunc).then_some(buffers), |p, at, n| {
             if trunc {
                 return Ok(n);
             }

@@ -61,7 +61,12 @@ impl PairMemory {
         let mut used = 0;
         for end in (0..ENDS).filter_map(|end| self.view.end(slot, end)) {
             used = used.max(end.sent.swap(0, Relaxed));
-            end.urgent.store(0, Relaxed);
+            for word in [&end.urgent, &end.offer, &end.offer_end, &end.offer_proof_at, &end.offer_proof] {
+                word.store(0, Relaxed);
+            }
+            for word in [&end.refuses, &end.copying, &end.offer_pid, &end.offer_pause] {
+                word.store(0, Relaxed);
+            }
             for word in [&end.tail, &end.base, &end.head, &end.full, &end.want_data, &end.want_space] {
                 word.store(0, SeqCst);
             }

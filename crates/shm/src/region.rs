@@ -113,6 +113,11 @@ impl Region {
         Ok(region)
     }
 
+    /// Says of a region that nobody else has yet that it has `features` more.
+    pub fn add_features(&self, features: u64) {
+        self.header().features.fetch_or(features, std::sync::atomic::Ordering::Relaxed);
+    }
+
     /// Maps the region behind `fd` and checks its header.
     pub fn attach(fd: OwnedFd) -> Result<Region, RegionError> {
         // SAFETY: an all-zero stat is a valid value of that plain C struct.

@@ -38,7 +38,20 @@ pub fn catalog(_: &Settings) -> Vec<Benchmark> {
                 row("iperf3-limit", "the most that two copies allow here", "Gbit/s", Promise::None),
             ],
             most_rounds: u32::MAX,
-            start: |session| Ok(Box::new(Stream::start(session)?)),
+            start: |session| Ok(Box::new(Stream::start(session, false)?)),
+        },
+        Benchmark {
+            id: "iperf3-single",
+            about: "the same, guests that trust each other (single_copy)".into(),
+            needs: &["iperf3"],
+            rows: vec![row(
+                "iperf3-single",
+                "iperf3 one stream, 128 KiB writes, single_copy",
+                "Gbit/s",
+                Promise::RatioAtLeast(2.5),
+            )],
+            most_rounds: u32::MAX,
+            start: |session| Ok(Box::new(Stream::start(session, true)?)),
         },
         Benchmark {
             id: "redis-p1",
@@ -187,24 +200,38 @@ pub fn ping_client(port: u16, seconds: f64) -> Result<()> {
     Ok(())
 }
 
-struct Stream(Pair);
+struct Stream {
+    pair: Pair,
+    /// Large writes take one copy; else the most that two copies allow is measured, too.
+    single: bool,
+}
 
 impl Stream {
-    fn start(session: &Session) -> Result<Stream> {
-        Ok(Stream(Pair::start(session, |session, side, engine, port| {
+    fn start(session: &Session, single: bool) -> Result<Stream> {
+        let directory = session.subdirectory("stream")?;
+        let config = directory.join("engine.toml");
+        let stack = &session.settings.stack;
+        let text = format!("[[nsm]]\nname = \"{stack}\"\nstack = \"shm\"\nsingle_copy = {single}\n");
+        std::fs::write(&config, text).context("the engine's configuration")?;
+        let pair = Pair::start_on(session, session.engine_with(&config)?, |session, side, engine, port| {
             iperf3::server(session, Role::Measured, side, engine, port)
-        })?))
+        })?;
+        Ok(Stream { pair, single })
     }
 }
 
 impl Live for Stream {
     fn measure(&mut self, session: &Session, side: Side) -> Result<Sample> {
-        let (port, seconds) = (self.0.port(side).to_string(), session.settings.seconds.ceil().to_string());
+        let (port, seconds) = (self.pair.port(side).to_string(), session.settings.seconds.ceil().to_string());
         let mut args = words(&["-c", "127.0.0.1", "-J", "-l", "128K", "-t", &seconds, "-p", &port]);
         if side == Side::Native {
             args.extend(words(&["-C", &session.surroundings.native_congestion_control]));
         }
-        let report = iperf3::Report::parse(&client(session, side, &self.0.engine, "iperf3", &args)?)?;
+        let report = iperf3::Report::parse(&client(session, side, &self.pair.engine, "iperf3", &args)?)?;
+        let detail = json!({ "gigabytes": report.gigabytes });
+        if self.single {
+            return Ok(Sample::new(vec![report.gbit_s], detail));
+        }
         let limit = match side {
             Side::Native => report.gbit_s,
             // The machine's, in the same minute as the program's.
@@ -212,7 +239,7 @@ impl Live for Stream {
                 two_copies::gbit_s(session.cores(), Duration::from_secs_f64(session.settings.seconds / 2.0))?
             }
         };
-        Ok(Sample::new(vec![report.gbit_s, limit], json!({ "gigabytes": report.gigabytes })))
+        Ok(Sample::new(vec![report.gbit_s, limit], detail))
     }
 }
 

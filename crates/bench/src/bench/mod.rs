@@ -125,7 +125,15 @@ impl Pair {
         session: &Session,
         start: impl Fn(&Session, Side, Option<&Engine>, u16) -> Result<Process>,
     ) -> Result<Pair> {
-        let engine = session.engine()?;
+        Pair::start_on(session, session.engine()?, start)
+    }
+
+    /// The same with an engine of one's own.
+    fn start_on(
+        session: &Session,
+        engine: Engine,
+        start: impl Fn(&Session, Side, Option<&Engine>, u16) -> Result<Process>,
+    ) -> Result<Pair> {
         let port = session.port()?;
         let native = (start(session, Side::Native, None, port)?, port);
         let port = session.port()?;

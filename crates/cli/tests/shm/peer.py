@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """One of two guests that are joined in memory: peer.py server | client PORT | writer PORT | reader | echo | asker PORT |
-hostile PORT
+hostile PORT | bulk-reader | bulk-writer PORT
 
 `echo` serves whoever comes; `asker` says what it got for each line that it is given; `hostile` writes random bytes all over the
 memory that it shares with the server, again and again, while it uses its connection.
@@ -12,6 +12,7 @@ that ended: `over OUTCOME BYTES`, where OUTCOME is `end`, or the errno's name, o
 import errno
 import os
 import random
+import select
 import socket
 import sys
 import threading
@@ -103,7 +104,76 @@ def hostile(port):
     say("done")
 
 
+BULK = 8_000_000
+
+
+def bulk_reader():
+    """Reads in all ways as fast as it can, and looks at what came now and then."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    say("port", listener.getsockname()[1])
+    s, _ = listener.accept()
+    say("ready")
+    room, ways, ended = memoryview(bytearray(BULK)), random.Random(), False
+    expected = (PATTERN * (BULK // len(PATTERN) + 1))[:BULK]
+    while not ended:
+        got, peeks = 0, []
+        while got < BULK and not ended:
+            way, most = ways.randrange(16), min(BULK - got, 400000)
+            if way == 0:
+                peeks.append((got, s.recv(ways.randrange(1, 300000), socket.MSG_PEEK)))
+            if way == 1:
+                select.select([s], [], [])
+                try:
+                    n = s.recv_into(room[got:], most, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    return say("nothing there after select at", got)
+            elif way == 2:
+                cut = got + most // 3
+                n = s.recvmsg_into([room[got:cut], room[cut : got + most]])[0]
+            elif way == 3:
+                n = s.recv_into(room[got:], min(most, ways.randrange(1, 3000)))
+            elif way == 4:
+                n = s.recv_into(room[got:], most, socket.MSG_WAITALL)
+            else:
+                n = s.recv_into(room[got:], most)
+            got, ended = got + n, n == 0
+        if room[:got] != expected[:got]:
+            return say("corrupt")
+        for at, peeked in peeks:
+            if peeked != expected[at : at + len(peeked)] and at + len(peeked) <= BULK:
+                return say("corrupt peek at", at)
+        say("over end" if ended else "right")
+
+
+def bulk_writer(port):
+    s = socket.create_connection(("127.0.0.1", int(port)))
+    over = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.readline(), over.set()), daemon=True).start()
+    data = memoryview((PATTERN * (BULK // len(PATTERN) + 1))[:BULK])
+    sizes, buffer = random.Random(), memoryview(bytearray(300000))
+    while not over.is_set():
+        at = 0
+        while at < BULK:
+            n = min(sizes.choice((5000, 65536, 131072, 131072, 131072, 300000)), BULK - at)
+            buffer[:n] = data[at : at + n]
+            s.setblocking(sizes.random() < 0.7)
+            done = 0
+            while done < n:
+                try:
+                    done += s.send(buffer[done:n])
+                except BlockingIOError:
+                    select.select([], [s], [])
+            at += n
+            # What was written is written, whatever becomes of the buffer.
+            buffer[:n] = bytes(n)
+    s.close()
+
+
 def main(role, port=None):
+    if role == "bulk-reader":
+        return bulk_reader()
+    if role == "bulk-writer":
+        return bulk_writer(port)
     if role in ("echo", "asker", "hostile"):
         return {"echo": echo, "asker": asker, "hostile": hostile}[role](*[port] if port else [])
     if role in ("server", "reader"):

@@ -63,7 +63,7 @@ unsafe extern "C" fn writev(fd: c_int, iov: *const iovec, n: c_int) -> ssize_t {
 /// File or pipe to guest socket: the kernel reads straight into the send ring.
 fn feed(s: &Sock, from: c_int, mut offset: Option<&mut i64>, len: usize, flags: c_int) -> Result<usize, i32> {
     let mut end = false;
-    s.stream_send(len.min(0x7fff_f000), flags, |p, _, n| {
+    s.stream_send(len.min(0x7fff_f000), flags, None, |p, _, n| {
         if end {
             return Ok(0);
         }
@@ -146,7 +146,7 @@ unsafe extern "C" fn splice(
         return finish(feed(&s, from, None, want, 0));
     }
     let Some(s) = source else { return -1 };
-    finish(s.stream_receive(n.min(0x7fff_f000), 0, |p, _, n| {
+    finish(s.stream_receive(n.min(0x7fff_f000), 0, None, |p, _, n| {
         let nonblock = flags & libc::SPLICE_F_NONBLOCK != 0;
         if nonblock || n > 4096 {
             let mut poll = libc::pollfd { fd: to, events: libc::POLLOUT, revents: 0 };
