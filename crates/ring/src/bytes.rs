@@ -16,6 +16,12 @@ pub fn used(head: u32, tail: u32, size: u32) -> Result<u32, Corrupt> {
     if used > size { Err(Corrupt) } else { Ok(used) }
 }
 
+/// Where `position` stands in a ring of `size` bytes, a power of two: below `size`, or 0.
+#[inline]
+pub fn offset(base: u32, position: u32, size: u32) -> u32 {
+    position.wrapping_sub(base) & size.wrapping_sub(1)
+}
+
 /// The two runs that `len` bytes at `position` occupy in a ring of `size` bytes whose position `base` stands at offset 0.
 /// `len` must be at most `size`; `size` a power of two. The result never leaves 0..size, whatever the arguments.
 #[inline]
@@ -24,7 +30,7 @@ pub fn segments(base: u32, position: u32, len: u32, size: u32) -> Segments {
     if size == 0 {
         return Segments { first: (0, 0), second: (0, 0) };
     }
-    let offset = position.wrapping_sub(base) & (size - 1);
+    let offset = offset(base, position, size);
     let first = len.min(size - offset);
     Segments { first: (offset, first), second: (0, len - first) }
 }
