@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::bench::{Promise, Row};
 use crate::machine::Machine;
+use crate::micro::Random;
 use crate::session::{Placement, Side, Surroundings};
 use crate::{output, plot};
 
@@ -70,6 +71,9 @@ impl Verdict {
     }
 }
 
+/// Draws of [`Record::interval`].
+const RESAMPLES: usize = 2000;
+
 pub struct Detail {
     pub round: u32,
     pub side: Side,
@@ -116,6 +120,50 @@ impl Record {
     pub fn ratios(&self) -> Option<Summary> {
         let rounds: Vec<f64> = self.netkernel.iter().zip(&self.native).map(|(b, a)| b / a).collect();
         Summary::of(&rounds)
+    }
+
+    /// Between what the ratio lies with 95 %, by resampling the rounds (Efron's bootstrap, percentiles; the same numbers for the same
+    /// series). `None` with fewer than five rounds.
+    pub fn interval(&self) -> Option<[f64; 2]> {
+        let finite = |pair: &(f64, f64)| pair.0.is_finite() && pair.1.is_finite();
+        let rounds: Vec<(f64, f64)> =
+            self.native.iter().copied().zip(self.netkernel.iter().copied()).filter(finite).collect();
+        if rounds.len() < 5 {
+            return None;
+        }
+        let (mut random, count) = (Random(7), rounds.len());
+        let mut ratios: Vec<f64> = (0..RESAMPLES)
+            .filter_map(|_| {
+                let drawn: Vec<(f64, f64)> = (0..count).map(|_| rounds[random.below(count)]).collect();
+                let side = |of: fn(&(f64, f64)) -> f64| {
+                    Summary::of(&drawn.iter().map(of).collect::<Vec<_>>()).map(|summary| summary.median)
+                };
+                let ratio = side(|round| round.1)? / side(|round| round.0)?;
+                ratio.is_finite().then_some(ratio)
+            })
+            .collect();
+        ratios.sort_by(f64::total_cmp);
+        (!ratios.is_empty()).then(|| [quantile(&ratios, 0.025), quantile(&ratios, 0.975)])
+    }
+
+    /// The rounds differ so much that the promise may be kept, though the medians do not show it.
+    fn within_noise(&self) -> bool {
+        match (self.row.promise, self.interval()) {
+            (Promise::RatioAtLeast(least), Some([_, high])) => high >= least,
+            (Promise::RatioAtMost(most), Some([low, _])) => low <= most,
+            _ => false,
+        }
+    }
+
+    /// What the table says.
+    fn verdict_text(&self) -> String {
+        match (&self.outcome, self.verdict()) {
+            (Outcome::NotRun(reason) | Outcome::Failed(reason), _) => reason.clone(),
+            (Outcome::Measured, Verdict::FallsShort) if self.within_noise() => {
+                format!("{}, within noise", Verdict::FallsShort.word())
+            }
+            (Outcome::Measured, verdict) => verdict.word().to_owned(),
+        }
     }
 
     pub fn verdict(&self) -> Verdict {
@@ -176,6 +224,8 @@ impl Record {
             "ratios_of_rounds": self.ratios().map(Summary::json),
             "promise": promise,
             "limit": limit,
+            "interval": self.interval(),
+            "within_noise": self.within_noise(),
             "verdict": self.verdict().word(),
             "outcome": outcome,
             "reason": reason,
@@ -243,7 +293,7 @@ impl Results {
                 Placement::Free => "placement: the scheduler's".into(),
             },
             format!(
-                "{} rounds of {} s, {} and {} by turns; median (min..max); ratio of the medians",
+                "{} rounds of {} s, {} and {} by turns; median (min..max); ratio of the medians, and where it lies by 95 %",
                 self.rounds, self.seconds, self.sides[0], self.sides[1]
             ),
         ]
@@ -256,14 +306,10 @@ impl Results {
         }
         let _ = writeln!(text);
         let [a, b] = self.sides;
-        let head = ["", "unit", a, b, "ratio", "promise", "verdict"].map(String::from);
+        let head = ["", "unit", a, b, "ratio", "95 %", "promise", "verdict"].map(String::from);
         let mut lines = vec![head];
         let mut notes = Vec::new();
         for record in &self.records {
-            let verdict = match (&record.outcome, record.verdict()) {
-                (Outcome::NotRun(reason) | Outcome::Failed(reason), _) => reason.clone(),
-                (Outcome::Measured, verdict) => verdict.word().to_owned(),
-            };
             let side = |values: &[f64]| Summary::of(values).map_or("-".to_owned(), spread);
             lines.push([
                 record.row.title.clone(),
@@ -271,19 +317,20 @@ impl Results {
                 side(&record.native),
                 side(&record.netkernel),
                 record.ratio().map_or("-".to_owned(), |ratio| format!("{ratio:.2}x")),
+                record.interval().map_or("-".to_owned(), |[low, high]| format!("{low:.2}..{high:.2}")),
                 record.promise_text(),
-                verdict,
+                record.verdict_text(),
             ]);
             notes.extend(record.remarks.iter().map(|remark| format!("{}: {remark}", record.row.id)));
         }
         let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
-        let widths: Vec<usize> = (0..7).map(width).collect();
+        let widths: Vec<usize> = (0..8).map(width).collect();
         for (n, line) in lines.iter().enumerate() {
             let mut out = String::new();
             for (column, cell) in line.iter().enumerate() {
                 let pad = widths[column];
                 let _ = match column {
-                    0 | 1 | 6 => write!(out, "{cell:pad$}  "),
+                    0 | 1 | 7 => write!(out, "{cell:pad$}  "),
                     _ => write!(out, "{cell:>pad$}  "),
                 };
             }
@@ -347,6 +394,22 @@ mod tests {
         record.native = native.to_vec();
         record.netkernel = netkernel.to_vec();
         record
+    }
+
+    #[test]
+    fn an_interval_is_told_and_noise_is_no_proof_of_falling_short() {
+        let steady = record(Promise::RatioAtLeast(0.98), &[100.0; 8], &[90.0; 8]);
+        assert_eq!(steady.interval(), Some([0.9, 0.9]));
+        assert_eq!(steady.verdict_text(), "FALLS SHORT");
+        let native = [100.0, 90.0, 110.0, 95.0, 105.0, 100.0, 92.0, 108.0];
+        let ours = [97.0, 111.0, 90.0, 104.0, 93.0, 96.0, 107.0, 91.0];
+        let noisy = record(Promise::RatioAtLeast(0.98), &native, &ours);
+        let [low, high] = noisy.interval().unwrap();
+        assert!(low < noisy.ratio().unwrap() && noisy.ratio().unwrap() < high, "{low} {high}");
+        assert_eq!(noisy.verdict(), Verdict::FallsShort, "what is promised must be shown");
+        assert_eq!(noisy.verdict_text(), "FALLS SHORT, within noise");
+        assert_eq!(noisy.interval(), noisy.interval(), "the same for the same series");
+        assert_eq!(record(Promise::None, &[1.0; 4], &[1.0; 4]).interval(), None, "too few");
     }
 
     #[test]

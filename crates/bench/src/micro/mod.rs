@@ -2,11 +2,12 @@
 //!
 //! Chunks: a random chunk of a pool is read and copied, between GuestLib's and ServiceLib's mapping of one region, beside a
 //! plain memcpy of the same pattern. Elements: what it costs to push, switch, and pop them by batches. Doorbells: rung and
-//! suppressed. Rounds go over all cases by turns; what is quoted are medians.
+//! suppressed. The agent's filter: what each system call pays for it. Rounds go over all cases by turns; what is quoted are medians.
 
 mod bells;
 mod chunks;
 mod elements;
+mod filter;
 mod plot;
 mod table;
 
@@ -50,7 +51,7 @@ pub(crate) struct Row {
     pub id: String,
     pub title: String,
     pub unit: &'static str,
-    /// The plain memcpy of the same pattern.
+    /// The plain memcpy of the same pattern, or the call without a filter.
     pub plain: Vec<f64>,
     pub ours: Vec<f64>,
     pub limits: Limits,
@@ -130,6 +131,7 @@ pub fn run(args: MicroArgs) -> Result<()> {
         cases.push(Box::new(elements::Across::new(other, args.output.quick)?));
     }
     cases.push(Box::new(bells::Bells::new(cores.map(|[_, other]| other), args.output.quick)?));
+    cases.push(Box::new(filter::Filter::new(args.output.quick)));
     let progress = Progress::new(u64::from(rounds) * cases.len() as u64, args.output.quiet);
     for round in 0..rounds {
         for case in &mut cases {
@@ -180,6 +182,11 @@ impl Random {
         // A linear congruence: one multiplication, so that the pattern costs next to nothing beside a copy.
         self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (self.0 >> 32) as u32
+    }
+
+    /// Below `count`, which is small.
+    pub fn below(&mut self, count: usize) -> usize {
+        self.next() as usize % count.max(1)
     }
 }
 

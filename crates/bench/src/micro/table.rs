@@ -16,7 +16,10 @@ pub fn facts(results: &Results) -> [String; 3] {
             machine.date, machine.kernel, machine.cpus, machine.cpu, machine.memory_gib, machine.huge_pages
         ),
         format!("{}{commit}; chunks of a pool of {} MiB", machine.netkernel, results.pool_mib),
-        format!("{} rounds, all cases by turns, on one core; median (min..max)", results.rounds),
+        format!(
+            "{} rounds, all cases by turns, on one core; median (min..max); plain: memcpy, and no filter",
+            results.rounds
+        ),
     ]
 }
 
@@ -26,7 +29,7 @@ pub fn table(results: &Results) -> String {
         let _ = writeln!(text, "{fact}");
     }
     let _ = writeln!(text);
-    let head = ["", "unit", "plain memcpy", "NetKernel", "ratio", "published", "promise", "verdict"];
+    let head = ["", "unit", "plain", "NetKernel", "ratio", "published", "promise", "verdict"];
     let mut lines = vec![head.map(String::from)];
     for row in &results.rows {
         let verdict = match (&row.outcome, row.verdict()) {
