@@ -60,13 +60,12 @@ impl Term {
         Term { here: WordRef::private(value), told: None }
     }
 
-    /// `value`: what it is if it is this process's.
+    /// `value`: what it is if it is this process's. Others are told when it is set: they may go by what one before this said.
     fn of(word: WordRef, terms: Terms, value: u64) -> Term {
-        if terms == Terms::Told {
-            return Term { here: word, told: None };
+        match terms {
+            Terms::Told => Term { here: word, told: None },
+            Terms::Own => Term { here: WordRef::private(value), told: Some(word) },
         }
-        word.store(value, Relaxed);
-        Term { here: WordRef::private(value), told: Some(word) }
     }
 
     #[inline]
@@ -228,6 +227,7 @@ mod tests {
         let memory = TenantMemory::create().unwrap();
         let [own, ..] = memory.buckets(Terms::Own).map(Arc::new);
         let [theirs, ..] = other(&memory).buckets(Terms::Told).map(Arc::new);
+        own.set_rate(crate::UNLIMITED);
         let (here, there) = (Police::new(vec![Arc::clone(&own)]), Police::new(vec![Arc::clone(&theirs)]));
         assert!(here.is_idle() && there.is_idle());
         own.set_rate(1_000_000);
@@ -335,7 +335,9 @@ mod tests {
             tenant: Arc::new(memory.connections(Some(2), Terms::Told, false)),
             nsm: Some(Arc::new(memory.seats(2, Arc::clone(shared)))),
         };
-        memory.connections(None, Terms::Own, false).set_parts(4);
+        let engine = memory.connections(None, Terms::Own, false);
+        engine.set_parts(4);
+        engine.set_most(u64::MAX);
         memory.say_seats(2, 2, 1);
         let shared = Arc::new(Quota::new(0));
         let places = places(&shared);
