@@ -8,6 +8,7 @@ use std::net::TcpStream;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use common::python::{CONNECTED, Python};
 use common::tenants::{Rig, Running};
 use common::until;
 
@@ -225,6 +226,26 @@ while True:
     }
     child.kill().unwrap();
     child.wait().unwrap();
+    engine.end();
+}
+
+#[test]
+fn a_connection_that_a_program_took_along_as_the_kernels_is_not_counted_any_more() {
+    let rig = Rig::new("tenants-handed");
+    let engine = rig.up(&Rig::own(""));
+    let program = rig.bare();
+    let count = || rig.tenant("own")["connections"].as_u64().unwrap();
+    let mut guest = Python::start_with(&rig.place, &["--socket", &rig.socket]);
+    assert_eq!(guest.run(CONNECTED), "1");
+    assert_eq!(count(), 2);
+    let took = format!(
+        "import subprocess; p = subprocess.Popen(['{program}'], stdin=c); a.sendall(b'x'); say(p.poll())"
+    );
+    assert_eq!(guest.run(&took), "None");
+    until("one is left", || count() == 1);
+    assert_eq!(guest.run("c.close(); a.close(); l.close(); say(p.wait())"), "0");
+    until("none is", || count() == 0);
+    guest.ends();
     engine.end();
 }
 

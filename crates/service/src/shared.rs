@@ -37,6 +37,9 @@ const GUARANTEED: usize = BUCKETS * BUCKET_WORDS;
 const BEYOND: usize = GUARANTEED + 1;
 const WORDS: usize = NSMS + MAX_PLACES * NSM_WORDS;
 
+/// Changes with where the words are and what they mean.
+pub(crate) const FORMAT: usize = 1 << 16 | WORDS;
+
 const _: () = assert!(QUEUED_ONLY < PARTS && BEYOND < NSM_WORDS);
 
 /// Whose word counts for what may be used.

@@ -56,8 +56,6 @@ struct Slot {
     journal: i32,
     /// Of its tenant: the same for all its guests.
     memory: i32,
-    /// Makes the size a multiple of the largest number's.
-    unused: u32,
     region_bytes: u64,
     name: Name,
     tenant: Name,
@@ -169,7 +167,6 @@ impl Root {
             doorbell: doorbell + 1,
             journal: journal.memory.fd() + 1,
             memory: memory.map_or(0, |memory| memory.as_raw_fd() + 1),
-            unused: 0,
             region_bytes,
             name: Name::new(&guest.name),
             tenant: Name::new(&guest.tenant),

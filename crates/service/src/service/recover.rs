@@ -40,9 +40,9 @@ impl Parts {
     }
 }
 
-/// What must be the same in the program that wrote a journal and the one that reads it.
+/// What must be the same in the program that wrote a journal and the one that reads it, and in those that share what a tenant uses.
 pub fn journal_format() -> u64 {
-    let sizes = [size_of::<Sock>(), size_of::<QueueState>(), size_of::<Totals>()];
+    let sizes = [size_of::<Sock>(), size_of::<QueueState>(), size_of::<Totals>(), crate::shared::FORMAT];
     sizes.into_iter().fold(FORMAT, |hash, size| hash.wrapping_mul(1009).wrapping_add(size as u64))
 }
 
