@@ -355,6 +355,9 @@ pub struct TenantStatus {
     pub operations: u64,
 }
 
+const TOO_MANY: &str = "at most 63 stacks of an engine can have form = \"process\"";
+const _: () = assert!(MAX_PLACES == 63);
+
 /// What tenants must know of the NSMs.
 struct Nsms {
     /// Places in the tenants' memory, of those in processes.
@@ -366,13 +369,16 @@ struct Nsms {
 impl Nsms {
     /// `taken`: places of those whose processes run already, by name.
     fn new(nsms: &[NsmConfig], taken: &[(String, usize)]) -> Result<Nsms, EngineError> {
-        let taken_by = |name: &str| taken.iter().find(|(own, _)| own == name).map(|&(_, place)| place);
-        let mut free = (0..MAX_PLACES).filter(|place| taken.iter().all(|(_, other)| other != place));
+        // What is configured no more has no guests.
+        let is_one = |name: &str| nsms.iter().any(|nsm| nsm.form == Form::Process && nsm.name == name);
+        let taken = |of: &dyn Fn(&(String, usize)) -> bool| {
+            taken.iter().filter(|(name, _)| is_one(name)).find(|one| of(one))
+        };
+        let mut free = (0..MAX_PLACES).filter(|place| taken(&|(_, other)| other == place).is_none());
         let mut place = |nsm: &NsmConfig| {
-            let place = taken_by(&nsm.name).filter(|&place| place < MAX_PLACES).or_else(|| free.next());
-            let many =
-                || EngineError::Config(format!("more than {MAX_PLACES} stacks have form = \"process\""));
-            place.ok_or_else(many)
+            let place = taken(&|(name, _)| *name == nsm.name).map(|&(_, place)| place);
+            let place = place.filter(|&place| place < MAX_PLACES).or_else(|| free.next());
+            place.ok_or_else(|| EngineError::Config(TOO_MANY.into()))
         };
         let places = nsms.iter().map(|nsm| match nsm.form {
             Form::Engine => Ok(None),
@@ -887,6 +893,10 @@ pub fn admit<'a>(
     nsms: &[NsmConfig],
 ) -> Result<(), Unkept> {
     let names: HashSet<&str> = nsms.iter().map(|nsm| nsm.name.as_str()).collect();
+    if let Some(nsm) = nsms.iter().filter(|nsm| nsm.form == Form::Process).nth(MAX_PLACES) {
+        let (nsm, why) = (Some(nsm.name.clone()), TOO_MANY.into());
+        return Err(Unkept { tenant: None, nsm, key: "name", why });
+    }
     for tenant in tenants.clone() {
         let own = |key, why| Unkept { tenant: Some(tenant.name.clone()), nsm: None, key, why };
         if let Some(unknown) = tenant.nsms.iter().find(|name| !names.contains(name.as_str())) {

@@ -22,8 +22,9 @@ const LEAST_OPERATIONS: u64 = 256;
 /// It is not worth a system call to move less, when more waits.
 const LEAST_MOVE: u64 = 4 * 1024;
 
-/// A debt that is longer is not believed: it stands in memory that others write, who may have written anything.
-const LONGEST_DEBT: u128 = 3600 * SECOND;
+/// Nobody takes as much more than there is, all threads together. A larger debt is none: it stands in memory that others write, who
+/// may have written anything.
+const MOST_DEBT: u64 = 64 << 20;
 
 /// A token bucket, kept as the time at which it is full again (GCRA, ATM Forum TM 4.0, 4.4.2): one word, so that threads, and
 /// processes, share it without a lock. Units are bytes or operations.
@@ -102,9 +103,10 @@ impl Bucket {
         (self.least_depth as u128 * SECOND / rate as u128).max(DEPTH_NS as u128 * FINE)
     }
 
-    /// When it is full again.
-    fn full_at(&self, now: u128) -> u128 {
-        (self.full_at.load(Relaxed) as u128).min(now + LONGEST_DEBT)
+    /// When it is full again, by what stands there.
+    fn believed(&self, full_at: u64, rate: u64, now: u128) -> u128 {
+        let longest = self.depth(rate) + MOST_DEBT as u128 * SECOND / rate as u128;
+        Some(full_at as u128).filter(|&full_at| full_at <= now + longest).unwrap_or(now)
     }
 
     /// Units that may pass now.
@@ -114,14 +116,16 @@ impl Bucket {
             return UNLIMITED;
         }
         let now = now_ns as u128 * FINE;
-        let level = (now + self.depth(rate)).saturating_sub(self.full_at(now).max(now));
+        let full_at = self.believed(self.full_at.load(Relaxed), rate, now);
+        let level = (now + self.depth(rate)).saturating_sub(full_at.max(now));
         (level * rate as u128 / SECOND) as u64
     }
 
     /// When `units` will be there, in nanoseconds.
     fn when(&self, units: u64, now_ns: u64) -> u64 {
         let rate = self.rate();
-        let time = self.full_at(now_ns as u128 * FINE) + units as u128 * SECOND / rate as u128;
+        let full_at = self.believed(self.full_at.load(Relaxed), rate, now_ns as u128 * FINE);
+        let time = full_at + units as u128 * SECOND / rate as u128;
         (time.saturating_sub(self.depth(rate)) / FINE) as u64
     }
 
@@ -134,10 +138,7 @@ impl Bucket {
         }
         let cost = units as u128 * SECOND / rate as u128;
         let now = now_ns as u128 * FINE;
-        let paid = |full_at: u64| {
-            let full_at = (full_at as u128).min(now + LONGEST_DEBT);
-            u64::try_from(full_at.max(now) + cost).ok()
-        };
+        let paid = |full_at: u64| u64::try_from(self.believed(full_at, rate, now).max(now) + cost).ok();
         let _ = self.full_at.fetch_update(Relaxed, Relaxed, paid);
     }
 }
@@ -492,6 +493,24 @@ mod tests {
         let again = police.allow(5000, now).unwrap_err();
         assert!(again > now && again <= now + 10 * MS, "{}", again - now);
         assert!(police.allow(5000, again).is_ok());
+    }
+
+    #[test]
+    fn a_debt_is_paid_and_one_that_cannot_be_is_none() {
+        for rate in [1, 1000, 1_000_000, 50_000_000] {
+            let bucket = Arc::new(Bucket::new(rate));
+            let police = Police::new(vec![Arc::clone(&bucket)]);
+            let now = 1_000_000 * MS;
+            // Datagrams may be more than there is.
+            bucket.take(1 << 20, now);
+            let again = police.allow(1000, now).unwrap_err();
+            let seconds = ((1 << 20) - LEAST_DEPTH.max(rate / 100)) / rate;
+            assert!(again >= now + seconds * 1000 * MS, "rate {rate}: {}", again - now);
+            bucket.full_at.store(u64::MAX, Relaxed);
+            assert_eq!(police.allow(1000, now), Ok(1000), "rate {rate}");
+            bucket.take(1000, now);
+            assert!(bucket.available(now) < LEAST_DEPTH.max(rate / 100), "what is used counts again");
+        }
     }
 
     #[test]
