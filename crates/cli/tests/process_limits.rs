@@ -380,6 +380,42 @@ fn limits_hold_for_programs_that_pass_the_library_by() {
     engine.end();
 }
 
+#[test]
+fn guests_joined_in_memory_in_a_process_are_limited_too() {
+    let rig = Rig::new("apart-joined");
+    let nsm = "[[nsm]]\nname = \"joined\"\nstack = \"shm\"\nform = \"process\"\n";
+    let engine = rig.up_with(&format!("{nsm}{}", Rig::own("max_send = \"8 Mbit/s\"\nmax_connections = 3")));
+    let (mut server, mut client) = (guest(&rig, "joined"), guest(&rig, "joined"));
+    let port = server.run("l = socket.create_server(('127.0.0.1', 0)); say(l.getsockname()[1])");
+    let join = |server: &mut Python, client: &mut Python| {
+        let connect = format!("c = socket.create_connection(('127.0.0.1', {port})); say(1)");
+        assert_eq!(client.run(&connect), "1");
+        assert_eq!(server.run("a, _ = l.accept(); say(1)"), "1");
+    };
+    join(&mut server, &mut client);
+    assert_eq!(connections(&rig), 2, "both ends are the tenant's");
+    let take = "import threading; t = threading.Thread(target=lambda: a.recv(900000, socket.MSG_WAITALL)); t.start(); say(1)";
+    assert_eq!(server.run(take), "1");
+    let began = Instant::now();
+    assert_eq!(client.run("c.sendall(bytes(900000)); say('sent')"), "sent");
+    assert_eq!(server.run("t.join(); say(1)"), "1");
+    let took = began.elapsed();
+    assert!(took > Duration::from_millis(400), "took {took:?} for most of a second's worth");
+    let explained = rig.ask(&["explain"]).succeeds().out.clone();
+    assert!(explained.contains("their tenant's rates are limited"), "{explained}");
+    // Without a limit they map the memory of a new connection.
+    rig.ask(&["tenant", "own", "--max-send", "none"]).succeeds();
+    client.run("c.close(); say(1)");
+    server.run("a.close(); say(1)");
+    until("places are free", || connections(&rig) == 0);
+    join(&mut server, &mut client);
+    let explained = rig.ask(&["explain"]).succeeds().out.clone();
+    assert!(explained.contains("in memory that both map, with guest"), "{explained}");
+    client.ends();
+    server.ends();
+    engine.end();
+}
+
 /// What a process that somebody took over may do to what tenants use: to its own guests' tenants, and to nobody else.
 #[test]
 fn a_process_that_writes_anything_spoils_its_own_tenants_only() {
