@@ -132,6 +132,7 @@ impl NsmSection {
             "capacity" => self.capacity.as_ref().map(|value| value.span().start),
             "capacity_operations" => self.capacity_operations.as_ref().map(|value| value.span().start),
             "capacity_connections" => self.capacity_connections.as_ref().map(|value| value.span().start),
+            "name" => Some(self.name.span().start),
             _ => None,
         }
     }
@@ -377,7 +378,11 @@ impl Config {
         let nsms: Vec<NsmConfig> = self
             .nsms
             .iter()
-            .map(|nsm| NsmConfig { capacity: nsm.capacity(), ..NsmConfig::kernel(nsm.name.get_ref(), None) })
+            .map(|nsm| NsmConfig {
+                capacity: nsm.capacity(),
+                form: nsm.form.unwrap_or_default(),
+                ..NsmConfig::kernel(nsm.name.get_ref(), None)
+            })
             .collect();
         if nsms.is_empty() {
             return Ok(());
@@ -626,6 +631,15 @@ mod tests {
         let fits =
             format!("{nsm}{}", tenant("x", "guaranteed_operations = 1000\nguaranteed_connections = 10"));
         assert!(Config::parse(Path::new("f.toml"), &fits).is_ok());
+    }
+
+    #[test]
+    fn there_are_places_for_so_many_processes() {
+        let one = |i: usize| format!("[[nsm]]\nname = \"p{i}\"\nform = \"process\"\n");
+        let most: String = (0..63).map(one).collect();
+        assert!(Config::parse(Path::new("f.toml"), &format!("{most}[[nsm]]\nname = \"e\"\n")).is_ok());
+        let error = Config::parse(Path::new("f.toml"), &(most + &one(63))).unwrap_err().to_string();
+        assert!(error.starts_with("f.toml, line 191") && error.contains("at most 63 stacks"), "{error}");
     }
 
     #[test]

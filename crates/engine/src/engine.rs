@@ -177,13 +177,15 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Engine {
     /// Starts the switch threads.
     pub fn start(config: EngineConfig) -> Result<Arc<Engine>, EngineError> {
-        Engine::start_with(config, None, None)
+        Engine::start_with(config, None, None, &[])
     }
 
+    /// `taken`: places of NSMs whose processes run already ([`Tenants::new`]).
     pub(crate) fn start_with(
         config: EngineConfig,
         over_hook: Option<OverHook>,
         root: Option<Arc<Root>>,
+        taken: &[(String, usize)],
     ) -> Result<Arc<Engine>, EngineError> {
         if config.nsms.is_empty() {
             return Err(EngineError::Config("no stack is configured: add at least one [[nsm]]".into()));
@@ -205,7 +207,7 @@ impl Engine {
         watch::start(&watches).map_err(resource)?;
         let remotes = config.nsms.iter().enumerate();
         let remotes = remotes.map(|(i, nsm)| (nsm.form == Form::Process).then(|| Remote::new(i))).collect();
-        let tenants = Arc::new(Tenants::new(&config.tenants, config.strict_tenants, &config.nsms)?);
+        let tenants = Arc::new(Tenants::new(&config.tenants, config.strict_tenants, &config.nsms, taken)?);
         Tenants::start(&tenants, &config.nsms).map_err(resource)?;
         let shared = Arc::new(Shared {
             tenants,
@@ -277,15 +279,10 @@ impl Engine {
         if let Some(bytes) = rights.region_bytes {
             limits.region_bytes = limits.region_bytes.min(bytes);
         }
-        if shared.remotes[nsm].is_some() && tenant.has_limits() {
-            return Err(EngineError::Refused(format!(
-                "tenant '{}' has limits, which hold in the engine only, and NSM '{}' is a process of its own: use another NSM",
-                rights.name, config.nsms[nsm].name
-            )));
-        }
         shared.tenants.take_guest(&tenant)?;
         // Given back with what is dropped before the guest is registered.
         let place = Place(Some(Arc::clone(&tenant)));
+        shared.tenants.open(&tenant, &config.nsms)?;
         let huge = spec.huge_pages.unwrap_or(config.huge_pages);
         let spin_ns = u32::try_from(config.spin_us.saturating_mul(1000)).unwrap_or(u32::MAX);
         let region =
@@ -365,6 +362,7 @@ impl Engine {
     pub(crate) fn adopt_guest(
         &self,
         guest: &wire::NewGuest,
+        tenant: Arc<Tenant>,
         region: Region,
         channel: OwnedFd,
         doorbell: OwnedFd,
@@ -372,11 +370,9 @@ impl Engine {
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a new guest: {e}"));
         // SAFETY: the region owns its descriptor and lives during this statement.
         let region_fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(region.fd()) };
-        let tenant = self.named_tenant(&guest.tenant);
         let registered = Registered {
             token: random_token().map_err(resource)?,
             name: guest.name.clone(),
-            // The supervisor's business: it lets no tenant in that has limits.
             tenant: Arc::clone(&tenant),
             nsm: 0,
             pid: guest.pid,
@@ -394,7 +390,7 @@ impl Engine {
         };
         lock(&self.shared.registry).guests.insert(guest.id, registered);
         let owner = guest.uid;
-        let limits = Limits::default();
+        let limits = tenant.limits(0);
         let new = NewGuest {
             id: guest.id,
             region,
@@ -421,28 +417,31 @@ impl Engine {
 
     /// Goes on with the guests that a process before this one had; says which. An error: one of them cannot be gone on with,
     /// and this process is of no use: the others' descriptors are in nobody's hands.
-    pub(crate) fn recover(&self) -> Result<Vec<u32>, u32> {
+    /// `place`: this NSM's in tenants' memory.
+    pub(crate) fn recover(&self, place: usize) -> Result<Vec<u32>, u32> {
         let Some(root) = &self.shared.root else { return Ok(Vec::new()) };
         let exact = root.was_stopped();
         let mut alive = Vec::new();
         let mut all = root.take().into_iter();
         while let Some(left) = all.next() {
             let id = left.guest.id;
-            if let Err(error) = self.recover_one(left, exact) {
+            if let Err(error) = self.recover_one(left, place, exact) {
                 log::error!("guest {id} is lost: {error}");
                 std::mem::forget(all);
                 return Err(id);
             }
             alive.push(id);
         }
+        self.shared.tenants.settle();
         Ok(alive)
     }
 
-    fn recover_one(&self, left: Left, exact: bool) -> Result<(), EngineError> {
+    fn recover_one(&self, mut left: Left, place: usize, exact: bool) -> Result<(), EngineError> {
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
-        let tenant = self.named_tenant(&left.guest.tenant);
+        let memory = left.memory.take().ok_or(EngineError::Stopped)?;
+        let tenant = self.shared.tenants.join(&left.guest.tenant, memory, place, true);
+        left.may_use = tenant.limits(0);
         let registered = Registered {
-            // The supervisor's business: it lets no tenant in that has limits.
             tenant: Arc::clone(&tenant),
             token: random_token().map_err(resource)?,
             name: left.guest.name.clone(),

@@ -30,7 +30,7 @@ use crate::worker::Leaving;
 use crate::{Engine, EngineConfig, EngineError, Form, GuestUsage, NsmConfig, Usage};
 
 /// Changes with what the document's fields mean.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// How long a switch thread may take to write its guests down.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -59,6 +59,8 @@ struct Document {
     violations: u64,
     guests: Vec<Written>,
     processes: Vec<LeftRunning>,
+    /// What tenants share with these: their names, and descriptors of this very process.
+    memories: Vec<(String, RawFd)>,
     ledgers: Vec<LeftLedger>,
     /// Guests that are over and whose usage nobody has asked for.
     over: Vec<GuestUsage>,
@@ -293,6 +295,8 @@ impl Engine {
         keep.extend(guests.iter().flat_map(|one| [one.journal, one.kept]).flatten());
         let left: Vec<LeftRunning> = processes.iter().filter_map(|process| process.left(shared)).collect();
         keep.extend(left.iter().map(|process| process.control));
+        let memories = shared.tenants.memories();
+        keep.extend(memories.iter().map(|(_, memory)| memory));
         let left_ledgers = ledgers.take();
         keep.extend(left_ledgers.iter().map(|ledger| ledger.netlink));
         let document = Document {
@@ -304,6 +308,7 @@ impl Engine {
             violations: shared.counters.violations.load(Relaxed),
             guests,
             processes: left,
+            memories,
             ledgers: left_ledgers,
             over: lock(&shared.over).iter().cloned().collect(),
             besides: besides(),
@@ -357,8 +362,19 @@ impl Engine {
             let all = [Some(one.region), Some(one.doorbell), one.journal, one.kept];
             all.into_iter().flatten().for_each(|fd| set_close_on_exec(fd, true));
         }
-        let engine = Engine::start(config)?;
+        let taken: Vec<(String, usize)> =
+            document.processes.iter().map(|process| (process.nsm.name.clone(), process.place)).collect();
+        let engine = Engine::start_with(config, None, None, &taken)?;
         let shared = &engine.shared;
+        for (tenant, memory) in document.memories {
+            set_close_on_exec(memory, true);
+            let memory = take_descriptor(memory + 1).ok_or_else(|| io::Error::other("it is not there"));
+            let resumed =
+                memory.and_then(|fd| shared.tenants.resume(&tenant, fd, &shared.config.nsms, &taken));
+            if let Err(error) = resumed {
+                log::error!(tenant:%; "what guests of tenant {tenant} in processes use is not known any more: {error}");
+            }
+        }
         lock(&shared.registry).last_id = document.last_id;
         lock(&shared.over).extend(document.over);
         shared.counters.created.store(document.guests_created, Relaxed);
@@ -386,6 +402,7 @@ impl Engine {
                 }
             }
         }
+        shared.tenants.settle();
         for process in document.processes {
             engine.go_on_with(process);
         }
@@ -426,8 +443,17 @@ impl Engine {
         let (nsm, seat, tenant) = self.place(&written, copies.0, copies.1, since_ms)?;
         let kept = written.kept.and_then(|fd| take_descriptor(fd + 1));
         let may_use = tenant.limits(nsm);
-        let left =
-            Left { guest: written.guest, nsm, may_use, region, doorbell, journal, kept, departed: None };
+        let left = Left {
+            guest: written.guest,
+            nsm,
+            may_use,
+            memory: None,
+            region,
+            doorbell,
+            journal,
+            kept,
+            departed: None,
+        };
         self.ask(seat, |answer| Command::Recover(Box::new(left), tenant, true, answer))?
     }
 
@@ -487,6 +513,7 @@ impl Engine {
         let guest = &written.guest;
         let id = guest.id;
         let tenant = self.named_tenant(&guest.tenant);
+        shared.tenants.open(&tenant, &shared.config.nsms)?;
         let registered = Registered {
             token: written.token,
             name: guest.name.clone(),

@@ -5,9 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use netkernel_service::{Bucket, UNLIMITED};
+use netkernel_service::UNLIMITED;
 
 use crate::tenants::{Capacity, Tenant};
 
@@ -17,29 +16,6 @@ pub(crate) const OPERATIONS: usize = 2;
 const SECOND_NS: u64 = 1_000_000_000;
 /// What of a guarantee must be had: a thread that is woken to the millisecond finds 99 % of a rate.
 const KEPT: (u64, u64) = (95, 100);
-
-/// One tenant's part of one resource of one NSM.
-pub(crate) struct Share {
-    pub bucket: Arc<Bucket>,
-    /// A turn of a switch thread ended before it was done.
-    behind: AtomicBool,
-}
-
-impl Share {
-    pub fn new(resource: usize) -> Share {
-        let bucket = if resource == OPERATIONS { Bucket::of_operations() } else { Bucket::new(UNLIMITED) };
-        Share { bucket: Arc::new(bucket), behind: AtomicBool::new(false) }
-    }
-
-    pub fn fell_behind(&self) {
-        self.behind.store(true, Relaxed);
-    }
-
-    /// Since the last call.
-    fn take_behind(&self) -> bool {
-        self.behind.load(Relaxed) && self.behind.swap(false, Relaxed)
-    }
-}
 
 impl Capacity {
     pub(crate) fn of(&self, resource: usize) -> Option<u64> {
@@ -138,8 +114,9 @@ impl Watch {
         if let Some((before, time_ns)) = self.held_back.take()
             && held_back
         {
-            self.due += units(guaranteed, time_ns);
-            self.got += before;
+            // What moved, an NSM's process may have made up.
+            self.due = self.due.saturating_add(units(guaranteed, time_ns));
+            self.got = self.got.saturating_add(before);
         }
         self.held_back = held_back.then_some((moved, elapsed_ns));
     }
@@ -183,10 +160,10 @@ impl Rounds {
                     0 => elapsed_ns,
                     seen_ns => self.begun_ns.saturating_sub(seen_ns),
                 };
-                let share = &tenant.shares[nsm][resource];
-                let used = share.bucket.used();
+                let Some(share) = tenant.share(nsm, resource) else { continue };
+                let used = share.used();
                 let moved = used.saturating_sub(std::mem::replace(&mut slot.used, used));
-                let wanting = share.bucket.take_wanting();
+                let wanting = share.take_wanting();
                 let held_back = share.take_behind() || wanting;
                 if moved > 0 || held_back {
                     self.awake[nsm].stays(index);
@@ -205,14 +182,14 @@ impl Rounds {
                     self.active.push(index);
                     self.demands.push(Demand { wanted, ..tenant.terms(nsm, resource) });
                 } else if std::mem::take(&mut slot.active) {
-                    share.bucket.set_rate(start(capacity, weights, &tenant.terms(nsm, resource)));
+                    share.set_rate(start(capacity, weights, &tenant.terms(nsm, resource)));
                 }
             }
             if let Some(capacity) = capacity
                 && !self.active.is_empty()
             {
                 for (&index, rate) in self.active.iter().zip(divide(capacity, weights, &self.demands)) {
-                    tenants[index].shares[nsm][resource].bucket.set_rate(rate);
+                    tenants[index].share(nsm, resource).inspect(|share| share.set_rate(rate));
                 }
             }
         }

@@ -2,17 +2,22 @@
 
 use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
-use netkernel_service::{Bucket, Limits, Places, Police, Quota, Seats, UNLIMITED, namespace_path, now_ns};
+use netkernel_service::{
+    Bucket, Limits, MAX_PLACES, Places, Police, Quota, Seats, TenantMemory, Terms, Told, UNLIMITED,
+    namespace_path, now_ns,
+};
 
 use crate::engine::lock;
-use crate::shares::{Attained, Demand, OPERATIONS, RESOURCES, Rounds, Share, start};
-use crate::{EngineError, NsmConfig};
+use crate::shares::{Attained, Demand, OPERATIONS, RESOURCES, Rounds, start};
+use crate::{EngineError, Form, NsmConfig};
 
 /// How often shares are computed anew.
 const SHARE_EVERY: Duration = Duration::from_millis(10);
@@ -105,10 +110,6 @@ pub(crate) struct Asker<'a> {
 /// A tenant at work.
 pub(crate) struct Tenant {
     config: Mutex<TenantConfig>,
-    send: Arc<Bucket>,
-    receive: Arc<Bucket>,
-    operations: Arc<Bucket>,
-    connections: Arc<Quota>,
     guests: Quota,
     /// Place in the list of tenants.
     index: usize,
@@ -116,35 +117,100 @@ pub(crate) struct Tenant {
     weight: AtomicU32,
     promised: AtomicBool,
     queued_only: AtomicBool,
-    limited: AtomicBool,
-    /// For each NSM: of sending, of receiving, and of operations.
-    pub shares: Vec<[Share; RESOURCES]>,
-    /// For each NSM that counts its connections.
-    seats: Vec<Option<Arc<Seats>>>,
+    /// In an NSM's process: where the engine says the same.
+    told: Option<Told>,
     /// For each NSM: a guarantee holds there.
     may_use: Vec<AtomicBool>,
+    means: OnceLock<Means>,
+}
+
+/// What a tenant uses. Made for its first guest: thousands that have none take no memory.
+struct Means {
+    memory: TenantMemory,
+    send: Arc<Bucket>,
+    receive: Arc<Bucket>,
+    operations: Arc<Bucket>,
+    connections: Arc<Quota>,
+    /// For each NSM: of sending, of receiving, and of operations.
+    shares: Vec<[Arc<Bucket>; RESOURCES]>,
+    /// For each NSM that counts its connections.
+    seats: Vec<Option<Arc<Seats>>>,
+}
+
+impl Means {
+    /// `inherits`: connections that a program before this one counted are still there.
+    fn new(memory: TenantMemory, nsms: &Nsms, shared: &[Arc<Quota>], inherits: bool) -> Means {
+        let [send, receive, operations] = memory.buckets(Terms::Own).map(Arc::new);
+        let connections = memory.connections(None, Terms::Own, inherits);
+        connections.set_parts(nsms.parts());
+        let private = || [Bucket::new(UNLIMITED), Bucket::new(UNLIMITED), Bucket::of_operations()];
+        let shares = nsms.places.iter().map(|place| match place {
+            Some(place) if memory.fd().is_some() => memory.shares(*place, Terms::Own).map(Arc::new),
+            _ => private().map(Arc::new),
+        });
+        let seats = nsms.counted.iter().zip(shared).zip(&nsms.places);
+        let seats = seats.map(|((counted, shared), place)| {
+            (*counted && place.is_none()).then(|| Arc::new(Seats::new(0, Arc::clone(shared))))
+        });
+        Means {
+            send,
+            receive,
+            operations,
+            connections: Arc::new(connections),
+            shares: shares.collect(),
+            seats: seats.collect(),
+            memory,
+        }
+    }
+
+    /// In the process of an NSM that has the place.
+    fn told(memory: TenantMemory, place: usize, shared: &Arc<Quota>, inherits: bool) -> Means {
+        let [send, receive, operations] = memory.buckets(Terms::Told).map(Arc::new);
+        Means {
+            send,
+            receive,
+            operations,
+            connections: Arc::new(memory.connections(Some(place), Terms::Told, inherits)),
+            shares: vec![memory.shares(place, Terms::Told).map(Arc::new)],
+            seats: vec![Some(Arc::new(memory.seats(place, Arc::clone(shared))))],
+            memory,
+        }
+    }
+
+    fn apply(&self, config: &TenantConfig) {
+        self.send.set_rate(config.send.most.unwrap_or(UNLIMITED));
+        self.receive.set_rate(config.receive.most.unwrap_or(UNLIMITED));
+        self.operations.set_rate(config.operations.unwrap_or(UNLIMITED));
+        self.connections.set_most(config.connections.unwrap_or(u64::MAX));
+        self.memory.say(config.weight.max(1), config.is_promised(), config.needs_queues());
+    }
+}
+
+impl TenantConfig {
+    /// True when kernel sockets that are given away would pass its limits by.
+    fn needs_queues(&self) -> bool {
+        self.send.most.is_some() || self.receive.most.is_some() || self.connections.is_some()
+    }
+
+    /// True when a rate is guaranteed to it.
+    fn is_promised(&self) -> bool {
+        [self.send.guaranteed, self.receive.guaranteed, self.guaranteed_operations]
+            .iter()
+            .any(|&rate| rate > 0)
+    }
 }
 
 impl Tenant {
-    /// `shared`: connections of each NSM that are nobody's.
-    fn new(config: TenantConfig, index: usize, nsms: &[NsmConfig], shared: &[Arc<Quota>]) -> Tenant {
-        let seats = |(nsm, shared): (&NsmConfig, &Arc<Quota>)| {
-            nsm.capacity.connections.map(|_| Arc::new(Seats::new(0, Arc::clone(shared))))
-        };
+    fn new(config: TenantConfig, index: usize, nsms: &[NsmConfig]) -> Tenant {
         let tenant = Tenant {
             index,
             weight: AtomicU32::new(1),
             promised: AtomicBool::new(false),
             queued_only: AtomicBool::new(false),
-            limited: AtomicBool::new(false),
-            seats: nsms.iter().zip(shared).map(seats).collect(),
+            told: None,
             may_use: nsms.iter().map(|nsm| AtomicBool::new(config.may_use(&nsm.name))).collect(),
-            send: Arc::new(Bucket::new(UNLIMITED)),
-            receive: Arc::new(Bucket::new(UNLIMITED)),
-            operations: Arc::new(Bucket::of_operations()),
-            connections: Arc::new(Quota::new(u64::MAX)),
             guests: Quota::new(u64::MAX),
-            shares: nsms.iter().map(|_| std::array::from_fn(Share::new)).collect(),
+            means: OnceLock::new(),
             config: Mutex::new(config),
         };
         tenant.apply();
@@ -169,34 +235,38 @@ impl Tenant {
 
     fn apply(&self) {
         let config = lock(&self.config);
-        let queued_only =
-            config.send.most.is_some() || config.receive.most.is_some() || config.connections.is_some();
-        self.queued_only.store(queued_only, Relaxed);
-        self.limited.store(queued_only || config.operations.is_some(), Relaxed);
-        let promised = [config.send.guaranteed, config.receive.guaranteed, config.guaranteed_operations];
-        self.promised.store(promised.iter().any(|&rate| rate > 0), Relaxed);
-        self.send.set_rate(config.send.most.unwrap_or(UNLIMITED));
-        self.receive.set_rate(config.receive.most.unwrap_or(UNLIMITED));
-        self.operations.set_rate(config.operations.unwrap_or(UNLIMITED));
-        self.connections.set_most(config.connections.unwrap_or(u64::MAX));
+        self.queued_only.store(config.needs_queues(), Relaxed);
+        self.promised.store(config.is_promised(), Relaxed);
         self.weight.store(config.weight.max(1), Relaxed);
         self.guests.set_most(config.guests.unwrap_or(u64::MAX));
+        self.means.get().inspect(|means| means.apply(&config));
     }
 
     /// What a guest of this tenant may use of an NSM.
     pub fn limits(&self, nsm: usize) -> Limits {
-        let of = |own: &Arc<Bucket>, direction: usize| {
-            Police::new(vec![Arc::clone(own), Arc::clone(&self.shares[nsm][direction].bucket)])
+        let Some(means) = self.means.get() else { return Limits::default() };
+        let of = |own: &Arc<Bucket>, resource: usize| {
+            Police::new(vec![Arc::clone(own), Arc::clone(&means.shares[nsm][resource])])
         };
         Limits {
-            send: of(&self.send, 0),
-            receive: of(&self.receive, 1),
-            operations: of(&self.operations, OPERATIONS),
+            send: of(&means.send, 0),
+            receive: of(&means.receive, 1),
+            operations: of(&means.operations, OPERATIONS),
             connections: Some(Places {
-                tenant: Arc::clone(&self.connections),
-                nsm: self.seats.get(nsm).cloned().flatten(),
+                tenant: Arc::clone(&means.connections),
+                nsm: means.seats.get(nsm).cloned().flatten(),
             }),
         }
+    }
+
+    /// Its part of a resource of an NSM, once it had a guest.
+    pub fn share(&self, nsm: usize, resource: usize) -> Option<&Bucket> {
+        Some(&self.means.get()?.shares.get(nsm)?[resource])
+    }
+
+    /// With which processes of NSMs map what it uses.
+    pub fn memory(&self) -> Option<BorrowedFd<'_>> {
+        self.means.get()?.memory.fd()
     }
 
     /// Which one of the configuration's it is; `None`: the one of those that it does not name.
@@ -209,22 +279,17 @@ impl Tenant {
     }
 
     pub fn weight(&self) -> u32 {
-        self.weight.load(Relaxed)
+        self.told.as_ref().map_or_else(|| self.weight.load(Relaxed), Told::weight)
     }
 
     /// True when kernel sockets that are given away would pass its limits by.
     pub fn needs_queues(&self) -> bool {
-        self.queued_only.load(Relaxed)
-    }
-
-    /// True when something of what it does must be held back.
-    pub fn has_limits(&self) -> bool {
-        self.limited.load(Relaxed)
+        self.told.as_ref().map_or_else(|| self.queued_only.load(Relaxed), Told::needs_queues)
     }
 
     /// True when a rate is guaranteed to it.
     pub fn is_promised(&self) -> bool {
-        self.promised.load(Relaxed)
+        self.told.as_ref().map_or_else(|| self.promised.load(Relaxed), Told::is_promised)
     }
 
     /// What it may have of a resource of an NSM. It wants nothing.
@@ -245,13 +310,15 @@ impl Tenant {
 
     /// A turn of a switch thread was over before what it had to send, to receive, and its elements were done.
     pub fn fell_behind(&self, nsm: usize, what: [bool; RESOURCES]) {
-        for (share, _) in self.shares[nsm].iter().zip(what).filter(|(_, behind)| *behind) {
-            share.fell_behind();
+        for resource in (0..RESOURCES).filter(|&resource| what[resource]) {
+            self.share(nsm, resource).inspect(|share| share.fell_behind());
         }
     }
 
     pub fn status(&self) -> TenantStatus {
         let config = self.config();
+        let means = self.means.get();
+        let used = |bucket: fn(&Means) -> &Bucket| means.map_or(0, |means| bucket(means).used());
         TenantStatus {
             name: config.name,
             weight: config.weight,
@@ -262,10 +329,10 @@ impl Tenant {
             guaranteed_connections: config.guaranteed_connections,
             most_connections: config.connections,
             guests: self.guests.now(),
-            connections: self.connections.now(),
-            bytes_out: self.send.used(),
-            bytes_in: self.receive.used(),
-            operations: self.operations.used(),
+            connections: means.map_or(0, |means| means.connections.now()),
+            bytes_out: used(|means| &means.send),
+            bytes_in: used(|means| &means.receive),
+            operations: used(|means| &means.operations),
         }
     }
 }
@@ -288,12 +355,61 @@ pub struct TenantStatus {
     pub operations: u64,
 }
 
+const TOO_MANY: &str = "at most 63 stacks of an engine can have form = \"process\"";
+const _: () = assert!(MAX_PLACES == 63);
+
+/// What tenants must know of the NSMs.
+struct Nsms {
+    /// Places in the tenants' memory, of those in processes.
+    places: Vec<Option<usize>>,
+    /// Those that count their connections.
+    counted: Vec<bool>,
+}
+
+impl Nsms {
+    /// `taken`: places of those whose processes run already, by name.
+    fn new(nsms: &[NsmConfig], taken: &[(String, usize)]) -> Result<Nsms, EngineError> {
+        // What is configured no more has no guests.
+        let is_one = |name: &str| nsms.iter().any(|nsm| nsm.form == Form::Process && nsm.name == name);
+        let taken = |of: &dyn Fn(&(String, usize)) -> bool| {
+            taken.iter().filter(|(name, _)| is_one(name)).find(|one| of(one))
+        };
+        let mut free = (0..MAX_PLACES).filter(|place| taken(&|(_, other)| other == place).is_none());
+        let mut place = |nsm: &NsmConfig| {
+            let place = taken(&|(name, _)| *name == nsm.name).map(|&(_, place)| place);
+            let place = place.filter(|&place| place < MAX_PLACES).or_else(|| free.next());
+            place.ok_or_else(|| EngineError::Config(TOO_MANY.into()))
+        };
+        let places = nsms.iter().map(|nsm| match nsm.form {
+            Form::Engine => Ok(None),
+            Form::Process => place(nsm).map(Some),
+        });
+        let counted = nsms.iter().map(|nsm| nsm.capacity.connections.is_some()).collect();
+        Ok(Nsms { places: places.collect::<Result<_, _>>()?, counted })
+    }
+
+    /// Who counts connections: the engine, and all up to the last place.
+    fn parts(&self) -> usize {
+        self.places.iter().flatten().max().map_or(1, |last| last + 2)
+    }
+
+    /// Processes share what tenants use.
+    fn are_apart(&self) -> bool {
+        self.places.iter().any(Option::is_some)
+    }
+}
+
 /// All tenants of an engine. Without a configuration there is one that may do everything.
 pub(crate) struct Tenants {
     list: Vec<Arc<Tenant>>,
     strict: bool,
     stop: Arc<AtomicBool>,
     started: AtomicBool,
+    nsms: Nsms,
+    /// Held while what tenants may use is changed, or made.
+    changing: Mutex<()>,
+    /// In the process of an NSM: those that its engine has let in.
+    joined: Mutex<Vec<Weak<Tenant>>>,
     /// Of all weights.
     weights: AtomicU64,
     /// By NSM.
@@ -307,17 +423,26 @@ pub(crate) struct Tenants {
 pub const OTHERS: &str = "others";
 
 impl Tenants {
-    pub fn new(configs: &[TenantConfig], strict: bool, nsms: &[NsmConfig]) -> Result<Tenants, EngineError> {
+    /// `taken`: see [`Nsms::new`].
+    pub fn new(
+        configs: &[TenantConfig],
+        strict: bool,
+        nsms: &[NsmConfig],
+        taken: &[(String, usize)],
+    ) -> Result<Tenants, EngineError> {
         admit(configs.iter(), nsms)?;
         let seats: Vec<Arc<Quota>> = nsms.iter().map(|_| Arc::new(Quota::new(u64::MAX))).collect();
         let others = TenantConfig::new(OTHERS);
         let list = configs.iter().chain([&others]).enumerate();
-        let list = list.map(|(i, config)| Arc::new(Tenant::new(config.clone(), i, nsms, &seats))).collect();
+        let list = list.map(|(i, config)| Arc::new(Tenant::new(config.clone(), i, nsms))).collect();
         let tenants = Tenants {
             list,
             strict,
             stop: Arc::default(),
             started: AtomicBool::new(false),
+            nsms: Nsms::new(nsms, taken)?,
+            changing: Mutex::default(),
+            joined: Mutex::default(),
             weights: AtomicU64::new(0),
             present: nsms.iter().map(|_| Mutex::default()).collect(),
             seats,
@@ -325,6 +450,123 @@ impl Tenants {
         };
         tenants.begin(nsms);
         Ok(tenants)
+    }
+
+    /// Makes what a tenant uses, before its first guest.
+    pub fn open(&self, tenant: &Tenant, nsms: &[NsmConfig]) -> Result<(), EngineError> {
+        let _alone = lock(&self.changing);
+        if tenant.means.get().is_some() {
+            return Ok(());
+        }
+        let memory = if self.nsms.are_apart() { TenantMemory::create() } else { Ok(TenantMemory::private()) };
+        let memory = memory.map_err(|error| {
+            EngineError::Resource(format!("no memory that the processes of stacks share: {error}"))
+        })?;
+        self.open_in(tenant, nsms, memory, false);
+        Ok(())
+    }
+
+    fn open_in(&self, tenant: &Tenant, nsms: &[NsmConfig], memory: TenantMemory, inherits: bool) {
+        let means = Means::new(memory, &self.nsms, &self.seats, inherits);
+        // Under the lock: nobody says something else meanwhile.
+        let config = lock(&tenant.config);
+        means.apply(&config);
+        let _ = tenant.means.set(means);
+        drop(config);
+        for (i, nsm) in nsms.iter().enumerate() {
+            self.begin_one(tenant, i, nsm);
+            self.say_seats(tenant, i, nsm);
+        }
+    }
+
+    /// Goes on with what a program before this one shared with processes of NSMs that still run. A tenant that there is no more
+    /// has no limits: its guests are others'.
+    pub fn resume(
+        &self,
+        name: &str,
+        fd: OwnedFd,
+        nsms: &[NsmConfig],
+        taken: &[(String, usize)],
+    ) -> io::Result<()> {
+        let memory = TenantMemory::open(fd)?;
+        for place in (0..MAX_PLACES).filter(|place| taken.iter().all(|(_, other)| other != place)) {
+            memory.forget_connections(place);
+        }
+        let _alone = lock(&self.changing);
+        match self.list.iter().find(|tenant| tenant.name() == name) {
+            Some(tenant) => self.open_in(tenant, nsms, memory, true),
+            None => {
+                let means = Means::new(memory, &self.nsms, &self.seats, false);
+                means.apply(&TenantConfig::new(name));
+                means.shares.iter().flatten().for_each(|share| share.set_rate(UNLIMITED));
+                for &place in self.nsms.places.iter().flatten() {
+                    means.memory.say_seats(place, u64::MAX, 0);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What another program goes on with: names of tenants, and descriptors of what they share with processes of NSMs.
+    pub fn memories(&self) -> Vec<(String, RawFd)> {
+        let of = |tenant: &Arc<Tenant>| Some((tenant.name(), tenant.memory()?.as_raw_fd()));
+        self.list.iter().filter_map(of).collect()
+    }
+
+    /// All connections that there were before are counted, or gone.
+    pub fn settle(&self) {
+        let joined = lock(&self.joined);
+        let joined = joined.iter().filter_map(Weak::upgrade);
+        let all = self.list.iter().map(Arc::clone).chain(joined);
+        all.for_each(|tenant| tenant.means.get().into_iter().for_each(|means| means.connections.settle()));
+    }
+
+    /// In the process of an NSM: the tenant whose memory this is. `inherits`: guests of it were there before this process.
+    pub fn join(&self, name: &str, memory: TenantMemory, place: usize, inherits: bool) -> Arc<Tenant> {
+        let mut joined = lock(&self.joined);
+        let is_it = |tenant: &Arc<Tenant>| {
+            let means = tenant.means.get();
+            means.zip(memory.fd()).is_some_and(|(means, fd)| means.memory.is_in(fd))
+        };
+        if let Some(tenant) = joined.iter().filter_map(Weak::upgrade).find(is_it) {
+            return tenant;
+        }
+        let free = joined.iter().position(|other| other.strong_count() == 0);
+        let index = free.unwrap_or(joined.len());
+        let told = Some(memory.told());
+        let means = OnceLock::from(Means::told(memory, place, &self.seats[0], inherits));
+        let tenant = Tenant::new(TenantConfig::new(name), self.list.len() + index, &[]);
+        let tenant = Arc::new(Tenant { told, means, ..tenant });
+        match free {
+            Some(index) => joined[index] = Arc::downgrade(&tenant),
+            None => joined.push(Arc::downgrade(&tenant)),
+        }
+        tenant
+    }
+
+    /// Where the process of an NSM finds what is its.
+    pub fn place(&self, nsm: usize) -> Option<usize> {
+        self.nsms.places.get(nsm).copied().flatten()
+    }
+
+    /// Nothing runs any more of an NSM's process: nobody gives back what it counted.
+    pub fn process_is_gone(&self, nsm: usize) {
+        self.forget_connections(nsm, |_| true);
+    }
+
+    /// The process of an NSM was started again: what the one before counted for tenants that have no guest there any more, the new
+    /// one does not know of.
+    pub fn process_is_back(&self, nsm: usize) {
+        // Held, so that none comes meanwhile.
+        let Some(present) = self.present.get(nsm).map(lock) else { return };
+        self.forget_connections(nsm, |tenant| !present.guests.contains_key(&tenant.index));
+    }
+
+    fn forget_connections(&self, nsm: usize, of: impl Fn(&Tenant) -> bool) {
+        let Some(place) = self.place(nsm) else { return };
+        for tenant in self.list.iter().filter(|tenant| of(tenant)) {
+            tenant.means.get().into_iter().for_each(|means| means.memory.forget_connections(place));
+        }
     }
 
     pub fn all(&self) -> impl Iterator<Item = &Arc<Tenant>> {
@@ -465,33 +707,41 @@ impl Tenants {
 
     /// What all may begin with, after limits changed.
     fn begin(&self, nsms: &[NsmConfig]) {
+        let _alone = lock(&self.changing);
         let weights = self.list.iter().map(|tenant| u64::from(tenant.weight())).sum();
         self.weights.store(weights, Relaxed);
         for (i, nsm) in nsms.iter().enumerate() {
             for tenant in &self.list {
                 self.begin_one(tenant, i, nsm);
             }
-            let Some(most) = nsm.capacity.connections else { continue };
-            let guaranteed = |tenant: &Arc<Tenant>| {
-                let config = lock(&tenant.config);
-                if config.may_use(&nsm.name) { config.guaranteed_connections } else { 0 }
-            };
-            let mut kept = 0u64;
-            for tenant in &self.list {
-                let guaranteed = guaranteed(tenant);
-                kept = kept.saturating_add(guaranteed);
-                tenant.seats[i].iter().for_each(|seats| seats.set_guaranteed(guaranteed));
+            if let Some(most) = nsm.capacity.connections {
+                let guaranteed = self.list.iter().map(|tenant| guaranteed_connections(tenant, nsm));
+                let kept = guaranteed.fold(0u64, u64::saturating_add);
+                self.seats[i].set_most(most.saturating_sub(kept));
             }
-            self.seats[i].set_most(most.saturating_sub(kept));
+            self.list.iter().for_each(|tenant| self.say_seats(tenant, i, nsm));
+        }
+    }
+
+    /// Which of an NSM's connections are the tenant's own.
+    fn say_seats(&self, tenant: &Tenant, i: usize, nsm: &NsmConfig) {
+        let Some(means) = tenant.means.get() else { return };
+        let counted = nsm.capacity.connections.is_some();
+        let guaranteed = if counted { guaranteed_connections(tenant, nsm) } else { u64::MAX };
+        means.seats[i].iter().for_each(|seats| seats.set_guaranteed(guaranteed));
+        if let Some(place) = self.place(i) {
+            means.memory.say_seats(place, guaranteed, self.seats[i].most());
         }
     }
 
     fn begin_one(&self, tenant: &Tenant, i: usize, nsm: &NsmConfig) {
-        for (resource, share) in tenant.shares[i].iter().enumerate() {
-            if let Some(capacity) = nsm.capacity.of(resource) {
-                let rate = start(capacity, self.weights.load(Relaxed), &tenant.terms(i, resource));
-                share.bucket.set_rate(rate);
-            }
+        for resource in 0..RESOURCES {
+            let Some(share) = tenant.share(i, resource) else { return };
+            let capacity = nsm.capacity.of(resource);
+            let rate = capacity.map_or(UNLIMITED, |capacity| {
+                start(capacity, self.weights.load(Relaxed), &tenant.terms(i, resource))
+            });
+            share.set_rate(rate);
         }
     }
 
@@ -529,6 +779,11 @@ impl Tenants {
         };
         all.into_iter().filter_map(one).collect()
     }
+}
+
+fn guaranteed_connections(tenant: &Tenant, nsm: &NsmConfig) -> u64 {
+    let config = lock(&tenant.config);
+    if config.may_use(&nsm.name) { config.guaranteed_connections } else { 0 }
 }
 
 /// The tenants that have guests on an NSM.
@@ -638,6 +893,10 @@ pub fn admit<'a>(
     nsms: &[NsmConfig],
 ) -> Result<(), Unkept> {
     let names: HashSet<&str> = nsms.iter().map(|nsm| nsm.name.as_str()).collect();
+    if let Some(nsm) = nsms.iter().filter(|nsm| nsm.form == Form::Process).nth(MAX_PLACES) {
+        let (nsm, why) = (Some(nsm.name.clone()), TOO_MANY.into());
+        return Err(Unkept { tenant: None, nsm, key: "name", why });
+    }
     for tenant in tenants.clone() {
         let own = |key, why| Unkept { tenant: Some(tenant.name.clone()), nsm: None, key, why };
         if let Some(unknown) = tenant.nsms.iter().find(|name| !names.contains(name.as_str())) {
@@ -827,15 +1086,17 @@ mod tests {
         nsm.capacity.operations = Some(1_000_000);
         let promised = TenantConfig { guaranteed_operations: 100_000, ..TenantConfig::new("a") };
         let nsms = [nsm];
-        let tenants = Tenants::new(&[promised, TenantConfig::new("b")], false, &nsms).unwrap();
+        let tenants = Tenants::new(&[promised, TenantConfig::new("b")], false, &nsms, &[]).unwrap();
         let (a, b) = (Arc::clone(&tenants.list[0]), Arc::clone(&tenants.list[1]));
-        tenants.arrive(&a, 0, &nsms[0]);
-        tenants.arrive(&b, 0, &nsms[0]);
+        for tenant in [&a, &b] {
+            tenants.open(tenant, &nsms).unwrap();
+            tenants.arrive(tenant, 0, &nsms[0]);
+        }
         let mut now_ns = 1;
         let mut second = |operations: u64, behind: bool| {
             for _ in 0..100 {
                 for tenant in [&a, &b] {
-                    tenant.shares[0][OPERATIONS].bucket.take(operations, now_ns);
+                    tenant.share(0, OPERATIONS).unwrap().take(operations, now_ns);
                     if behind {
                         tenant.fell_behind(0, [false, false, true]);
                     }
@@ -865,7 +1126,7 @@ mod tests {
         let own = Asker { pid: std::process::id() as i32, uid: 1234, token: None };
         let recognises = |recognise: &Recognise, asker: Asker| {
             let config = TenantConfig { recognise: recognise.clone(), ..TenantConfig::new("a") };
-            let tenants = Tenants::new(&[config], true, &[]).unwrap();
+            let tenants = Tenants::new(&[config], true, &[], &[]).unwrap();
             tenants.of(asker).is_ok()
         };
         let by = |recognise: Recognise| recognises(&recognise, own);

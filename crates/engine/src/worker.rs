@@ -1110,7 +1110,7 @@ impl Worker {
             let limits = (limits.region_bytes, limits.sockets, limits.queue_sets);
             let privileged = new.privileged;
             let guest = wire::NewGuest { id: new.id, name, tenant, pid, uid, privileged, limits };
-            if !root.add(&guest, numbers.0, numbers.1, journal) {
+            if !root.add(&guest, numbers.0, numbers.1, new.tenant.memory(), journal) {
                 return Err(EngineError::Resource("the process of this stack has too many guests".into()));
             }
         }
@@ -1218,7 +1218,7 @@ impl Worker {
     /// Goes on with a guest that a process before this one had.
     fn recover(&mut self, left: Left, tenant: Arc<Tenant>, exact: bool) -> Result<(), EngineError> {
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
-        let Left { guest, nsm, may_use, region, doorbell, journal, kept, departed } = left;
+        let Left { guest, nsm, may_use, region, doorbell, journal, kept, departed, .. } = left;
         self.module(nsm)?;
         let limits = guest.sizes();
         let region = Region::open(region, limits).map_err(|e| EngineError::Resource(e.to_string()))?;

@@ -21,6 +21,7 @@ mod observed;
 mod police;
 mod policed;
 mod service;
+mod shared;
 mod stack;
 mod stages;
 mod table;
@@ -36,6 +37,7 @@ pub use observed::{Event, Held, Observed, Observer, Payload, Timer};
 pub use police::{Bucket, Limits, Places, Police, Quota, Seats, UNLIMITED};
 pub use policed::Policed;
 pub use service::{Drained, Host, Service, SocketInfo, Stats, Stays, Violation, journal_format};
+pub use shared::{MAX_PLACES, TenantMemory, Terms, Told};
 pub use stack::{
     Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, Progress, RELAYED, Readiness,
     Ready, Received, ReceivedDatagram, SendFlags, Shutdown, Stack, TakeDatagram, key,

@@ -1,8 +1,12 @@
-//! What a guest may use: rates as token buckets, counts as quotas. Shared by all guests of a tenant, on all switch threads.
+//! What a guest may use: rates as token buckets, counts as quotas. Shared by all guests of a tenant, on all switch threads and in the processes of NSMs.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+
+use netkernel_shm::{WordRef, Words};
+
+use crate::shared::Term;
 
 /// No limit.
 pub const UNLIMITED: u64 = u64::MAX;
@@ -18,46 +22,55 @@ const LEAST_OPERATIONS: u64 = 256;
 /// It is not worth a system call to move less, when more waits.
 const LEAST_MOVE: u64 = 4 * 1024;
 
-/// A token bucket, kept as the time at which it is full again (GCRA, ATM Forum TM 4.0, 4.4.2): one word, so that threads
-/// share it without a lock. Units are bytes or operations.
+/// Nobody takes as much more than there is, all threads together. A larger debt is none: it stands in memory that others write, who
+/// may have written anything.
+const MOST_DEBT: u64 = 64 << 20;
+
+/// A token bucket, kept as the time at which it is full again (GCRA, ATM Forum TM 4.0, 4.4.2): one word, so that threads, and
+/// processes, share it without a lock. Units are bytes or operations.
 #[derive(Debug)]
 pub struct Bucket {
     /// Units per second.
-    rate: AtomicU64,
+    rate: Term,
     /// In 1/256 ns of the clock that callers pass.
-    full_at: AtomicU64,
-    used: AtomicU64,
+    full_at: WordRef,
+    used: WordRef,
+    /// Somebody had to wait since the last look.
+    wanting: WordRef,
+    /// A turn of a switch thread ended before it was done, since the last look.
+    behind: WordRef,
     /// Units that pass at once at least, also at low rates.
     least_depth: u64,
-    /// Somebody had to wait since the last look.
-    wanting: AtomicU64,
 }
 
 impl Bucket {
-    pub const fn new(rate: u64) -> Bucket {
-        Bucket {
-            rate: AtomicU64::new(rate),
-            full_at: AtomicU64::new(0),
-            used: AtomicU64::new(0),
-            least_depth: LEAST_DEPTH,
-            wanting: AtomicU64::new(0),
-        }
+    pub fn new(rate: u64) -> Bucket {
+        let words = Words::private(4);
+        Bucket::of(Term::private(rate), std::array::from_fn(|i| words.at(i)), false)
     }
 
     /// Without a limit so far. A batch of operations passes at once, and not more of them than of bytes.
-    pub const fn of_operations() -> Bucket {
+    pub fn of_operations() -> Bucket {
         Bucket { least_depth: LEAST_OPERATIONS, ..Bucket::new(UNLIMITED) }
     }
 
+    pub(crate) fn of(rate: Term, words: [WordRef; 4], operations: bool) -> Bucket {
+        let [full_at, used, wanting, behind] = words;
+        let least_depth = if operations { LEAST_OPERATIONS } else { LEAST_DEPTH };
+        Bucket { rate, full_at, used, wanting, behind, least_depth }
+    }
+
+    #[inline]
     pub fn rate(&self) -> u64 {
-        self.rate.load(Relaxed)
+        self.rate.load().max(1)
     }
 
     /// From now on; what was used before stays used.
     pub fn set_rate(&self, rate: u64) {
-        self.rate.store(rate.max(1), Relaxed);
+        self.rate.store(rate.max(1));
     }
 
+    #[inline]
     pub fn is_limited(&self) -> bool {
         self.rate() != UNLIMITED
     }
@@ -74,9 +87,26 @@ impl Bucket {
         self.wanting.load(Relaxed) != 0 && self.wanting.swap(0, Relaxed) != 0
     }
 
+    /// A turn of a switch thread was over before all that it had was done.
+    pub fn fell_behind(&self) {
+        self.behind.store(1, Relaxed);
+    }
+
+    /// Whether one was since this was asked last.
+    #[inline]
+    pub fn take_behind(&self) -> bool {
+        self.behind.load(Relaxed) != 0 && self.behind.swap(0, Relaxed) != 0
+    }
+
     /// Time that the bucket's depth stands for.
     fn depth(&self, rate: u64) -> u128 {
         (self.least_depth as u128 * SECOND / rate as u128).max(DEPTH_NS as u128 * FINE)
+    }
+
+    /// When it is full again, by what stands there.
+    fn believed(&self, full_at: u64, rate: u64, now: u128) -> u128 {
+        let longest = self.depth(rate) + MOST_DEBT as u128 * SECOND / rate as u128;
+        Some(full_at as u128).filter(|&full_at| full_at <= now + longest).unwrap_or(now)
     }
 
     /// Units that may pass now.
@@ -85,15 +115,17 @@ impl Bucket {
         if rate == UNLIMITED {
             return UNLIMITED;
         }
-        let (now, full_at) = (now_ns as u128 * FINE, self.full_at.load(Relaxed) as u128);
+        let now = now_ns as u128 * FINE;
+        let full_at = self.believed(self.full_at.load(Relaxed), rate, now);
         let level = (now + self.depth(rate)).saturating_sub(full_at.max(now));
         (level * rate as u128 / SECOND) as u64
     }
 
     /// When `units` will be there, in nanoseconds.
-    fn when(&self, units: u64) -> u64 {
+    fn when(&self, units: u64, now_ns: u64) -> u64 {
         let rate = self.rate();
-        let time = self.full_at.load(Relaxed) as u128 + units as u128 * SECOND / rate as u128;
+        let full_at = self.believed(self.full_at.load(Relaxed), rate, now_ns as u128 * FINE);
+        let time = full_at + units as u128 * SECOND / rate as u128;
         (time.saturating_sub(self.depth(rate)) / FINE) as u64
     }
 
@@ -106,44 +138,112 @@ impl Bucket {
         }
         let cost = units as u128 * SECOND / rate as u128;
         let now = now_ns as u128 * FINE;
-        let _ = self
-            .full_at
-            .fetch_update(Relaxed, Relaxed, |full_at| u64::try_from((full_at as u128).max(now) + cost).ok());
+        let paid = |full_at: u64| u64::try_from(self.believed(full_at, rate, now).max(now) + cost).ok();
+        let _ = self.full_at.fetch_update(Relaxed, Relaxed, paid);
     }
 }
 
-/// How many there may be at a time.
+/// How many there may be at a time. Each process that counts has a part of its own, which its next one sets right when it was
+/// killed ([`Quota::claim`]); nobody else writes that.
 #[derive(Debug)]
 pub struct Quota {
-    most: AtomicU64,
-    now: AtomicU64,
+    most: Term,
+    /// Of all who count, those in use first.
+    parts: Vec<WordRef>,
+    in_use: Term,
+    mine: WordRef,
+    /// Of mine: what the process before counted, and nobody has claimed yet.
+    inherited: AtomicU64,
 }
 
+/// How often one looks again after another one took a place, too, and both were refused.
+const TRIES: usize = 16;
+
 impl Quota {
-    pub const fn new(most: u64) -> Quota {
-        Quota { most: AtomicU64::new(most), now: AtomicU64::new(0) }
+    pub fn new(most: u64) -> Quota {
+        Quota::of_parts(Term::private(most), Term::private(1), vec![WordRef::private(0)], 0, false)
+    }
+
+    /// `mine`: this process's.
+    pub(crate) fn of_parts(
+        most: Term,
+        in_use: Term,
+        parts: Vec<WordRef>,
+        mine: usize,
+        inherits: bool,
+    ) -> Quota {
+        let mine = parts[mine].clone();
+        let inherited = AtomicU64::new(if inherits { mine.load(Relaxed) } else { 0 });
+        Quota { most, parts, in_use, mine, inherited }
     }
 
     pub fn set_most(&self, most: u64) {
-        self.most.store(most, Relaxed);
+        self.most.store(most);
+    }
+
+    /// How many count, besides the first one.
+    pub fn set_parts(&self, count: usize) {
+        self.in_use.store(count as u64);
     }
 
     pub fn most(&self) -> u64 {
-        self.most.load(Relaxed)
+        self.most.load()
+    }
+
+    fn parts(&self) -> &[WordRef] {
+        let in_use = usize::try_from(self.in_use.load()).unwrap_or(usize::MAX);
+        &self.parts[..in_use.clamp(1, self.parts.len())]
     }
 
     pub fn now(&self) -> u64 {
-        self.now.load(Relaxed)
+        self.parts().iter().fold(0, |sum, part| sum.saturating_add(part.load(SeqCst)))
     }
 
     /// One more, if it may be.
     pub fn take(&self) -> bool {
-        let more = |now: u64| (now < self.most.load(Relaxed)).then_some(now + 1);
-        self.now.fetch_update(Relaxed, Relaxed, more).is_ok()
+        if self.parts().len() == 1 {
+            let more = |now: u64| (now < self.most()).then_some(now + 1);
+            return self.mine.fetch_update(Relaxed, Relaxed, more).is_ok();
+        }
+        if self.most() == u64::MAX {
+            self.add();
+            return true;
+        }
+        // Said first, looked at then: of two who take the last one at the same time at least one sees the other. What each said is
+        // its own part, and right even if it is killed in between.
+        for _ in 0..TRIES {
+            if self.now() >= self.most() {
+                return false;
+            }
+            self.add();
+            if self.now() <= self.most() {
+                return true;
+            }
+            self.give_back();
+            std::hint::spin_loop();
+        }
+        false
+    }
+
+    fn add(&self) {
+        let _ = self.mine.fetch_update(SeqCst, Relaxed, |now| now.checked_add(1));
     }
 
     pub fn give_back(&self) {
-        let _ = self.now.fetch_update(Relaxed, Relaxed, |now| now.checked_sub(1));
+        let _ = self.mine.fetch_update(SeqCst, Relaxed, |now| now.checked_sub(1));
+    }
+
+    /// One that there was before this process: it is counted already, or is now. More than there may be, if need be.
+    pub fn claim(&self) {
+        if self.inherited.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_err() {
+            self.add();
+        }
+    }
+
+    /// All that there were are claimed: the others are not there any more.
+    pub fn settle(&self) {
+        let gone = self.inherited.swap(0, Relaxed);
+        let _ = self.mine.fetch_update(SeqCst, Relaxed, |now| Some(now.saturating_sub(gone)));
     }
 }
 
@@ -155,11 +255,17 @@ pub struct Seats {
     shared: Arc<Quota>,
     /// How many of the shared ones it has.
     borrowed: AtomicU64,
+    /// Where another process says how many there are of both.
+    told: Option<[WordRef; 2]>,
 }
 
 impl Seats {
     pub fn new(guaranteed: u64, shared: Arc<Quota>) -> Seats {
-        Seats { own: Quota::new(guaranteed), shared, borrowed: AtomicU64::new(0) }
+        Seats { own: Quota::new(guaranteed), shared, borrowed: AtomicU64::new(0), told: None }
+    }
+
+    pub(crate) fn told(guaranteed: WordRef, beyond: WordRef, shared: Arc<Quota>) -> Seats {
+        Seats { told: Some([guaranteed, beyond]), ..Seats::new(0, shared) }
     }
 
     /// From now on; what there is stays.
@@ -167,7 +273,15 @@ impl Seats {
         self.own.set_most(guaranteed);
     }
 
+    fn ask(&self) {
+        if let Some([guaranteed, beyond]) = &self.told {
+            self.own.set_most(guaranteed.load(Relaxed));
+            self.shared.set_most(beyond.load(Relaxed));
+        }
+    }
+
     pub fn take(&self) -> bool {
+        self.ask();
         if self.own.take() {
             return true;
         }
@@ -176,6 +290,14 @@ impl Seats {
             self.borrowed.fetch_add(1, Relaxed);
         }
         borrowed
+    }
+
+    /// As [`Quota::claim`].
+    pub fn claim(&self) {
+        if !self.take() {
+            self.shared.claim();
+            self.borrowed.fetch_add(1, Relaxed);
+        }
     }
 
     /// What was borrowed goes first.
@@ -210,6 +332,12 @@ impl Places {
     pub fn give_back(&self) {
         self.nsm.iter().for_each(|nsm| nsm.give_back());
         self.tenant.give_back();
+    }
+
+    /// For a connection that there was before ([`Quota::claim`]).
+    pub fn claim(&self) {
+        self.tenant.claim();
+        self.nsm.iter().for_each(|nsm| nsm.claim());
     }
 }
 
@@ -255,7 +383,7 @@ impl Police {
                 bucket.wanting.store(1, Relaxed);
             }
             if available < least {
-                again = again.max(bucket.when(least));
+                again = again.max(bucket.when(least, now_ns));
             }
             allowed = allowed.min(available);
         }
@@ -365,6 +493,24 @@ mod tests {
         let again = police.allow(5000, now).unwrap_err();
         assert!(again > now && again <= now + 10 * MS, "{}", again - now);
         assert!(police.allow(5000, again).is_ok());
+    }
+
+    #[test]
+    fn a_debt_is_paid_and_one_that_cannot_be_is_none() {
+        for rate in [1, 1000, 1_000_000, 50_000_000] {
+            let bucket = Arc::new(Bucket::new(rate));
+            let police = Police::new(vec![Arc::clone(&bucket)]);
+            let now = 1_000_000 * MS;
+            // Datagrams may be more than there is.
+            bucket.take(1 << 20, now);
+            let again = police.allow(1000, now).unwrap_err();
+            let seconds = ((1 << 20) - LEAST_DEPTH.max(rate / 100)) / rate;
+            assert!(again >= now + seconds * 1000 * MS, "rate {rate}: {}", again - now);
+            bucket.full_at.store(u64::MAX, Relaxed);
+            assert_eq!(police.allow(1000, now), Ok(1000), "rate {rate}");
+            bucket.take(1000, now);
+            assert!(bucket.available(now) < LEAST_DEPTH.max(rate / 100), "what is used counts again");
+        }
     }
 
     #[test]

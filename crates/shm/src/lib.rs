@@ -10,9 +10,11 @@ mod journal;
 mod pair;
 mod region;
 mod word;
+mod words;
 
 pub use bytes::Bytes;
 pub use journal::Journal;
 pub use pair::{PairMemory, PairView};
 pub use region::{HugePages, Region, RegionError};
 pub use word::Word;
+pub use words::{WordRef, Words};

@@ -4,12 +4,13 @@
 //! descriptors, each as its number + 1 (0: none). A descriptor is noted after it was opened and forgotten before it is closed,
 //! so that a worker that died in between leaves one that is named nowhere, which the next worker closes.
 
+use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex};
 
 use netkernel_abi::Limits;
-use netkernel_service::{Fixed, Plain, Service, take_descriptor};
+use netkernel_service::{Fixed, Plain, Service, TenantMemory, take_descriptor};
 use netkernel_shm::Journal;
 
 use super::wire::NewGuest;
@@ -53,6 +54,8 @@ struct Slot {
     region: i32,
     doorbell: i32,
     journal: i32,
+    /// Of its tenant: the same for all its guests.
+    memory: i32,
     region_bytes: u64,
     name: Name,
     tenant: Name,
@@ -96,6 +99,8 @@ pub struct Left {
     /// Its NSM, by number, and what it may use.
     pub nsm: usize,
     pub may_use: netkernel_service::Limits,
+    /// Of its tenant; `None`: this process has it.
+    pub memory: Option<TenantMemory>,
     pub region: OwnedFd,
     pub doorbell: OwnedFd,
     pub journal: GuestJournal,
@@ -138,8 +143,15 @@ impl Root {
         size_of::<Slot>() + size_of::<Usage>() + size_of::<AgentNote>()
     }
 
-    /// Notes a guest. False: there is no room.
-    pub fn add(&self, guest: &NewGuest, region: RawFd, doorbell: RawFd, journal: &GuestJournal) -> bool {
+    /// Notes a guest; `memory`: its tenant's. False: there is no room.
+    pub fn add(
+        &self,
+        guest: &NewGuest,
+        region: RawFd,
+        doorbell: RawFd,
+        memory: Option<BorrowedFd<'_>>,
+        journal: &GuestJournal,
+    ) -> bool {
         let mut slots = lock(&self.slots);
         let Some(slot) = slots.iter_mut().find(|slot| slot.used == 0) else { return false };
         let (region_bytes, sockets, queue_sets) = guest.limits;
@@ -154,6 +166,7 @@ impl Root {
             region: region + 1,
             doorbell: doorbell + 1,
             journal: journal.memory.fd() + 1,
+            memory: memory.map_or(0, |memory| memory.as_raw_fd() + 1),
             region_bytes,
             name: Name::new(&guest.name),
             tenant: Name::new(&guest.tenant),
@@ -208,7 +221,7 @@ impl Root {
         let mut all = vec![self.journal.fd()];
         for slot in lock(&self.slots).iter().filter(|slot| slot.used == USED) {
             let Ok(journal) = GuestJournal::reopen(slot.journal - 1, slot.limits()) else { continue };
-            all.extend([slot.region - 1, slot.doorbell - 1, slot.journal - 1]);
+            all.extend([slot.region - 1, slot.doorbell - 1, slot.journal - 1, slot.memory - 1]);
             all.extend(journal.descriptors(slot.limits()));
         }
         all.retain(|fd| *fd >= 0);
@@ -218,20 +231,26 @@ impl Root {
     /// The guests that an earlier worker left, with their descriptors. Once, and before others are added.
     pub fn take(&self) -> Vec<Left> {
         let mut left = Vec::new();
+        let mut memories: HashMap<i32, Option<TenantMemory>> = HashMap::new();
         for slot in lock(&self.slots).iter_mut().filter(|slot| slot.used == USED) {
+            // Guests of one tenant have one.
+            let open = || take_descriptor(slot.memory).and_then(|fd| TenantMemory::open(fd).ok());
+            let memory = memories.entry(slot.memory).or_insert_with(open).clone();
             let parts =
                 (take_descriptor(slot.region), take_descriptor(slot.doorbell), take_descriptor(slot.journal));
-            let (Some(region), Some(doorbell), Some(memory)) = parts else {
+            let (Some(region), Some(doorbell), Some(journal), Some(_)) = (parts.0, parts.1, parts.2, &memory)
+            else {
                 slot.used = 0;
                 continue;
             };
-            match GuestJournal::open(memory, slot.limits()) {
+            match GuestJournal::open(journal, slot.limits()) {
                 Ok(journal) => {
                     let (guest, may_use) = (slot.guest(), netkernel_service::Limits::default());
                     left.push(Left {
                         guest,
                         nsm: 0,
                         may_use,
+                        memory,
                         region,
                         doorbell,
                         journal,

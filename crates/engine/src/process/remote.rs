@@ -19,7 +19,6 @@ use super::succession;
 use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
 use crate::engine::{Command, Shared, lock};
 use crate::status::{GuestStatus, SocketStatus};
-use crate::tenants::OTHERS;
 use crate::usage::Usage;
 use crate::{EngineError, NsmConfig};
 
@@ -68,6 +67,8 @@ pub(crate) struct LeftRunning {
     pub nsm: NsmConfig,
     /// Number of this very process.
     pub control: RawFd,
+    /// In tenants' memory.
+    pub place: usize,
     holder: u32,
     worker: u32,
     binary: Option<PathBuf>,
@@ -94,6 +95,7 @@ impl Still<'_> {
         Some(LeftRunning {
             nsm: (*shared.nsm(self.remote.nsm)).clone(),
             control: running.control.as_raw_fd(),
+            place: shared.tenants.place(self.remote.nsm)?,
             holder: running.holder,
             worker: running.worker,
             binary: state.binary.clone(),
@@ -161,7 +163,8 @@ impl Remote {
                     privileged: guest.privileged,
                     limits: (limits.region_bytes, limits.sockets, limits.queue_sets),
                 });
-                let fds = vec![guest.region.fd(), guest.channel.as_raw_fd(), guest.doorbell.as_raw_fd()];
+                let mut fds = vec![guest.region.fd(), guest.channel.as_raw_fd(), guest.doorbell.as_raw_fd()];
+                fds.extend(guest.tenant.memory().map(|memory| memory.as_raw_fd()));
                 keep.push(guest);
                 (request, fds, Some(Pending::Done(answer)))
             }
@@ -311,13 +314,12 @@ impl Remote {
         before: Option<&OwnedFd>,
     ) -> Result<(OwnedFd, Child), String> {
         let (control, child) = spawn(binary, &nsm)?;
-        let tenants = shared.tenants.all().map(|tenant| (tenant.name(), tenant.weight()));
         let start = Start {
             nsm,
             spin_us: shared.config.spin_us,
             max_guests: shared.config.max_guests,
             successor: before.is_some(),
-            tenants: tenants.filter(|(name, _)| name != OTHERS).collect(),
+            place: shared.tenants.place(self.nsm).unwrap_or_default(),
         };
         let fds: Vec<i32> = before.into_iter().map(|fd| fd.as_raw_fd()).collect();
         send(control.as_raw_fd(), &start, &fds).map_err(|e| {
@@ -553,6 +555,7 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, child: &Child, g
                     }
                 }
                 shared.keep_guests_of(index, &alive);
+                shared.tenants.process_is_back(index);
                 let mut state = lock(&remote.state);
                 if let Some(running) = &mut state.running {
                     running.worker = worker;
@@ -585,6 +588,8 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, child: &Child, g
         } else if mine {
             state.running = None;
             state.pending.clear();
+            // Before the next one is started.
+            shared.tenants.process_is_gone(index);
             if !state.stopped {
                 let name = &shared.config.nsms[index].name;
                 log::error!(nsm:% = name; "the process of stack {name} is gone");

@@ -15,7 +15,7 @@ use crate::status::{GuestStatus, SocketStatus};
 use crate::usage::Usage;
 
 /// Changes with what is said: a process may be older, or newer, than the engine that was exchanged over it.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The first packet: what to be.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -25,8 +25,8 @@ pub struct Start {
     pub max_guests: usize,
     /// Goes on for another holder, whose descriptors come over the socket that is attached.
     pub successor: bool,
-    /// Names and weights. Their limits are the engine's business, which lets no tenant in that has some.
-    pub tenants: Vec<(String, u32)>,
+    /// Where in tenants' memory what is this NSM's stands.
+    pub place: usize,
 }
 
 /// Engine to worker.
@@ -38,7 +38,7 @@ pub struct Call {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    /// With region, channel and doorbell.
+    /// With region, channel, doorbell, and the memory of its tenant.
     Add(NewGuest),
     /// With the engine's end of a channel.
     Channel(u32),

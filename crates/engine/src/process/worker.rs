@@ -10,9 +10,10 @@ use super::journal::Root;
 use super::succession;
 use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
 use crate::engine::Engine;
-use crate::{EngineConfig, NsmConfig, TenantConfig};
+use crate::{Capacity, EngineConfig, NsmConfig};
 use netkernel_abi::Limits;
 use netkernel_agent::Processes;
+use netkernel_service::TenantMemory;
 use netkernel_shm::Region;
 
 /// Exit code: the stack cannot be had.
@@ -37,29 +38,25 @@ pub fn run(control: &OwnedFd, start: &Start, root: &Arc<Root>) -> i32 {
     let Ok(sender) = sender else { return FAILED };
     let over = reports.clone();
     let config = EngineConfig {
-        nsms: vec![NsmConfig { form: Form::Engine, ..start.nsm.clone() }],
+        // What it can carry is divided by the engine.
+        nsms: vec![NsmConfig { form: Form::Engine, capacity: Capacity::default(), ..start.nsm.clone() }],
         switch_threads: 1,
         spin_us: start.spin_us,
         max_guests: usize::MAX,
-        tenants: start
-            .tenants
-            .iter()
-            .map(|(name, weight)| TenantConfig { weight: *weight, ..TenantConfig::new(name) })
-            .collect(),
         // Its threads' own descriptor tables would die with it.
         placeholders_in_main_table: Some(usize::MAX),
         ..EngineConfig::default()
     };
     let hook =
         Box::new(move |id, usage, violation| _ = over.send((Report::Over(id, usage, violation), None)));
-    let engine = match Engine::start_with(config, Some(hook), Some(Arc::clone(root))) {
+    let engine = match Engine::start_with(config, Some(hook), Some(Arc::clone(root)), &[]) {
         Ok(engine) => engine,
         Err(error) => {
             log::error!(nsm:% = start.nsm.name; "the process of stack {} cannot start: {error}", start.nsm.name);
             return FAILED;
         }
     };
-    match engine.recover() {
+    match engine.recover(start.place) {
         Ok(alive) => _ = reports.send((Report::Ready(std::process::id(), alive), None)),
         Err(id) => {
             // What was made for it is undone by who comes next, which finds what else there is as it stands here.
@@ -76,7 +73,7 @@ pub fn run(control: &OwnedFd, start: &Start, root: &Arc<Root>) -> i32 {
                 if matches!(call.request, Request::Succession) {
                     socket_for_successor = fds.pop();
                 }
-                if let Some(answer) = serve(&engine, &call, fds) {
+                if let Some(answer) = serve(&engine, start.place, &call, fds) {
                     let _ = reports.send((Report::Answer(call.serial, answer), None));
                 }
                 call
@@ -123,10 +120,10 @@ pub fn run(control: &OwnedFd, start: &Start, root: &Arc<Root>) -> i32 {
     }
 }
 
-fn serve(engine: &Engine, call: &Call, fds: Vec<OwnedFd>) -> Option<Answer> {
+fn serve(engine: &Engine, place: usize, call: &Call, fds: Vec<OwnedFd>) -> Option<Answer> {
     let text = |error: crate::EngineError| error.to_string();
     Some(match &call.request {
-        Request::Add(guest) => Answer::Done(add(engine, guest, fds)),
+        Request::Add(guest) => Answer::Done(add(engine, place, guest, fds)),
         Request::Channel(id) => Answer::Done(match fds.into_iter().next() {
             Some(channel) => engine.add_channel(*id, channel).map_err(text),
             None => Err("this NSM has no descriptor left".into()),
@@ -148,14 +145,16 @@ fn serve(engine: &Engine, call: &Call, fds: Vec<OwnedFd>) -> Option<Answer> {
     })
 }
 
-fn add(engine: &Engine, guest: &NewGuest, fds: Vec<OwnedFd>) -> Result<(), String> {
-    let Ok([region, channel, doorbell]) = <[OwnedFd; 3]>::try_from(fds) else {
+fn add(engine: &Engine, place: usize, guest: &NewGuest, fds: Vec<OwnedFd>) -> Result<(), String> {
+    let Ok([region, channel, doorbell, memory]) = <[OwnedFd; 4]>::try_from(fds) else {
         return Err("this NSM has no descriptors left for a guest".into());
     };
     let (region_bytes, sockets, queue_sets) = guest.limits;
     let limits = Limits { region_bytes, sockets, queue_sets };
     let region = Region::open(region, limits).map_err(|e| e.to_string())?;
-    engine.adopt_guest(guest, region, channel, doorbell).map_err(|e| e.to_string())
+    let memory = TenantMemory::open(memory).map_err(|e| e.to_string())?;
+    let tenant = engine.shared().tenants.join(&guest.tenant, memory, place, false);
+    engine.adopt_guest(guest, tenant, region, channel, doorbell).map_err(|e| e.to_string())
 }
 
 /// Closes what nobody knows of: a worker that died may have left it half-way. Peers of guests that are lost see a reset: what

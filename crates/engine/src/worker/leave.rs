@@ -173,6 +173,7 @@ impl Worker {
             guest: new,
             nsm: guest.nsm,
             may_use,
+            memory: None,
             region,
             doorbell: guest.doorbell,
             journal,

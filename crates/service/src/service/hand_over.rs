@@ -55,9 +55,12 @@ impl Core {
         };
         sock.handle = Handle::NONE;
         sock.error = libc::EBADF;
+        let counted = sock.bits & COUNTED != 0;
         sock.bits &= QUEUED | STARVED;
         sock.state |= state::HANDED;
         let (generation, listener) = (sock.generation, sock.kind == Kind::Listener);
+        // From now on it is as one that a program got from the agent.
+        self.uncount(counted);
         if listener {
             // Connections that the guest has not accepted cannot go back.
             self.drop_untaken(cx, id);

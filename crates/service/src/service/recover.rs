@@ -40,9 +40,9 @@ impl Parts {
     }
 }
 
-/// What must be the same in the program that wrote a journal and the one that reads it.
+/// What must be the same in the program that wrote a journal and the one that reads it, and in those that share what a tenant uses.
 pub fn journal_format() -> u64 {
-    let sizes = [size_of::<Sock>(), size_of::<QueueState>(), size_of::<Totals>()];
+    let sizes = [size_of::<Sock>(), size_of::<QueueState>(), size_of::<Totals>(), crate::shared::FORMAT];
     sizes.into_iter().fold(FORMAT, |hash, size| hash.wrapping_mul(1009).wrapping_add(size as u64))
 }
 
@@ -87,7 +87,7 @@ impl Service {
 
     /// The service that an earlier process left. Its stack's sockets are taken over: nothing else in this process may own
     /// their descriptors. `held`: sockets whose placeholder is there. `exact`: the process ended between two turns, so that nothing was under way.
-    /// `may_use`: of its connections, as many as that allows are counted.
+    /// `may_use`: its connections are counted, also beyond what that allows: nobody takes them back.
     #[allow(clippy::too_many_arguments)]
     pub fn recover(
         region: Region,
@@ -114,28 +114,47 @@ impl Service {
         let layout = *service.region.layout();
         core.blocks = Blocks::resume(layout.payload_offset, layout.payload_bytes, used).ok_or(BAD)?;
         let cx = &mut Cx { region: &service.region, stack };
-        core.resume_sockets(cx, exact)?;
-        core.resume_ids(cx, held)?;
-        core.events.resume(cx.region);
-        core.resume_queues(cx)?;
-        core.sweep_wanted = true;
-        Ok(service)
+        let resumed = core.resume(cx, held, exact);
+        if resumed.is_err() {
+            // Nobody else will.
+            core.socks.iter().for_each(|(_, sock)| core.uncount(sock.bits & COUNTED != 0));
+        }
+        resumed.map(|()| service)
     }
 }
 
 impl Core {
+    fn resume(&mut self, cx: &mut Cx, held: &dyn Fn(u32) -> bool, exact: bool) -> Result<(), Violation> {
+        self.claim_places();
+        self.resume_sockets(cx, exact)?;
+        self.resume_ids(cx, held)?;
+        self.events.resume(cx.region);
+        self.resume_queues(cx)?;
+        self.sweep_wanted = true;
+        Ok(())
+    }
+
+    /// Connections that were counted are.
+    fn claim_places(&mut self) {
+        let counted = |(id, sock): (u32, &Sock)| (sock.bits & COUNTED != 0).then_some(id);
+        let counted: Vec<u32> = self.socks.iter().filter_map(counted).collect();
+        for id in counted {
+            match (&self.limits.connections, self.socks.get_mut(id)) {
+                (Some(places), Some(sock)) if sock.kind != Kind::Free => places.claim(),
+                (_, Some(sock)) => sock.bits &= !COUNTED,
+                (_, None) => {}
+            }
+        }
+    }
+
     fn resume_sockets(&mut self, cx: &mut Cx, exact: bool) -> Result<(), Violation> {
         let ids: Vec<u32> =
             self.socks.iter().filter(|(_, s)| s.kind != Kind::Free).map(|(id, _)| id).collect();
         for id in ids {
             let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { continue };
             self.sockets += 1;
-            let counted = sock.bits & COUNTED != 0;
-            sock.bits &= !(QUEUED | STARVED | THROTTLED | COUNTED | PAIRED | TX_BLOCKED | RX_STALLED);
+            sock.bits &= !(QUEUED | STARVED | THROTTLED | PAIRED | TX_BLOCKED | RX_STALLED);
             sock.bits |= RX_READY;
-            if counted && self.limits.connections.as_ref().is_some_and(|places| places.take()) {
-                sock.bits |= COUNTED;
-            }
             sock.used_at = self.sweeps;
             sock.handle = Handle::NONE;
             let fd = sock.fd;
