@@ -1,0 +1,234 @@
+//! Datagram sockets that guests of one engine reach in memory, and what waits in them.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::IpAddr;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::{Arc, Mutex};
+
+use netkernel_service::{Readiness, Segments};
+
+use crate::hub::{Network, Person, admits};
+use crate::inbox::{Inbox, lock};
+
+/// What a waiting datagram counts for beside its payload: the kernel's own bookkeeping of a small one (`skb->truesize`), so that
+/// as many wait as would there.
+const OVERHEAD: usize = 768;
+/// What may wait for all sockets of one guest, whatever SO_RCVBUF says.
+const GUEST_ROOM: usize = 16 << 20;
+
+/// An address as both families see it, and a port.
+pub(crate) type Place = (IpAddr, u16);
+
+/// All mailboxes of one hub.
+#[derive(Default)]
+pub(crate) struct Post {
+    named: Mutex<HashMap<(Network, u16), Vec<(Name, Arc<Mailbox>)>>>,
+    /// Another one whenever a name comes or goes: what was found before may not hold.
+    generation: AtomicU64,
+}
+
+/// Under which address a datagram socket is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Name {
+    pub network: Network,
+    pub address: IpAddr,
+    pub port: u16,
+    /// `::` of a socket that takes IPv4 too.
+    pub both_families: bool,
+    /// A connected socket hears this one only.
+    pub peer: Option<Place>,
+}
+
+/// What one datagram socket has in memory. The fallback's socket has a queue of its own.
+pub(crate) struct Mailbox {
+    pub person: Person,
+    /// Owners of other guests that may send to it in memory.
+    pub allow: Vec<u32>,
+    pub allow_all: bool,
+    pub inbox: Arc<Inbox>,
+    pub key: u64,
+    pub queue: Mutex<Queue>,
+}
+
+#[derive(Default)]
+pub(crate) struct Queue {
+    letters: VecDeque<Letter>,
+    /// What waits counts for so much, and may for so much and one datagram more: SO_RCVBUF, as the kernel counts.
+    weight: usize,
+    room: usize,
+    closed: bool,
+    /// Nothing was there to receive; a report is due when that changes.
+    wants_read: bool,
+    /// How many were put in, taken out, and had no room.
+    put: u64,
+    taken: u64,
+    dropped: u64,
+    /// So many of them, from the first one on, go before whatever the fallback has.
+    first: u64,
+}
+
+/// A datagram.
+pub(crate) struct Letter {
+    pub from: Place,
+    pub data: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Put {
+    Waits,
+    /// There was no room: the datagram is lost, as datagrams are.
+    Lost,
+    /// Nobody receives there any more.
+    Closed,
+}
+
+impl Post {
+    pub fn generation(&self) -> u64 {
+        // SYNC: post-generation
+        self.generation.load(Acquire)
+    }
+
+    /// Another name for a mailbox, or none.
+    pub fn rename(&self, mailbox: &Arc<Mailbox>, old: Option<Name>, new: Option<Name>) {
+        let mut named = lock(&self.named);
+        if let Some(old) = old
+            && let Some(list) = named.get_mut(&(old.network, old.port))
+        {
+            list.retain(|(_, other)| !Arc::ptr_eq(other, mailbox));
+            if list.is_empty() {
+                named.remove(&(old.network, old.port));
+            }
+        }
+        if let Some(new) = new {
+            named.entry((new.network, new.port)).or_default().push((new, Arc::clone(mailbox)));
+        }
+        // SYNC: post-generation - who sees the new one, and asks again, finds the names as they are now.
+        self.generation.fetch_add(1, Release);
+    }
+
+    /// Whether anybody is reached at this port.
+    pub fn knows(&self, network: Network, port: u16) -> bool {
+        lock(&self.named).contains_key(&(network, port))
+    }
+
+    /// Who hears a datagram, as `udp_lib_lookup` of the kernel finds it: exactly at the address first, then at any. `None` also
+    /// if several would do: which one is the kernel's choice.
+    pub fn find(&self, network: Network, (address, port): Place, from: Place) -> Option<Arc<Mailbox>> {
+        let named = lock(&self.named);
+        let list = named.get(&(network, port))?;
+        let hears = |name: &Name| name.peer.is_none_or(|peer| peer == from);
+        let here = |name: &Name| name.address == address;
+        let any = |name: &Name| {
+            let family =
+                name.address.is_ipv4() == address.is_ipv4() || name.both_families && address.is_ipv4();
+            name.address.is_unspecified() && family
+        };
+        let only = |matches: &dyn Fn(&Name) -> bool| {
+            let mut found = list.iter().filter(|(name, _)| matches(name) && hears(name));
+            found.next().map(|(_, mailbox)| (mailbox, found.next().is_none()))
+        };
+        match only(&here).or_else(|| only(&any)) {
+            Some((mailbox, true)) => Some(Arc::clone(mailbox)),
+            _ => None,
+        }
+    }
+}
+
+impl Mailbox {
+    /// The policy: may this guest send here in memory? An error is the reason, for people.
+    pub fn admits(&self, person: &Person) -> Result<(), String> {
+        admits(&self.person, &self.allow, self.allow_all, person, "receiver")
+    }
+
+    /// How much may wait: SO_RCVBUF.
+    pub fn set_room(&self, bytes: usize) {
+        lock(&self.queue).room = bytes;
+    }
+
+    /// A copy of the datagram waits, if there is room.
+    pub fn put(&self, from: Place, data: &Segments) -> Put {
+        let weight = data.len() + OVERHEAD;
+        let mut queue = lock(&self.queue);
+        if queue.closed {
+            return Put::Closed;
+        }
+        // As the kernel has it: who was not above the limit before gets one more.
+        if queue.weight > queue.room || !self.charge(weight) {
+            queue.dropped += 1;
+            return Put::Lost;
+        }
+        let mut bytes = vec![0; data.len()];
+        data.copy_to(&mut bytes);
+        queue.letters.push_back(Letter { from, data: bytes });
+        queue.weight += weight;
+        queue.put += 1;
+        let tell = std::mem::take(&mut queue.wants_read);
+        drop(queue);
+        if tell {
+            self.inbox.report(self.key, Readiness::READ);
+        }
+        Put::Waits
+    }
+
+    /// What its guest may have waiting is bounded, whatever its sockets say.
+    fn charge(&self, weight: usize) -> bool {
+        let waiting = &self.person.mail;
+        let more = |now: usize| (now + weight <= GUEST_ROOM).then_some(now + weight);
+        waiting.fetch_update(Relaxed, Relaxed, more).is_ok()
+    }
+
+    /// The oldest. After `None` there is a report when one comes.
+    pub fn take(&self) -> Option<Letter> {
+        let mut queue = lock(&self.queue);
+        let Some(letter) = queue.letters.pop_front() else {
+            queue.wants_read = true;
+            return None;
+        };
+        let weight = letter.data.len() + OVERHEAD;
+        queue.weight -= weight;
+        queue.taken += 1;
+        drop(queue);
+        self.person.mail.fetch_sub(weight, Relaxed);
+        Some(letter)
+    }
+
+    /// Bytes of the oldest.
+    pub fn next(&self) -> Option<usize> {
+        lock(&self.queue).letters.front().map(|letter| letter.data.len())
+    }
+
+    /// What waits now goes before what the fallback gets from now on: a sender changes over to it.
+    pub fn goes_first(&self) {
+        let mut queue = lock(&self.queue);
+        queue.first = queue.put;
+    }
+
+    /// Whether the oldest goes before what the fallback has.
+    pub fn is_first(&self) -> bool {
+        let queue = lock(&self.queue);
+        queue.taken < queue.first
+    }
+
+    /// Nobody receives any more.
+    pub fn close(&self) {
+        let mut queue = lock(&self.queue);
+        queue.closed = true;
+        self.person.mail.fetch_sub(queue.weight, Relaxed);
+        queue.weight = 0;
+        queue.letters = VecDeque::new();
+    }
+
+    /// How many came, and how many there was no room for.
+    pub fn counts(&self) -> (u64, u64) {
+        let queue = lock(&self.queue);
+        (queue.taken, queue.dropped)
+    }
+}
+
+impl Queue {
+    /// With a report for the first one.
+    pub fn new(room: usize) -> Mutex<Queue> {
+        Mutex::new(Queue { room, wants_read: true, ..Queue::default() })
+    }
+}
