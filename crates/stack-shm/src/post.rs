@@ -112,6 +112,14 @@ impl Post {
         lock(&self.named).contains_key(&(network, port))
     }
 
+    /// A sender that put something into mailboxes now sends to this port by the fallback.
+    pub fn goes_first(&self, network: Network, port: u16) {
+        let named = lock(&self.named);
+        for (_, mailbox) in named.get(&(network, port)).into_iter().flatten() {
+            mailbox.goes_first();
+        }
+    }
+
     /// Who hears a datagram, as `udp_lib_lookup` of the kernel finds it: exactly at the address first, then at any. `None` also
     /// if several would do: which one is the kernel's choice.
     pub fn find(&self, network: Network, (address, port): Place, from: Place) -> Option<Arc<Mailbox>> {

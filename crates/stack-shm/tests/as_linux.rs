@@ -13,7 +13,7 @@ use netkernel_stack_kernel::{KernelConfig, KernelStack};
 use netkernel_stack_shm::{Hub, Settings, ShmStack};
 
 const SOCKETS: usize = 5;
-const STEPS: usize = 60;
+const STEPS: usize = 80;
 
 struct Random(u64);
 
@@ -110,7 +110,7 @@ impl World {
 
     fn step(&mut self, random: &mut Random) {
         let at = random.below(SOCKETS);
-        let what = random.below(24);
+        let what = random.below(60);
         let address = self.address(random);
         let (other, bytes) =
             (random.below(SOCKETS), random.of(&[0usize, 1, 64, 1400, 9000, 65507, 65508, 65527, 65528]));
@@ -143,29 +143,32 @@ impl World {
                 self.sockets[at] = None;
                 Ok(())
             }
-            1..=4 => self.stacks[stack].bind(handle, &address),
-            5 => self.stacks[stack].connect(handle, &address).map(|_| ()),
-            6..=7 => match to_socket {
+            1..=8 => self.stacks[stack].bind(handle, &address),
+            9 => self.stacks[stack].connect(handle, &address).map(|_| ()),
+            10..=12 => match to_socket {
                 Some(name) if name.port() != 0 => self.stacks[stack].connect(handle, &name).map(|_| ()),
                 _ => Ok(()),
             },
-            8 => self.stacks[stack].disconnect(handle),
-            9 => self.stacks[stack].set_option(
-                handle,
-                option.0,
-                option.1,
-                &random.of(&[0i32, 1, 1000]).to_ne_bytes(),
-            ),
-            10 => self.stacks[stack]
-                .shutdown(handle, random.of(&[Shutdown::Read, Shutdown::Write]))
-                .map(|()| ()),
-            11..=13 => self.send(at, address, bytes),
-            14..=19 => match to_socket {
-                Some(name) if name.port() != 0 => self.send(at, name, bytes),
+            13 => self.stacks[stack].disconnect(handle),
+            14 if random.below(3) == 0 => {
+                let value = random.of(&[0i32, 1, 1000]).to_ne_bytes();
+                self.stacks[stack].set_option(handle, option.0, option.1, &value)
+            }
+            15 if random.below(4) == 0 => {
+                self.stacks[stack].shutdown(handle, random.of(&[Shutdown::Read, Shutdown::Write]))
+            }
+            16..=21 => self.send(at, address, bytes, false),
+            22..=45 => match to_socket.and_then(|name| name.to_std()) {
+                Some(name) if name.port() != 0 => {
+                    // Bound to no address, it is reached by any.
+                    let any = name.ip().to_canonical().is_unspecified();
+                    let ip = address.to_std().filter(|_| any).map_or(name.ip(), |address| address.ip());
+                    self.send(at, SocketAddr::new(ip, name.port()).into(), bytes, what == 45)
+                }
                 _ => Ok(()),
             },
-            20 => self.send(at, SocketAddress::default(), bytes),
-            21 => {
+            46..=48 => self.send(at, SocketAddress::default(), bytes, false),
+            49..=52 => {
                 if let Some(port) = to_socket.map(|name| name.port()).filter(|&port| port != 0) {
                     self.number += 1;
                     let _ = self.native.send_to(&self.number.to_ne_bytes(), ("127.0.0.1", port));
@@ -196,14 +199,20 @@ impl World {
         }
     }
 
-    fn send(&mut self, at: usize, to: SocketAddress, bytes: usize) -> Result<(), Errno> {
+    fn send(&mut self, at: usize, to: SocketAddress, bytes: usize, control: bool) -> Result<(), Errno> {
         let Some((stack, handle)) = self.sockets[at] else { return Ok(()) };
         self.number += 1;
         let mut data = vec![at as u8; bytes];
         for (to, from) in data.iter_mut().zip(self.number.to_ne_bytes()) {
             *to = from;
         }
-        let datagram = Datagram { data: segments(&mut data), to, control: &[] };
+        // One with a control message of its own: a time to live.
+        let mut message = [0; 24];
+        for (at, word) in [(0, 20), (8, libc::IPPROTO_IP), (12, libc::IP_TTL), (16, 7)] {
+            message[at..at + 4].copy_from_slice(&word.to_ne_bytes());
+        }
+        let control = if control && to.family() == libc::AF_INET as u16 { &message[..] } else { &[] };
+        let datagram = Datagram { data: segments(&mut data), to, control };
         self.stacks[stack].send_datagrams(handle, &[datagram]).map(|sent| assert_eq!(sent, 1))
     }
 

@@ -180,6 +180,11 @@ impl ShmStack {
         let Some(mail) = self.mail(handle) else { return };
         if peer.is_some() {
             mail.was_anywhere |= mail.local.is_some_and(|(ip, _)| ip.is_unspecified());
+        } else if mail.peer.is_some() && domain == libc::AF_INET6 {
+            // Linux keeps the old peer's address (`sk_v6_daddr`), and goes on to compare it.
+            mail.comes.get_or_insert(Cow::Borrowed(
+                "it was connected, and only the kernel knows what it hears since",
+            ));
         } else if local.is_none() {
             mail.was_anywhere = false;
         } else if mail.was_anywhere {
@@ -328,30 +333,34 @@ impl ShmStack {
 
     /// Who hears a datagram in memory, and where it comes from. `None`: it is the fallback's.
     fn receiver(&mut self, handle: Handle, datagram: &Datagram, now: u64) -> Option<(Arc<Mailbox>, Place)> {
-        let generation = self.hub.post.generation();
+        let network = self.settings.network;
         let mail = self.mail(handle)?;
         if !datagram.control.is_empty() {
             mail.sends_by_fallback("it sent control messages");
         }
         let to = if datagram.to.is_empty() { mail.peer? } else { datagram.to };
-        if mail.sends.is_some() {
-            if mail.sent > 0 {
-                self.changes_over(handle, &to, now);
-            }
-            return None;
-        }
+        let way = if mail.sends.is_none() { self.way(handle, to, now) } else { None };
         let fits = |from: Place| datagram.data.len() <= if from.0.is_ipv4() { LONGEST } else { LONGEST_V6 };
+        let way = way.filter(|(_, from)| fits(*from));
+        let mail = self.mail(handle)?;
+        if way.is_none() && mail.sent > 0 {
+            mail.hub.post.goes_first(network, to.port());
+        }
+        way
+    }
+
+    fn way(&mut self, handle: Handle, to: SocketAddress, now: u64) -> Option<(Arc<Mailbox>, Place)> {
+        let generation = self.hub.post.generation();
         let known = |route: &Route| {
-            route.to == to
-                && route.generation == generation
-                && (route.until_ns == u64::MAX || now < route.until_ns)
+            let holds = route.until_ns == u64::MAX || now < route.until_ns;
+            route.to == to && route.generation == generation && holds
         };
-        if mail.route.as_ref().is_none_or(|route| !known(route)) {
+        if self.mail(handle)?.route.as_ref().is_none_or(|route| !known(route)) {
             let route = self.find_way(handle, to, now);
             self.mail(handle)?.route = Some(route);
         }
         let (mailbox, from) = self.mail(handle)?.route.as_ref()?.way.as_ref().ok()?;
-        Some((mailbox.upgrade()?, *from)).filter(|(_, from)| fits(*from))
+        Some((mailbox.upgrade()?, *from))
     }
 
     fn find_way(&mut self, handle: Handle, to: SocketAddress, now: u64) -> Route {
@@ -372,7 +381,14 @@ impl ShmStack {
         route.generation = self.hub.post.generation();
         let network = self.settings.network;
         let domain = self.socket(handle).map_or(0, |socket| socket.domain);
-        let Some(place) = plain(&route.to, domain) else { return no("an address that only it knows") };
+        let Some(place) = plain(&route.to, domain) else {
+            // May be the same socket as another address is.
+            let why = "it sent to an address that is more than one socket's, or needs an interface";
+            if let Some(mail) = self.mail(handle) {
+                mail.sends = Some(why.into());
+            }
+            return no(why);
+        };
         if !self.hub.post.knows(network, place.1) {
             return no(NOBODY_THERE);
         }
@@ -431,19 +447,6 @@ impl ShmStack {
         });
         *until_ns = until.min(*until_ns);
         source
-    }
-
-    /// The sender is the fallback's by now: what it put into the receiver's mailbox before goes before what it sends now.
-    fn changes_over(&mut self, handle: Handle, to: &SocketAddress, now: u64) {
-        let (network, mut until_ns) = (self.settings.network, 0);
-        let domain = self.socket(handle).map_or(0, |socket| socket.domain);
-        if let Some(place) = plain(to, domain)
-            && self.hub.post.knows(network, place.1)
-            && let Some(from) = self.comes_from(handle, place, now, &mut until_ns)
-            && let Some(mailbox) = self.hub.post.find(network, place, from)
-        {
-            mailbox.goes_first();
-        }
     }
 
     pub(super) fn recv_letter(
@@ -579,7 +582,8 @@ impl ShmStack {
 
 /// A destination that means one socket of this host, if it is the host's. `None`: only the fallback knows.
 fn plain(to: &SocketAddress, domain: i32) -> Option<Place> {
-    if i32::from(to.family()) != domain {
+    let family = i32::from(to.family());
+    if family != domain && (family, domain) != (libc::AF_INET, libc::AF_INET6) {
         return None;
     }
     if let std::net::SocketAddr::V6(v6) = to.to_std()?
@@ -617,7 +621,7 @@ fn meaning(level: i32, name: i32, value: &[u8]) -> Meaning {
         // Sizes, and what matters on a wire, to multicast, or among sockets of one port.
         (
             SOL_SOCKET,
-            SO_SNDBUF | SO_RCVBUF | SO_BROADCAST | SO_KEEPALIVE | SO_OOBINLINE | SO_LINGER | SO_PRIORITY
+            SO_SNDBUF | SO_RCVBUF | SO_KEEPALIVE | SO_OOBINLINE | SO_LINGER | SO_PRIORITY
             | SO_MAX_PACING_RATE | SO_NO_CHECK | SO_INCOMING_CPU | SO_TXREHASH | SO_RCVLOWAT | SO_RCVTIMEO
             | SO_SNDTIMEO,
         ) => Meaning::Nothing,
@@ -659,7 +663,8 @@ fn meaning(level: i32, name: i32, value: &[u8]) -> Meaning {
             | IPV6_RECVORIGDSTADDR | IPV6_RECVFRAGSIZE | IPV6_RECVHOPLIMIT | IPV6_MINHOPCOUNT,
         ) => Meaning::Comes,
         (IPPROTO_UDP, UDP_GRO) => Meaning::Comes,
-        (SOL_SOCKET, SO_DONTROUTE) => Meaning::Sends,
+        // What is sent to all may be heard by who is sent to, too.
+        (SOL_SOCKET, SO_DONTROUTE | SO_BROADCAST) => Meaning::Sends,
         (IPPROTO_IP, IP_MTU_DISCOVER) => Meaning::Sends,
         (IPPROTO_IPV6, IPV6_MTU_DISCOVER | IPV6_DONTFRAG) => Meaning::Sends,
         (IPPROTO_UDP, UDP_CORK | UDP_SEGMENT) => Meaning::Sends,
