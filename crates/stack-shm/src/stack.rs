@@ -453,7 +453,7 @@ impl Stack for ShmStack {
             None => {
                 let shadow = self.shadow(handle)?;
                 let connect = self.fallback.connect(shadow, address);
-                self.mail_named(handle);
+                self.mail_connected(handle, connect.is_ok());
                 connect?
             }
         };

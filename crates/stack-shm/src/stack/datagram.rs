@@ -18,6 +18,8 @@ const BELIEF_NS: u64 = 1_000_000_000;
 const ADDRESSES: usize = 1024;
 /// SO_RCVBUF of a fallback that does not tell.
 const ROOM: usize = 212_992;
+/// Datagrams that the fallback may get between a bind and the moment when the hub knows of it; more are not believed to be that old.
+const OLDER: u32 = 64;
 /// Longest payloads: what the lengths in the headers of IPv4 and IPv6 can say.
 const LONGEST: usize = 65507;
 const LONGEST_V6: usize = 65527;
@@ -44,8 +46,8 @@ pub(super) struct Mail {
     sent: u64,
     /// The fallback may have something for it.
     fallback_ready: bool,
-    /// What the fallback has is older than what the mailbox has.
-    fallback_older: bool,
+    /// So many that the fallback has may be older than what the mailbox has.
+    fallback_older: u32,
     /// Receive from the fallback first, the next time.
     fallback_first: bool,
     /// Whose datagram comes next, as `next_datagram` said.
@@ -70,7 +72,9 @@ enum Way {
 impl Mail {
     /// Whether a datagram goes by memory is asked for again.
     fn forget_route(&mut self) {
-        self.route = None;
+        if let Some(route) = &mut self.route {
+            route.until_ns = 0;
+        }
     }
 
     fn sends_by_fallback(&mut self, why: impl Into<Reason>) {
@@ -85,7 +89,7 @@ impl Mail {
         self.hub.post.rename(&self.mailbox, self.name, name);
         match (self.name, name) {
             // What came before the hub knew it.
-            (None, Some(_)) => (self.fallback_older, self.fallback_ready) = (true, true),
+            (None, Some(_)) => (self.fallback_older, self.fallback_ready) = (OLDER, true),
             (Some(_), None) => self.mailbox.goes_first(),
             _ => {}
         }
@@ -94,19 +98,26 @@ impl Mail {
     }
 
     /// In which order to look for the next datagram.
-    fn order(&mut self) -> [Way; 2] {
-        self.fallback_first = !self.fallback_first;
-        let fallback_first = match self.next.take() {
+    fn order(&self) -> [Way; 2] {
+        let fallback_first = match self.next {
             Some(way) => way == Way::Fallback,
             None if self.mailbox.is_first() => false,
-            None => self.fallback_older || self.fallback_first,
+            None => self.fallback_older > 0 || self.fallback_first,
         };
         if fallback_first { [Way::Fallback, Way::Memory] } else { [Way::Memory, Way::Fallback] }
     }
 
+    /// As [`Mail::order`], to receive now; the next time it is the other's turn.
+    fn take_order(&mut self) -> [Way; 2] {
+        let order = self.order();
+        self.next = None;
+        self.fallback_first = order[0] == Way::Memory;
+        order
+    }
+
     /// The fallback has nothing, and reports what comes.
     fn fallback_is_empty(&mut self) {
-        (self.fallback_ready, self.fallback_older) = (false, false);
+        (self.fallback_ready, self.fallback_older) = (false, 0);
     }
 }
 
@@ -158,7 +169,7 @@ impl ShmStack {
             route: None,
             sent: 0,
             fallback_ready: true,
-            fallback_older: false,
+            fallback_older: 0,
             fallback_first: false,
             next: None,
         })
@@ -207,6 +218,19 @@ impl ShmStack {
         if name.is_some() {
             self.make_room(handle, shadow);
         }
+    }
+
+    pub(super) fn mail_connected(&mut self, handle: Handle, succeeded: bool) {
+        if !succeeded
+            && let Some(mail) = self.mail(handle)
+            && mail.peer.is_some()
+        {
+            // Linux sends some of what follows to the new address (`inet->cork.fl`).
+            mail.sends_by_fallback(
+                "a later connect failed, and only the kernel knows where it sends to since",
+            );
+        }
+        self.mail_named(handle);
     }
 
     /// As much may wait as the shadow's SO_RCVBUF says.
@@ -465,7 +489,7 @@ impl ShmStack {
         let Some(mail) = &mut socket.mail else {
             return self.fallback.recv_datagram(shadow, into, control);
         };
-        for way in mail.order() {
+        for way in mail.take_order() {
             if way == Way::Memory {
                 if let Some(letter) = mail.mailbox.take() {
                     let bytes = into.copy_from(&letter.data);
@@ -474,7 +498,10 @@ impl ShmStack {
             } else if mail.fallback_ready {
                 match self.fallback.recv_datagram(shadow, into, control) {
                     Err(errno) if errno.would_block() => mail.fallback_is_empty(),
-                    other => return other,
+                    other => {
+                        mail.fallback_older = mail.fallback_older.saturating_sub(1);
+                        return other;
+                    }
                 }
             }
         }
@@ -496,7 +523,7 @@ impl ShmStack {
         let domain = socket.domain;
         let Some(mail) = &mut socket.mail else { return self.fallback.recv_datagrams(shadow, most, take) };
         let mut got = 0;
-        for way in mail.order() {
+        for way in mail.take_order() {
             if way == Way::Memory {
                 while got < most
                     && let Some(letter) = mail.mailbox.take()
@@ -507,6 +534,7 @@ impl ShmStack {
             } else if mail.fallback_ready && got < most {
                 match self.fallback.recv_datagrams(shadow, most - got, take) {
                     Ok(n) => {
+                        mail.fallback_older = mail.fallback_older.saturating_sub(n as u32);
                         if n < most - got {
                             mail.fallback_is_empty();
                         }
