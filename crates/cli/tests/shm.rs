@@ -4,7 +4,7 @@
 mod common;
 
 use std::io::Write as _;
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, Stdio};
 use std::sync::mpsc::Receiver;
@@ -21,12 +21,28 @@ struct Peer {
 
 impl Peer {
     fn start(place: &Place, args: &[&str]) -> Peer {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/shm/peer.py");
-        let mut command = place.netkernel(&["run", "--stack", "shm", "--", "python3", script]);
-        command.args(args).process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
+        Peer::of(place, &["--stack", "shm"], "peer.py", args)
+    }
+
+    /// One that sends and receives datagrams.
+    fn talker(place: &Place, options: &[&str], args: &[&str]) -> Peer {
+        Peer::of(place, &[&["--stack", "shm"], options].concat(), "datagrams.py", args)
+    }
+
+    fn of(place: &Place, options: &[&str], script: &str, args: &[&str]) -> Peer {
+        let script = format!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/shm/{}"), script);
+        let mut command = place.netkernel(&["run"]);
+        command.args(options).args(["--", "python3", &script]).args(args);
+        command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let lines = lines(child.stdout.take().unwrap());
         Peer { stdin: child.stdin.take().unwrap(), child, lines }
+    }
+
+    #[track_caller]
+    fn ask(&mut self, word: &str) -> String {
+        writeln!(self.stdin, "{word}").unwrap();
+        self.told("got")
     }
 
     /// What follows `word` in the next line, which begins with it.
@@ -211,5 +227,104 @@ fn a_guest_that_writes_anything_into_shared_memory_harms_nobody_else() {
     assert!(explained(&place).contains("in memory that both map"), "{}", explained(&place));
     drop((asker, server));
     until("all guests are over", || !explained(&place).contains("guest "));
+    engine.end();
+}
+
+/// The line of the guest's datagram socket.
+#[track_caller]
+fn datagram_line(place: &Place, what: &str) -> String {
+    let explained = explained(place);
+    let line = explained.lines().find(|line| line.contains(what));
+    line.unwrap_or_else(|| panic!("no {what:?} in {explained}")).to_owned()
+}
+
+#[test]
+fn datagrams_between_guests_go_by_memory() {
+    for threads in ["1", "2"] {
+        let place = Place::new(&format!("shm-datagrams-{threads}"));
+        let text =
+            format!("[engine]\nswitch_threads = {threads}\n[[nsm]]\nname = \"shm\"\nstack = \"shm\"\n");
+        let engine = place.up(&["--config", place.file("engine.toml", &text).to_str().unwrap()]);
+        let server = Peer::talker(&place, &["--name", "server"], &["echo"]);
+        let port = server.told("port");
+        let mut client = Peer::talker(&place, &["--name", "client"], &["asker", &port, "200"]);
+        let bytes = client.told("asked");
+        datagram_line(&place, "reached in memory (200 sent, 200 received, 0 dropped)");
+        // Counted once for each side.
+        let guests: serde_json::Value = serde_json::from_str(&place.run(&["ps", "--json"]).out).unwrap();
+        for name in ["server", "client"] {
+            let guests = guests["guests"].as_array().unwrap();
+            let guest = guests.iter().find(|guest| guest["name"] == name).unwrap();
+            for counter in ["bytes_in", "bytes_out"] {
+                assert_eq!(guest[counter].to_string(), bytes, "{counter} of {guest}");
+            }
+        }
+        // A native is served by the same socket.
+        let native = UdpSocket::bind("127.0.0.1:0").unwrap();
+        native.set_read_timeout(Some(WATCHDOG)).unwrap();
+        native.send_to(b"native", ("127.0.0.1", port.parse().unwrap())).unwrap();
+        let mut into = [0; 9];
+        assert_eq!(native.recv(&mut into).unwrap(), 6);
+        datagram_line(
+            &place,
+            "(200 sent, 200 received, 0 dropped), all others by the fallback stack; so was the last one sent",
+        );
+        let listed = place.run(&["ss"]).out;
+        assert!(listed.contains(&port), "{listed}");
+        assert_eq!(client.ask("once more"), "once more");
+        // Whoever is killed is nobody.
+        drop(server);
+        until("the port is free", || UdpSocket::bind(("127.0.0.1", port.parse::<u16>().unwrap())).is_ok());
+        assert_eq!(client.ask("gone"), "ECONNREFUSED");
+        drop(client);
+        until("both guests are over", || !explained(&place).contains("guest "));
+        engine.end();
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_read_datagrams_holds_nobody_up() {
+    let place = Place::new("shm-datagrams-full");
+    let engine = place.up(&["--config", &pair(&place, true)]);
+    let mut silent = Peer::talker(&place, &[], &["silent"]);
+    let port = silent.told("port");
+    let mut flood = Peer::talker(&place, &[], &["flood", &port]);
+    flood.told("flooding");
+    let lost = || !datagram_line(&place, " 0 sent").contains(" 0 dropped");
+    until("some are lost", lost);
+    // What waits is there when its sender is not.
+    let resident = resident_kib(engine.pid());
+    flood.kill();
+    until("it is over", || explained(&place).matches("guest ").count() == 1);
+    writeln!(silent.stdin).unwrap();
+    let came = silent.told("came");
+    let (count, whole) = came.split_once(' ').unwrap();
+    assert_eq!(whole, "True", "{came}");
+    assert!((100..10_000).contains(&count.parse().unwrap()), "{came}");
+    assert!(resident < resident_kib(engine.pid()) + 65536);
+    drop(silent);
+    until("all guests are over", || !explained(&place).contains("guest "));
+    engine.end();
+}
+
+#[test]
+fn datagrams_of_another_tenant_go_by_the_kernel() {
+    let place = Place::new("shm-datagrams-tenant");
+    let token = place.file("token", "blue-token-of-thirty-two-characters\n").display().to_string();
+    let text = format!(
+        "[[nsm]]\nname = \"shm\"\nstack = \"shm\"\n[[tenant]]\nname = \"blue\"\ntoken_file = \"{token}\"\n"
+    );
+    let engine = place.up(&["--config", place.file("engine.toml", &text).to_str().unwrap()]);
+    let server = Peer::talker(&place, &[], &["echo"]);
+    let port = server.told("port");
+    let blue = Peer::talker(&place, &["--tenant-token", &token], &["asker", &port, "50"]);
+    blue.told("asked");
+    let line =
+        datagram_line(&place, "so was the last one sent: the receiver's guest belongs to another tenant");
+    assert!(line.contains("(0 sent, 0 received, 0 dropped)"), "{line}");
+    let own = Peer::talker(&place, &[], &["asker", &port, "50"]);
+    own.told("asked");
+    datagram_line(&place, "(50 sent, 50 received, 0 dropped)");
+    drop((server, blue, own));
     engine.end();
 }

@@ -221,12 +221,17 @@ impl World {
         let Some((stack, handle)) = self.sockets[at] else { return };
         self.turn();
         let mut got: BTreeMap<String, Vec<(usize, u32)>> = BTreeMap::new();
-        let mut into = vec![0; 65536];
+        let (mut into, mut errors) = (vec![0; 65536], Vec::new());
         for _ in 0..1000 {
             let received = self.stacks[stack].recv_datagram(handle, &segments(&mut into), &mut [0; 512]);
-            let Ok(received) = received else {
-                writeln!(self.log, "  {at} then {received:?}").unwrap();
-                break;
+            let received = match received {
+                Ok(received) => received,
+                Err(errno) if errno.would_block() => break,
+                Err(errno) => {
+                    // Before or after what waits: that is not promised.
+                    errors.push(errno);
+                    continue;
+                }
             };
             if received.from.is_empty() {
                 writeln!(self.log, "  {at} is at its end").unwrap();
@@ -238,7 +243,7 @@ impl World {
             let from = self.place(&received.from);
             got.entry(from).or_default().push((received.bytes, u32::from_ne_bytes(number)));
         }
-        writeln!(self.log, "  {at} got {got:?}").unwrap();
+        writeln!(self.log, "  {at} got {got:?} {errors:?}").unwrap();
     }
 
     fn turn(&mut self) {
