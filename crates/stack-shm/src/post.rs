@@ -240,3 +240,98 @@ impl Queue {
         Mutex::new(Queue { room, wants_read: true, ..Queue::default() })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NETWORK: Network = Network(1, 2);
+
+    fn mailbox(room: usize) -> Arc<Mailbox> {
+        let inbox = Arc::new(Inbox::new().unwrap());
+        let (person, queue) = (Person::unknown(), Queue::new(room));
+        Arc::new(Mailbox { person, allow: Vec::new(), allow_all: true, inbox, key: 7, queue })
+    }
+
+    fn at(address: &str) -> Name {
+        let address: IpAddr = address.parse().unwrap();
+        Name { network: NETWORK, address, port: 9, both_families: false, peer: None }
+    }
+
+    fn place(address: &str, port: u16) -> Place {
+        (address.parse().unwrap(), port)
+    }
+
+    fn put(mailbox: &Mailbox, bytes: &[u8]) -> Put {
+        let mut copy = bytes.to_vec();
+        // SAFETY: the copy lives longer than the call.
+        let first = unsafe { netkernel_service::GuestBytes::new(copy.as_mut_ptr(), copy.len()) };
+        let second = netkernel_service::GuestBytes::EMPTY;
+        mailbox.put(place("127.0.0.1", 1), &Segments { first, second })
+    }
+
+    fn reports(mailbox: &Mailbox) -> usize {
+        let mut out = Vec::new();
+        mailbox.inbox.take(&mut out, 99);
+        assert!(out.iter().all(|ready| ready.key == 7));
+        out.len()
+    }
+
+    #[test]
+    fn the_most_specific_hears_and_who_is_connected_hears_its_peer() {
+        let post = Post::default();
+        let names = [at("127.0.0.1"), at("0.0.0.0"), at("::1"), Name { both_families: true, ..at("::") }];
+        let [exact, any, six, both] = names.map(|name| {
+            let mailbox = mailbox(9999);
+            post.rename(&mailbox, None, Some(name));
+            (mailbox, name)
+        });
+        let found = |address: &str, network, port| {
+            post.find(network, place(address, port), place("127.0.0.1", 1)).map(|found| Arc::as_ptr(&found))
+        };
+        let is = |mailbox: &Arc<Mailbox>| Some(Arc::as_ptr(mailbox));
+        assert_eq!(found("127.0.0.1", NETWORK, 9), is(&exact.0));
+        assert_eq!(found("::1", NETWORK, 9), is(&six.0));
+        assert_eq!(found("::2", NETWORK, 9), is(&both.0));
+        assert_eq!(found("127.0.0.2", NETWORK, 9), None, "two would do");
+        post.rename(&both.0, Some(both.1), None);
+        assert_eq!(found("127.0.0.2", NETWORK, 9), is(&any.0));
+        assert_eq!((found("127.0.0.1", NETWORK, 8), found("127.0.0.1", Network(1, 3), 9)), (None, None));
+        // Connected: the next best hears all others.
+        let name = Name { peer: Some(place("127.0.0.1", 1)), ..exact.1 };
+        let before = post.generation();
+        post.rename(&exact.0, Some(exact.1), Some(name));
+        assert_ne!(post.generation(), before);
+        assert_eq!(found("127.0.0.1", NETWORK, 9), is(&exact.0));
+        let stranger = post.find(NETWORK, place("127.0.0.1", 9), place("127.0.0.1", 2));
+        assert!(Arc::ptr_eq(&stranger.unwrap(), &any.0));
+        for (mailbox, name) in [(&exact.0, name), (&any.0, any.1), (&six.0, six.1)] {
+            post.rename(mailbox, Some(name), None);
+        }
+        assert!(!post.knows(NETWORK, 9) && lock(&post.named).is_empty());
+    }
+
+    #[test]
+    fn what_waits_is_told_once_and_bounded() {
+        let mailbox = mailbox(2 * OVERHEAD + 1);
+        assert_eq!([0, 1, 2, 3].map(|n| put(&mailbox, &vec![n; n.into()])), {
+            // The third one is above, the fourth finds it so.
+            [Put::Waits, Put::Waits, Put::Waits, Put::Lost]
+        });
+        assert_eq!((reports(&mailbox), mailbox.next(), mailbox.counts()), (1, Some(0), (0, 1)));
+        assert!(!mailbox.is_first());
+        mailbox.goes_first();
+        for n in 0..3 {
+            assert!(mailbox.is_first());
+            assert_eq!(mailbox.take().unwrap().data, vec![n; n.into()]);
+        }
+        assert_eq!(put(&mailbox, b"not told of: nobody asked"), Put::Waits);
+        assert!(reports(&mailbox) == 0 && mailbox.take().is_some() && mailbox.take().is_none());
+        assert!(!mailbox.is_first());
+        assert_eq!((put(&mailbox, b"told"), reports(&mailbox)), (Put::Waits, 1));
+        assert_ne!(mailbox.person.mail.load(Relaxed), 0);
+        mailbox.close();
+        assert_eq!((mailbox.person.mail.load(Relaxed), put(&mailbox, b"x")), (0, Put::Closed));
+        assert!(mailbox.take().is_none());
+    }
+}
