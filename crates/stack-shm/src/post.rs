@@ -1,7 +1,7 @@
 //! Datagram sockets that guests of one engine reach in memory, and what waits in them.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::{Arc, Mutex};
@@ -17,13 +17,16 @@ const OVERHEAD: usize = 768;
 /// What may wait for all sockets of one guest, whatever SO_RCVBUF says.
 const GUEST_ROOM: usize = 16 << 20;
 
+const ANY: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+
 /// An address as both families see it, and a port.
 pub(crate) type Place = (IpAddr, u16);
 
 /// All mailboxes of one hub.
 #[derive(Default)]
 pub(crate) struct Post {
-    named: Mutex<HashMap<(Network, u16), Vec<(Name, Arc<Mailbox>)>>>,
+    /// More than one at a place only if their names were changed by connections.
+    named: Mutex<HashMap<(Network, Place), Vec<(Name, Arc<Mailbox>)>>>,
     /// Another one whenever a name comes or goes: what was found before may not hold.
     generation: AtomicU64,
 }
@@ -93,30 +96,34 @@ impl Post {
     pub fn rename(&self, mailbox: &Arc<Mailbox>, old: Option<Name>, new: Option<Name>) {
         let mut named = lock(&self.named);
         if let Some(old) = old
-            && let Some(list) = named.get_mut(&(old.network, old.port))
+            && let Some(list) = named.get_mut(&old.key())
         {
             list.retain(|(_, other)| !Arc::ptr_eq(other, mailbox));
             if list.is_empty() {
-                named.remove(&(old.network, old.port));
+                named.remove(&old.key());
             }
         }
         if let Some(new) = new {
-            named.entry((new.network, new.port)).or_default().push((new, Arc::clone(mailbox)));
+            named.entry(new.key()).or_default().push((new, Arc::clone(mailbox)));
         }
         // SYNC: post-generation - who sees the new one, and asks again, finds the names as they are now.
         self.generation.fetch_add(1, Release);
     }
 
-    /// Whether anybody is reached at this port.
-    pub fn knows(&self, network: Network, port: u16) -> bool {
-        lock(&self.named).contains_key(&(network, port))
+    /// Whether anybody is reached there.
+    pub fn knows(&self, network: Network, (address, port): Place) -> bool {
+        let named = lock(&self.named);
+        named.contains_key(&(network, (address, port)))
+            || ANY.iter().any(|&any| named.contains_key(&(network, (any, port))))
     }
 
-    /// A sender that put something into mailboxes now sends to this port by the fallback.
-    pub fn goes_first(&self, network: Network, port: u16) {
+    /// A sender that put something into mailboxes now sends to this port by the fallback, to one of these addresses.
+    pub fn goes_first(&self, network: Network, port: u16, addresses: &[IpAddr]) {
         let named = lock(&self.named);
-        for (_, mailbox) in named.get(&(network, port)).into_iter().flatten() {
-            mailbox.goes_first();
+        for &address in addresses.iter().chain(&ANY) {
+            for (_, mailbox) in named.get(&(network, (address, port))).into_iter().flatten() {
+                mailbox.goes_first();
+            }
         }
     }
 
@@ -124,22 +131,26 @@ impl Post {
     /// if several would do: which one is the kernel's choice.
     pub fn find(&self, network: Network, (address, port): Place, from: Place) -> Option<Arc<Mailbox>> {
         let named = lock(&self.named);
-        let list = named.get(&(network, port))?;
-        let hears = |name: &Name| name.peer.is_none_or(|peer| peer == from);
-        let here = |name: &Name| name.address == address;
-        let any = |name: &Name| {
-            let family =
-                name.address.is_ipv4() == address.is_ipv4() || name.both_families && address.is_ipv4();
-            name.address.is_unspecified() && family
+        let hears = |name: &Name| {
+            let family = name.address.is_ipv4() == address.is_ipv4();
+            let reached = family || name.both_families && address.is_ipv4();
+            reached && name.peer.is_none_or(|peer| peer == from)
         };
-        let only = |matches: &dyn Fn(&Name) -> bool| {
-            let mut found = list.iter().filter(|(name, _)| matches(name) && hears(name));
+        let only = |addresses: &[IpAddr]| {
+            let lists = addresses.iter().filter_map(|&address| named.get(&(network, (address, port))));
+            let mut found = lists.flatten().filter(|(name, _)| hears(name));
             found.next().map(|(_, mailbox)| (mailbox, found.next().is_none()))
         };
-        match only(&here).or_else(|| only(&any)) {
+        match only(&[address]).or_else(|| only(&ANY)) {
             Some((mailbox, true)) => Some(Arc::clone(mailbox)),
             _ => None,
         }
+    }
+}
+
+impl Name {
+    fn key(&self) -> (Network, Place) {
+        (self.network, (self.address, self.port))
     }
 }
 
@@ -308,7 +319,7 @@ mod tests {
         for (mailbox, name) in [(&exact.0, name), (&any.0, any.1), (&six.0, six.1)] {
             post.rename(mailbox, Some(name), None);
         }
-        assert!(!post.knows(NETWORK, 9) && lock(&post.named).is_empty());
+        assert!(!post.knows(NETWORK, place("127.0.0.1", 9)) && lock(&post.named).is_empty());
     }
 
     #[test]

@@ -53,6 +53,9 @@ pub struct ShmStack {
     by_key: HashMap<u64, u32>,
     /// Until when it is known of an address where a datagram to it comes from (`None`: it is not the host's).
     addresses: HashMap<IpAddr, (u64, Option<IpAddr>)>,
+    most_addresses: usize,
+    /// How many addresses guests had asked for, until when.
+    asked: HashMap<u32, (u64, u32)>,
     turns: u32,
     /// Accept from the fallback first, the next time.
     fallback_first: bool,
@@ -107,6 +110,8 @@ impl ShmStack {
             people: Vec::new(),
             by_key: HashMap::new(),
             addresses: HashMap::new(),
+            most_addresses: 0,
+            asked: HashMap::new(),
             turns: 0,
             fallback_first: false,
         })
@@ -756,6 +761,7 @@ impl Stack for ShmStack {
             let person = std::mem::replace(person, Person::unknown());
             self.hub.pairs.over(person.serial);
         }
+        self.asked.remove(&guest);
         self.fallback.guest_over(guest);
     }
 

@@ -367,3 +367,22 @@ fn the_next_datagram_is_as_long_as_was_said() {
     assert_eq!(got[0], (1..=got[0].len()).collect::<Vec<_>>());
     assert_eq!(got[1], (101..=100 + got[1].len()).collect::<Vec<_>>());
 }
+
+/// Each address costs the engine two system calls and more; a guest can name many.
+#[test]
+fn a_guest_that_names_many_addresses_is_the_kernels_meanwhile() {
+    let mut rig = rig();
+    let server = rig.datagram();
+    rig.bind(server, "0.0.0.0:0".parse().unwrap()).unwrap();
+    rig.set_option(server, libc::SOL_SOCKET, libc::SO_RCVBUF, 1 << 20).unwrap();
+    let port = rig.local(server).port();
+    let client = rig.datagram();
+    for n in 0..200u8 {
+        rig.send_to(client, &[n], Some(SocketAddr::from(([127, 0, 1, n], port)))).unwrap();
+    }
+    let mut got: Vec<u8> = drain(&mut rig, server).into_iter().map(|data| data[0]).collect();
+    got.sort();
+    assert_eq!(got, (0..200).collect::<Vec<u8>>(), "all of them came");
+    let sent = counts(&mut rig, client)[0];
+    assert!((32..=160).contains(&sent), "{sent} by memory");
+}

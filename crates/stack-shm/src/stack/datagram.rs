@@ -14,8 +14,10 @@ use crate::post::{Mailbox, Name, Place, Put, Queue};
 
 /// For so long it is believed that an address is, or is not, the host's.
 const BELIEF_NS: u64 = 1_000_000_000;
-/// Addresses that are known at a time: each is two sockets of the fallback to ask for again.
+/// Known addresses above which those are forgotten that are not believed any more.
 const ADDRESSES: usize = 1024;
+/// Addresses that one guest may have asked for in that time; what it sends to more of them is the fallback's.
+const QUESTIONS: u32 = 64;
 /// SO_RCVBUF of a fallback that does not tell.
 const ROOM: usize = 212_992;
 /// Datagrams that the fallback may get between a bind and the moment when the hub knows of it; more are not believed to be that old.
@@ -368,7 +370,11 @@ impl ShmStack {
         let way = way.filter(|(_, from)| fits(*from));
         let mail = self.mail(handle)?;
         if way.is_none() && mail.sent > 0 {
-            mail.hub.post.goes_first(network, to.port());
+            // The first ones are where it may go if it names no address.
+            let local = mail.local.map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |local| local.0);
+            let there = canonical(&to).map_or(local, |place| place.0);
+            let all = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into(), local, there];
+            mail.hub.post.goes_first(network, to.port(), &all);
         }
         way
     }
@@ -413,7 +419,7 @@ impl ShmStack {
             }
             return no(why);
         };
-        if !self.hub.post.knows(network, place.1) {
+        if !self.hub.post.knows(network, place) {
             return no(NOBODY_THERE);
         }
         let bound = self.mail(handle).is_some_and(|mail| mail.local.is_some());
@@ -443,11 +449,11 @@ impl ShmStack {
     /// Where what this socket sends to a place of this host comes from.
     fn comes_from(&mut self, handle: Handle, to: Place, now: u64, until_ns: &mut u64) -> Option<Place> {
         let mail = self.mail(handle)?;
-        let (local, only_v6) = (mail.local?, mail.only_v6);
+        let (local, only_v6, key) = (mail.local?, mail.only_v6, mail.mailbox.key);
         if only_v6 && to.0.is_ipv4() {
             return None;
         }
-        let source = self.local_source(to.0, now, until_ns)?;
+        let source = self.local_source(key, to.0, now, until_ns)?;
         if local.0.is_unspecified() {
             // `::ffff:0.0.0.0` reaches IPv4 only.
             let reaches = local.0.is_ipv6() || source.is_ipv4();
@@ -455,22 +461,40 @@ impl ShmStack {
         }
         // What is sent from a broadcast address does not come from there.
         let usable = local.0.is_ipv4() == source.is_ipv4() && !is_link_local(local.0);
-        (usable && self.local_source(local.0, now, until_ns).is_some()).then_some(local)
+        (usable && self.local_source(key, local.0, now, until_ns).is_some()).then_some(local)
     }
 
     /// As [`ShmStack::source`] says, at most a second ago.
-    fn local_source(&mut self, ip: IpAddr, now: u64, until_ns: &mut u64) -> Option<IpAddr> {
+    fn local_source(&mut self, key: u64, ip: IpAddr, now: u64, until_ns: &mut u64) -> Option<IpAddr> {
         let known = self.addresses.get(&ip).copied().filter(|&(until, _)| now < until);
-        let (until, source) = known.unwrap_or_else(|| {
-            let found = (now + BELIEF_NS, self.probe(ip));
-            if self.addresses.len() >= ADDRESSES {
-                self.addresses.clear();
+        let (until, source) = match known {
+            Some(known) => known,
+            None => {
+                if !self.may_ask(key, now) {
+                    *until_ns = 0;
+                    return None;
+                }
+                let found = (now + BELIEF_NS, self.probe(ip));
+                if self.addresses.len() >= self.most_addresses {
+                    self.addresses.retain(|_, (until, _)| now < *until);
+                    self.most_addresses = (2 * self.addresses.len()).max(ADDRESSES);
+                }
+                self.addresses.insert(ip, found);
+                found
             }
-            self.addresses.insert(ip, found);
-            found
-        });
+        };
         *until_ns = until.min(*until_ns);
         source
+    }
+
+    /// Whether a guest may make the fallback be asked for an address once more: that is two sockets.
+    fn may_ask(&mut self, key: u64, now: u64) -> bool {
+        let asked = self.asked.entry((key >> 32) as u32).or_default();
+        if now >= asked.0 {
+            *asked = (now + BELIEF_NS, 0);
+        }
+        asked.1 += 1;
+        asked.1 <= QUESTIONS
     }
 
     pub(super) fn recv_letter(
