@@ -328,3 +328,27 @@ fn datagrams_of_another_tenant_go_by_the_kernel() {
     drop((server, blue, own));
     engine.end();
 }
+
+/// The engine has every datagram in its hands, so that a capture sees those between guests, too.
+#[test]
+fn datagrams_in_memory_are_captured() {
+    let place = Place::new("shm-datagrams-captured");
+    let engine = place.up(&["--config", &pair(&place, true)]);
+    let server = Peer::talker(&place, &[], &["echo"]);
+    let mut client = Peer::talker(&place, &[], &["asker", &server.told("port"), "10"]);
+    client.told("asked");
+    let file = place.dir.join("client.pcapng");
+    let capture = place.netkernel(&["pcap", "2", "-w", file.to_str().unwrap()]).spawn().unwrap();
+    let capture = common::Engine::of(capture);
+    until("the capture began", || std::fs::metadata(&file).is_ok_and(|file| file.len() > 0));
+    assert_eq!(client.ask("a-word-of-its-own"), "a-word-of-its-own");
+    let seen = || {
+        let bytes = std::fs::read(&file).unwrap();
+        bytes.windows(17).filter(|window| window == b"a-word-of-its-own").count()
+    };
+    until("both directions are in the capture", || seen() == 2);
+    capture.end();
+    datagram_line(&place, "(11 sent, 11 received, 0 dropped)");
+    drop((server, client));
+    engine.end();
+}
