@@ -130,7 +130,8 @@ impl World {
             let guest = at % self.stacks.len();
             let opened =
                 self.stacks[guest].open(key(guest as u32, 100 + at as u32), domain, libc::SOCK_DGRAM, 0);
-            self.sockets[at] = Some((guest, opened.unwrap()));
+            // A host may have no IPv6.
+            self.sockets[at] = opened.ok().map(|handle| (guest, handle));
             writeln!(self.log, "{at} opened {domain}").unwrap();
             return;
         };
@@ -303,9 +304,11 @@ fn random_calls_tell_the_same_as_on_the_kernel() {
             (native.0, served.0, served.1)
         };
         let (mut native, mut served, mut by_memory) = compare();
-        if native != served {
-            // Somebody else on this machine may have used a port.
-            (native, served, by_memory) = compare();
+        for _ in 0..2 {
+            if native != served {
+                // Somebody else on this machine may have used a port, or kept the kernel from delivering at once.
+                (native, served, by_memory) = compare();
+            }
         }
         in_memory += by_memory;
         if native != served {

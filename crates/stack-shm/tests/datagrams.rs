@@ -386,3 +386,59 @@ fn a_guest_that_names_many_addresses_is_the_kernels_meanwhile() {
     let sent = counts(&mut rig, client)[0];
     assert!((32..=160).contains(&sent), "{sent} by memory");
 }
+
+/// Sockets of two threads that come, talk to whoever is at some ports, and go.
+#[test]
+fn whatever_threads_do_at_once_nothing_is_left() {
+    const STEPS: u32 = 20_000;
+    let hub = Arc::<Hub>::default();
+    let ports: Vec<u16> = {
+        let free = |_| UdpSocket::bind("127.0.0.1:0").unwrap();
+        let sockets: Vec<UdpSocket> = (0..4).map(free).collect();
+        sockets.iter().map(|socket| socket.local_addr().unwrap().port()).collect()
+    };
+    let at = |n: u32| SocketAddr::from(([127, 0, 0, 1], ports[n as usize % ports.len()]));
+    let work = &|seed: u32| {
+        let mut rig = rig_of(&hub, 1, Settings::default());
+        let mut sockets = vec![rig.datagram(); 6];
+        sockets.iter_mut().for_each(|socket| *socket = rig.datagram());
+        let (mut random, mut sent, mut received, mut by_memory) = (seed, 0, 0, 0);
+        for _ in 0..STEPS {
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let (what, n) = (random >> 16 & 15, random >> 20);
+            let slot = (random >> 24) as usize % sockets.len();
+            match what {
+                0 => {
+                    by_memory += counts(&mut rig, sockets[slot])[0];
+                    rig.stack.close(sockets[slot], Close::Graceful);
+                    sockets[slot] = rig.datagram();
+                }
+                1 => _ = rig.bind(sockets[slot], at(n)),
+                2 => _ = rig.stack.connect(sockets[slot], &at(n).into()),
+                3 => _ = rig.stack.disconnect(sockets[slot]),
+                4..=11 => sent += u64::from(rig.send_to(sockets[slot], &[7; 300], Some(at(n))).is_ok()),
+                12 => rig.turn(),
+                _ => {
+                    let mut take = |data: &[u8], _, _: &[u8]| assert_eq!(data, [7; 300]);
+                    received += rig.stack.recv_datagrams(sockets[slot], 4, &mut take).unwrap_or(0);
+                }
+            }
+        }
+        sockets.iter().for_each(|&socket| rig.stack.close(socket, Close::Graceful));
+        // What waited for this guest counts for nothing any more: as much as ever may wait.
+        let sender = rig.datagram();
+        let full: Vec<(Handle, SocketAddr)> = (0..90).map(|_| bound(&mut rig)).collect();
+        for &(_, address) in &full {
+            (0..4).for_each(|_| rig.send_to(sender, &[0; 65507], Some(address)).unwrap());
+        }
+        let dropped: u64 = full.iter().map(|&(socket, _)| counts(&mut rig, socket)[2]).sum();
+        assert_eq!(4 * 90 - dropped, (16 << 20) / (65507 + 768));
+        (sent, received, by_memory)
+    };
+    let all = std::thread::scope(|scope| {
+        let threads = [1, 2].map(|seed| scope.spawn(move || work(seed)));
+        threads.map(|thread| thread.join().unwrap())
+    });
+    println!("sent, received, by memory: {all:?}");
+    assert!(all.iter().all(|&(sent, received, by_memory)| sent > by_memory && received > 0 && by_memory > 0));
+}
