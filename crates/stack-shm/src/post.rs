@@ -26,10 +26,12 @@ pub(crate) type Place = (IpAddr, u16);
 #[derive(Default)]
 pub(crate) struct Post {
     /// More than one at a place only if their names were changed by connections.
-    named: Mutex<HashMap<(Network, Place), Vec<(Name, Arc<Mailbox>)>>>,
+    named: Mutex<HashMap<(Network, Place), Named>>,
     /// Another one whenever a name comes or goes: what was found before may not hold.
     generation: AtomicU64,
 }
+
+type Named = Vec<(Name, Arc<Mailbox>)>;
 
 /// Under which address a datagram socket is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

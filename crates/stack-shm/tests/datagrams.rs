@@ -252,7 +252,7 @@ fn a_way_that_changes_keeps_the_order() {
         .stack
         .recv_datagrams(server, 3, &mut |data, _, control| {
             got.push(data.to_vec());
-            controls.push(control.len() > 0);
+            controls.push(!control.is_empty());
         })
         .is_ok()
     {}
@@ -400,8 +400,7 @@ fn whatever_threads_do_at_once_nothing_is_left() {
     let at = |n: u32| SocketAddr::from(([127, 0, 0, 1], ports[n as usize % ports.len()]));
     let work = &|seed: u32| {
         let mut rig = rig_of(&hub, 1, Settings::default());
-        let mut sockets = vec![rig.datagram(); 6];
-        sockets.iter_mut().for_each(|socket| *socket = rig.datagram());
+        let mut sockets = [(); 6].map(|()| rig.datagram());
         let (mut random, mut sent, mut received, mut by_memory) = (seed, 0, 0, 0);
         for _ in 0..STEPS {
             random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
