@@ -8,7 +8,7 @@ use std::net::{TcpListener, UdpSocket};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, Stdio};
 use std::sync::mpsc::Receiver;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{Place, WATCHDOG, lines, until};
 
@@ -350,5 +350,36 @@ fn datagrams_in_memory_are_captured() {
     capture.end();
     datagram_line(&place, "(11 sent, 11 received, 0 dropped)");
     drop((server, client));
+    engine.end();
+}
+
+/// What a tenant may send is the engine's to say, whatever way it goes.
+#[test]
+fn datagrams_of_a_limited_tenant_are_limited_in_memory() {
+    const RATE: f64 = 1e6;
+    let place = Place::new("shm-datagrams-limited");
+    let token = place.file("token", "slow-token-of-thirty-two-characters\n").display().to_string();
+    let text = format!(
+        "[[nsm]]\nname = \"shm\"\nstack = \"shm\"\n[[tenant]]\nname = \"slow\"\ntoken_file = \"{token}\"\nmax_send = \"8 Mbit/s\"\n"
+    );
+    let engine = place.up(&["--config", place.file("engine.toml", &text).to_str().unwrap()]);
+    let token = ["--tenant-token", &token];
+    let silent = Peer::talker(&place, &token, &["silent"]);
+    let mut flood = Peer::talker(&place, &token, &["flood", &silent.told("port")]);
+    flood.told("flooding");
+    let sent = || {
+        let ps = place.run(&["ps", "--json"]).json();
+        let guests = ps["engines"][0]["guests"].as_array().unwrap().clone();
+        guests.iter().map(|guest| guest["bytes_out"].as_f64().unwrap()).sum::<f64>()
+    };
+    let (begin, before) = (Instant::now(), sent());
+    until("half a megabyte is sent", || sent() > before + 5e5);
+    let (bytes, seconds) = (sent() - before, begin.elapsed().as_secs_f64());
+    // What the bucket holds passes at once.
+    assert!(bytes < 1.2 * RATE * seconds + 1e5, "{bytes} bytes in {seconds} s");
+    let way = datagram_line(&place, " 0 received, 0 dropped)");
+    assert!(!way.contains("(0 sent"), "{way}");
+    flood.kill();
+    drop(silent);
     engine.end();
 }
