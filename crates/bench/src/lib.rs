@@ -93,12 +93,17 @@ pub enum Part {
     #[command(hide = true)]
     PingServer {
         port: u16,
+        /// Datagrams, too.
+        #[arg(long)]
+        udp: bool,
     },
     /// Measure round trips.
     #[command(hide = true)]
     PingClient {
         port: u16,
         seconds: f64,
+        #[arg(long)]
+        udp: bool,
     },
     /// What a tenant does in `isolation`.
     #[command(hide = true)]
@@ -213,8 +218,10 @@ pub fn run_as(args: BenchArgs, prefix: &[&str]) -> Result<()> {
         Some(Part::Multiplex(args)) => return multiplex::run(args, prefix),
         Some(Part::MultiplexLoad(args)) => return multiplex::run_load(&args),
         Some(Part::Crowd(args)) => return bench::crowd(&args, prefix),
-        Some(Part::PingServer { port }) => return bench::memory::ping_server(port),
-        Some(Part::PingClient { port, seconds }) => return bench::memory::ping_client(port, seconds),
+        Some(Part::PingServer { port, udp }) => return bench::memory::ping_server(port, udp),
+        Some(Part::PingClient { port, seconds, udp }) => {
+            return bench::memory::ping_client(port, seconds, udp);
+        }
         Some(Part::IsolationLoad(args)) => return isolation::run_load(&args),
         Some(Part::IdleServer { port }) => return bench::idle_server(port),
         Some(Part::IdleClient { port, count }) => return bench::idle_client(port, count),

@@ -1,6 +1,6 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use netkernel_service::{Close, Limits, Readiness, SocketAddress};
@@ -8,6 +8,7 @@ use netkernel_service::{Close, Limits, Readiness, SocketAddress};
 use crate::inbox::{Inbox, lock};
 use crate::link::{Link, Side};
 use crate::pairs::{Pairs, Serial, Slot};
+use crate::post::Post;
 
 /// A network namespace: addresses mean something inside one only. Device and inode of its file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -16,11 +17,12 @@ pub struct Network(pub u64, pub u64);
 /// Owner of guests that nobody told of.
 pub(crate) const NOBODY: u32 = u32::MAX;
 
-/// All listeners of guests of one engine.
+/// All listeners and datagram sockets of guests of one engine.
 #[derive(Default)]
 pub struct Hub {
     listeners: Mutex<Listeners>,
     pub(crate) pairs: Pairs,
+    pub(crate) post: Post,
 }
 
 /// A guest, as the policy sees it.
@@ -35,12 +37,15 @@ pub(crate) struct Person {
     /// Captures of it that are under way.
     pub captures: Arc<AtomicU32>,
     pub serial: Serial,
+    /// What its waiting datagrams count for, of all its sockets.
+    pub mail: Arc<AtomicUsize>,
 }
 
 impl Person {
     /// Nobody told of this one.
     pub fn unknown() -> Person {
-        Person { owner: NOBODY, tenant: None, limits: None, captures: Arc::default(), serial: Serial(0) }
+        let (captures, mail) = (Arc::default(), Arc::default());
+        Person { owner: NOBODY, tenant: None, limits: None, captures, serial: Serial(0), mail }
     }
 
     fn is_one_with(&self, other: &Person) -> bool {
@@ -147,14 +152,7 @@ impl Listener {
 
     /// The policy: may this guest be joined with the listener's? An error is the reason, for people.
     pub fn admits(&self, person: &Person) -> Result<(), String> {
-        if person.owner == NOBODY {
-            return Err("whose guest this is, is not known".into());
-        }
-        if person.is_one_with(&self.person) || self.allow_all || self.allow.contains(&person.owner) {
-            return Ok(());
-        }
-        let who = if person.tenant.is_none() && self.person.tenant.is_none() { "user" } else { "tenant" };
-        Err(format!("the listener's guest belongs to another {who}, whom its stack does not allow"))
+        admits(&self.person, &self.allow, self.allow_all, person, "listener")
     }
 
     /// The policy: may the two guests map the same memory? An error is the reason, for people.
@@ -238,6 +236,24 @@ impl Listener {
             }
         }
     }
+}
+
+/// Whether this guest may be joined with `host`'s guest, who is a `what`. An error is the reason, for people.
+pub(crate) fn admits(
+    host: &Person,
+    allow: &[u32],
+    allow_all: bool,
+    person: &Person,
+    what: &str,
+) -> Result<(), String> {
+    if person.owner == NOBODY {
+        return Err("whose guest this is, is not known".into());
+    }
+    if person.is_one_with(host) || allow_all || allow.contains(&person.owner) {
+        return Ok(());
+    }
+    let who = if person.tenant.is_none() && host.tenant.is_none() { "user" } else { "tenant" };
+    Err(format!("the {what}'s guest belongs to another {who}, whom its stack does not allow"))
 }
 
 /// Address and port; `::` and IPv4 in IPv6 as what they mean. `None`: no address of the internet.

@@ -12,6 +12,7 @@ mod hub;
 mod inbox;
 mod link;
 mod pairs;
+mod post;
 mod stack;
 
 pub use hub::{Hub, Network};

@@ -1,16 +1,20 @@
+mod datagram;
+
+use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use netkernel_service::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, RELAYED, Ready, Received,
-    ReceivedDatagram, Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
+    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, RELAYED, Readiness, Ready,
+    Received, ReceivedDatagram, Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
 };
 
 use crate::hub::{Hub, Listener, NOBODY, Network, Person, Waiting, canonical, destination, of_domain};
 use crate::inbox::Inbox;
 use crate::link::{Link, Side};
+use datagram::Mail;
 
 /// With reports of the hub there, the fallback is asked every so many turns only: that is a system call.
 const FALLBACK_EVERY: u32 = 8;
@@ -45,6 +49,13 @@ pub struct ShmStack {
     free: Vec<u32>,
     /// By the upper half of the keys.
     people: Vec<Person>,
+    /// Datagram sockets by their keys.
+    by_key: HashMap<u64, u32>,
+    /// Until when it is known of an address where a datagram to it comes from (`None`: it is not the host's).
+    addresses: HashMap<IpAddr, (u64, Option<IpAddr>)>,
+    most_addresses: usize,
+    /// How many addresses guests had asked for, until when.
+    asked: HashMap<u32, (u64, u32)>,
     turns: u32,
     /// Accept from the fallback first, the next time.
     fallback_first: bool,
@@ -64,6 +75,8 @@ struct Socket {
     /// Of a link that was dissolved.
     error: Option<Errno>,
     way: Option<String>,
+    /// Of a datagram socket.
+    mail: Option<Box<Mail>>,
 }
 
 struct Joined {
@@ -95,6 +108,10 @@ impl ShmStack {
             sockets: Vec::new(),
             free: Vec::new(),
             people: Vec::new(),
+            by_key: HashMap::new(),
+            addresses: HashMap::new(),
+            most_addresses: 0,
+            asked: HashMap::new(),
             turns: 0,
             fallback_first: false,
         })
@@ -232,6 +249,11 @@ impl ShmStack {
         if ip.is_loopback() {
             return Some(if ip.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { ip });
         }
+        self.probe(ip)
+    }
+
+    /// As [`ShmStack::source`], asked of the fallback.
+    fn probe(&mut self, ip: IpAddr) -> Option<IpAddr> {
         let domain = if ip.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
         // Only addresses of the host can be bound to; where a datagram would come from is what its route says.
         let bound = self.fallback.open(NO_KEY, domain, libc::SOCK_DGRAM, 0).ok()?;
@@ -304,6 +326,7 @@ impl ShmStack {
             listener: None,
             error: None,
             way: Some(way.into()),
+            mail: None,
         });
         Ok(Accepted { handle, peer })
     }
@@ -326,6 +349,7 @@ impl ShmStack {
             way: Some(
                 "by the fallback stack: the peer is no guest of this engine, or was not to be joined".into(),
             ),
+            mail: None,
         });
         Ok(Accepted { handle, peer: accepted.peer })
     }
@@ -334,9 +358,9 @@ impl ShmStack {
 impl Stack for ShmStack {
     fn open(&mut self, key: u64, domain: i32, kind: i32, protocol: i32) -> Result<Handle, Errno> {
         let shadow = self.fallback.open(key, domain, kind, protocol)?;
-        let way =
-            (kind == libc::SOCK_DGRAM).then(|| "by the fallback stack: datagrams are not joined".into());
-        Ok(self.insert(Socket {
+        let mail = (kind == libc::SOCK_DGRAM).then(|| self.new_mail(key));
+        let is_datagram = mail.is_some();
+        let handle = self.insert(Socket {
             key,
             domain,
             kind,
@@ -346,14 +370,22 @@ impl Stack for ShmStack {
             joined: None,
             listener: None,
             error: None,
-            way,
-        }))
+            way: None,
+            mail,
+        });
+        if is_datagram {
+            self.by_key.insert(key, handle.0);
+        }
+        Ok(handle)
     }
 
     fn close(&mut self, handle: Handle, how: Close) {
         self.stop_listening(handle);
         let Some(socket) = self.sockets.get_mut(handle.0 as usize).and_then(Option::take) else { return };
         self.free.push(handle.0);
+        if self.by_key.get(&socket.key) == Some(&handle.0) {
+            self.by_key.remove(&socket.key);
+        }
         if let Some(joined) = &socket.joined {
             joined.link.close(joined.side, how);
         }
@@ -367,7 +399,9 @@ impl Stack for ShmStack {
             return Err(Errno(libc::EINVAL));
         }
         let shadow = self.shadow(handle)?;
-        self.fallback.bind(shadow, address)
+        let bound = self.fallback.bind(shadow, address);
+        self.mail_named(handle);
+        bound
     }
 
     fn listen(&mut self, handle: Handle, backlog: i32) -> Result<(), Errno> {
@@ -423,7 +457,9 @@ impl Stack for ShmStack {
             Some(connect) => connect,
             None => {
                 let shadow = self.shadow(handle)?;
-                self.fallback.connect(shadow, address)?
+                let connect = self.fallback.connect(shadow, address);
+                self.mail_connected(handle, connect.is_ok());
+                connect?
             }
         };
         // What became of an earlier connection is no longer of interest, as on Linux.
@@ -437,7 +473,9 @@ impl Stack for ShmStack {
         }
         self.stop_listening(handle);
         let shadow = self.shadow(handle)?;
-        self.fallback.disconnect(shadow)
+        let disconnected = self.fallback.disconnect(shadow);
+        self.mail_named(handle);
+        disconnected
     }
 
     fn accept(&mut self, listener: Handle, key: u64) -> Result<Accepted, Errno> {
@@ -510,8 +548,7 @@ impl Stack for ShmStack {
     }
 
     fn send_datagrams(&mut self, handle: Handle, datagrams: &[Datagram]) -> Result<usize, Errno> {
-        let shadow = self.shadow(handle)?;
-        self.fallback.send_datagrams(shadow, datagrams)
+        self.send_mail(handle, datagrams)
     }
 
     fn recv_datagram(
@@ -520,8 +557,7 @@ impl Stack for ShmStack {
         into: &Segments,
         control: &mut [u8],
     ) -> Result<ReceivedDatagram, Errno> {
-        let shadow = self.shadow(handle)?;
-        self.fallback.recv_datagram(shadow, into, control)
+        self.recv_letter(handle, into, control)
     }
 
     fn recv_datagrams(
@@ -530,8 +566,7 @@ impl Stack for ShmStack {
         most: usize,
         take: &mut TakeDatagram<'_>,
     ) -> Result<usize, Errno> {
-        let shadow = self.shadow(handle)?;
-        self.fallback.recv_datagrams(shadow, most, take)
+        self.recv_letters(handle, most, take)
     }
 
     fn recv_error(
@@ -545,8 +580,7 @@ impl Stack for ShmStack {
     }
 
     fn next_datagram(&mut self, handle: Handle) -> Result<usize, Errno> {
-        let shadow = self.shadow(handle)?;
-        self.fallback.next_datagram(shadow)
+        self.next_letter(handle)
     }
 
     fn shutdown(&mut self, handle: Handle, how: Shutdown) -> Result<(), Errno> {
@@ -563,6 +597,7 @@ impl Stack for ShmStack {
             self.stop_listening(handle);
         }
         let shadow = self.shadow(handle)?;
+        self.mail_shut(handle, how);
         self.fallback.shutdown(shadow, how)
     }
 
@@ -574,6 +609,7 @@ impl Stack for ShmStack {
         }
         let socket = self.socket(handle)?;
         if socket.kind != libc::SOCK_STREAM {
+            self.mail_option(handle, level, name, value);
             return Ok(());
         }
         socket.options.retain(|(l, n, _)| (*l, *n) != (level, name));
@@ -623,6 +659,9 @@ impl Stack for ShmStack {
                 _ => Err(Errno(libc::ENOTTY)),
             };
         }
+        if request == libc::FIONREAD && self.socket(handle)?.mail.is_some() {
+            return Ok(self.next_letter(handle)? as u64);
+        }
         let shadow = self.shadow(handle)?;
         self.fallback.ioctl(shadow, request)
     }
@@ -666,6 +705,7 @@ impl Stack for ShmStack {
         self.turns = self.turns.wrapping_add(1);
         if got == 0 || self.turns.is_multiple_of(FALLBACK_EVERY) {
             self.fallback.poll(ready, budget - got);
+            self.mail_reported(&ready[before + got..]);
         }
     }
 
@@ -678,9 +718,18 @@ impl Stack for ShmStack {
             return Err(Errno(libc::EOPNOTSUPP));
         }
         let shadow = self.shadow(handle)?;
-        let fd = self.fallback.give(shadow)?;
+        self.may_give_mail(handle)?;
+        let fd = match self.fallback.give(shadow) {
+            Ok(fd) => fd,
+            Err(errno) => {
+                self.mail_named(handle);
+                return Err(errno);
+            }
+        };
         self.stop_listening(handle);
-        self.sockets[handle.0 as usize] = None;
+        if let Some(socket) = self.sockets[handle.0 as usize].take() {
+            self.by_key.remove(&socket.key);
+        }
         self.free.push(handle.0);
         Ok(fd)
     }
@@ -712,6 +761,7 @@ impl Stack for ShmStack {
             let person = std::mem::replace(person, Person::unknown());
             self.hub.pairs.over(person.serial);
         }
+        self.asked.remove(&guest);
         self.fallback.guest_over(guest);
     }
 
@@ -739,7 +789,10 @@ impl Stack for ShmStack {
     }
 
     fn way(&mut self, handle: Handle) -> Option<String> {
-        self.socket(handle).ok()?.way.clone()
+        match self.mail_way(handle) {
+            Some(way) => Some(way),
+            None => self.socket(handle).ok()?.way.clone(),
+        }
     }
 }
 

@@ -24,8 +24,8 @@ cases! {
     options_are_kept_and_unknown_ones_refused datagrams_keep_their_bounds_and_senders
     a_connected_datagram_socket_hears_its_peer_only datagrams_to_nobody_are_refused
     datagrams_have_a_largest_size an_ipv6_socket_serves_both_families a_closed_handle_is_nothing
-    datagrams_are_cut_to_what_there_is_room_for runs_of_memory_of_any_shape memory_that_changes_under_ones_feet
-    addresses_of_any_bytes calls_in_any_order nothing_to_do_lets_the_engine_sleep one_who_stops_reading_sees_the_end
+    datagrams_are_cut_to_what_there_is_room_for a_receiver_that_does_not_read_holds_nobody_up
+    runs_of_memory_of_any_shape memory_that_changes_under_ones_feet addresses_of_any_bytes calls_in_any_order nothing_to_do_lets_the_engine_sleep one_who_stops_reading_sees_the_end
     less_may_be_offered_than_before
 }
 
@@ -530,6 +530,36 @@ fn datagrams_are_cut_to_what_there_is_room_for(rig: &mut Rig) {
 }
 
 /// Nothing outside of the runs is read or written, and their order is kept.
+fn a_receiver_that_does_not_read_holds_nobody_up(rig: &mut Rig) {
+    let (full, reader, sender) = (rig.datagram(), rig.datagram(), rig.datagram());
+    for socket in [full, reader] {
+        rig.bind(socket, rig.v4).unwrap();
+    }
+    let (to_full, to_reader) = (rig.local(full), rig.local(reader));
+    let send = |rig: &mut Rig, n: u32, to: SocketAddr| {
+        let data = [&n.to_ne_bytes()[..], &[0; 996]].concat();
+        while let Err(errno) = rig.send_to(sender, &data, Some(to)) {
+            assert!(errno.would_block(), "{errno:?}");
+            rig.told(sender, Readiness::WRITE);
+        }
+    };
+    (0..2000).for_each(|n| send(rig, n, to_full));
+    send(rig, 7, to_reader);
+    assert_eq!(rig.recv_from(reader).unwrap().0[..4], 7u32.to_ne_bytes());
+    // What came is the beginning of it, or what there was room for in between, in order.
+    let mut numbers = Vec::new();
+    rig.settle();
+    let mut take = |data: &[u8], _: netkernel_service::SocketAddress, _: &[u8]| {
+        assert_eq!(data.len(), 1000);
+        numbers.push(u32::from_ne_bytes([data[0], data[1], data[2], data[3]]));
+    };
+    while rig.stack.recv_datagrams(full, 8, &mut take).is_ok() {}
+    assert!(numbers.is_sorted_by(|a, b| a < b) && numbers.first() == Some(&0), "{numbers:?}");
+    assert!(numbers.len() < 2000, "all of them waited: nothing bounds what waits");
+    send(rig, 2000, to_full);
+    assert_eq!(rig.recv_from(full).unwrap().0[..4], 2000u32.to_ne_bytes());
+}
+
 fn runs_of_memory_of_any_shape(rig: &mut Rig) {
     let (client, server) = rig.pair();
     let shapes = [(0, 7), (7, 0), (1, 1), (1, 900), (900, 1), (333, 334), (0, 1)];

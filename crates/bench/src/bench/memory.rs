@@ -1,7 +1,7 @@
 //! `netkernel bench memory`: both ends are guests of one engine, joined in memory, beside the same programs over loopback TCP.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -27,7 +27,18 @@ pub fn catalog(_: &Settings) -> Vec<Benchmark> {
                 row("ping-p99", "64 B round trip, 99th percentile", "us", Promise::None),
             ],
             most_rounds: u32::MAX,
-            start: |session| Ok(Box::new(Ping::start(session)?)),
+            start: |session| Ok(Box::new(Ping::start(session, false)?)),
+        },
+        Benchmark {
+            id: "ping-udp",
+            about: "64 B there and back in datagrams, both guests; blocking calls".into(),
+            needs: &[],
+            rows: vec![
+                row("ping-udp", "64 B round trip by UDP, median", "us", Promise::None),
+                row("ping-udp-p99", "64 B round trip by UDP, 99th percentile", "us", Promise::None),
+            ],
+            most_rounds: u32::MAX,
+            start: |session| Ok(Box::new(Ping::start(session, true)?)),
         },
         Benchmark {
             id: "iperf3",
@@ -126,16 +137,26 @@ fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|&word| word.to_owned()).collect()
 }
 
-struct Ping(Pair);
+struct Ping {
+    pair: Pair,
+    udp: bool,
+}
+
+/// What chooses datagrams.
+fn by_udp(udp: bool) -> &'static [&'static str] {
+    if udp { &["--udp"] } else { &[] }
+}
 
 impl Ping {
-    fn start(session: &Session) -> Result<Ping> {
-        Ok(Ping(Pair::start(session, |session, side, engine, port| {
+    fn start(session: &Session, udp: bool) -> Result<Ping> {
+        let pair = Pair::start(session, |session, side, engine, port| {
             let own = std::env::current_exe().context("this program's own file")?;
             let mut command = session.command(side, engine, &own);
             command.args(&session.settings.helper).args(["ping-server", &port.to_string()]);
+            command.args(by_udp(udp));
             session.server("ping-server", Role::Measured, engine, command, port)
-        })?))
+        })?;
+        Ok(Ping { pair, udp })
     }
 }
 
@@ -144,9 +165,10 @@ impl Live for Ping {
         let own = std::env::current_exe().context("this program's own file")?;
         let own = own.to_str().context("a path that is no text")?;
         let mut args = session.settings.helper.clone();
-        args.extend(words(&["ping-client", &self.0.port(side).to_string()]));
+        args.extend(words(&["ping-client", &self.pair.port(side).to_string()]));
         args.push(session.settings.seconds.to_string());
-        let text = client(session, side, &self.0.engine, own, &args)?;
+        args.extend(words(by_udp(self.udp)));
+        let text = client(session, side, &self.pair.engine, own, &args)?;
         let start = text.find('{').context("the client printed nothing")?;
         let detail: Value = serde_json::from_str(&text[start..]).context("the client's report")?;
         let of = |name: &str| detail[name].as_f64().with_context(|| format!("no {name}"));
@@ -154,8 +176,17 @@ impl Live for Ping {
     }
 }
 
-/// Sends back what comes, for whoever connects, one after the other.
-pub fn ping_server(port: u16) -> Result<()> {
+/// Sends back what comes, for whoever connects, one after the other; with `udp` datagrams, too.
+pub fn ping_server(port: u16, udp: bool) -> Result<()> {
+    if udp {
+        let socket = UdpSocket::bind(("127.0.0.1", port)).context("ping-server")?;
+        std::thread::spawn(move || {
+            let mut buffer = [0; PING];
+            while let Ok((bytes, peer)) = socket.recv_from(&mut buffer)
+                && socket.send_to(&buffer[..bytes], peer).is_ok()
+            {}
+        });
+    }
     let listener = TcpListener::bind(("127.0.0.1", port)).context("ping-server")?;
     loop {
         let (mut stream, _) = listener.accept().context("ping-server")?;
@@ -166,18 +197,34 @@ pub fn ping_server(port: u16) -> Result<()> {
 }
 
 /// Prints the quantiles of round trips as JSON.
-pub fn ping_client(port: u16, seconds: f64) -> Result<()> {
+pub fn ping_client(port: u16, seconds: f64, udp: bool) -> Result<()> {
+    let mut buffer = [b'p'; PING];
+    if udp {
+        let socket = UdpSocket::bind("127.0.0.1:0").context("ping-client")?;
+        socket.connect(("127.0.0.1", port)).context("ping-client")?;
+        return round_trips(seconds, || {
+            socket.send(&buffer)?;
+            socket.recv(&mut buffer)?;
+            Ok(())
+        });
+    }
     let mut stream = TcpStream::connect(("127.0.0.1", port)).context("ping-client")?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(None)?;
-    let mut buffer = [b'p'; PING];
+    round_trips(seconds, || {
+        stream.write_all(&buffer)?;
+        stream.read_exact(&mut buffer)?;
+        Ok(())
+    })
+}
+
+fn round_trips(seconds: f64, mut ping: impl FnMut() -> Result<()>) -> Result<()> {
     let mut times = Vec::with_capacity(1 << 22);
     let begin = Instant::now();
     let (warm, end) = (Duration::from_secs_f64(seconds / 10.0), Duration::from_secs_f64(seconds * 1.1));
     loop {
         let start = Instant::now();
-        stream.write_all(&buffer)?;
-        stream.read_exact(&mut buffer)?;
+        ping()?;
         let time = start.elapsed();
         let since = begin.elapsed();
         if since > warm {
