@@ -1,5 +1,7 @@
 //! Which stacks a configuration makes an engine offer, and whether this host has them.
 
+use std::collections::HashMap;
+
 use anyhow::{Result, anyhow, bail};
 use netkernel_abi::Limits;
 use netkernel_control::NsmInfo;
@@ -55,12 +57,16 @@ pub fn of(config: &Config) -> Result<EngineConfig> {
                     smoltcp: crate::smoltcp::config(nsm).ok().flatten(),
                     capacity: nsm.capacity(),
                     memory: nsm.memory.unwrap_or_default(),
+                    memory_tenants: HashMap::new(),
                     memory_allow: (!allow.everybody).then_some(allow.list),
                     pair: nsm.pair.unwrap_or(true),
                     single_copy: nsm.single_copy.as_ref().is_some_and(|on| *on.get_ref()),
                 })
             })
             .collect::<Result<_>>()?;
+    }
+    for nsm in &mut engine.nsms {
+        nsm.memory_tenants = config.memory_tenants();
     }
     engine.tenants = config.tenants()?;
     engine.strict_tenants = config.engine.strict_tenants;

@@ -116,6 +116,9 @@ pub struct TenantSection {
     pub max_guests: Option<u64>,
     pub region_bytes: Option<Spanned<Bytes>>,
     pub weight: Option<Spanned<u32>>,
+    /// Tenants whose guests may be joined in memory with this one's listeners and datagram sockets; `*` is everybody.
+    #[serde(default)]
+    pub memory_allow: Vec<Spanned<String>>,
 }
 
 impl NsmSection {
@@ -353,6 +356,15 @@ impl Config {
                     );
                 }
             }
+            for other in tenant.memory_allow.iter().filter(|other| *other.get_ref() != "*") {
+                if !self.tenants.iter().any(|tenant| tenant.name.get_ref() == other.get_ref()) {
+                    bail!(
+                        "{}: there is no [[tenant]] '{}'; use \"*\" for everybody",
+                        at(other.span().start),
+                        other.get_ref()
+                    );
+                }
+            }
             if let Some(weight) = &tenant.weight
                 && !(1..=10_000).contains(weight.get_ref())
             {
@@ -392,6 +404,13 @@ impl Config {
         let nsm = self.nsms.iter().find(|nsm| Some(nsm.name.get_ref()) == unkept.nsm.as_ref());
         let start = tenant.and_then(|t| t.start_of(unkept.key)).or(nsm.and_then(|n| n.start_of(unkept.key)));
         bail!("{}: {}", Place::of(path, text, start), unkept.why)
+    }
+
+    /// Which tenants let others in, in memory.
+    pub fn memory_tenants(&self) -> HashMap<String, Vec<String>> {
+        let names = |list: &[Spanned<String>]| list.iter().map(|name| name.get_ref().clone()).collect();
+        let some = self.tenants.iter().filter(|tenant| !tenant.memory_allow.is_empty());
+        some.map(|tenant| (tenant.name.get_ref().clone(), names(&tenant.memory_allow))).collect()
     }
 
     /// Tenants as the engine knows them. Reads their tokens.
@@ -749,6 +768,10 @@ mod tests {
             (
                 "[[nsm]]\nname = \"a\"\nsingle_copy = true\n",
                 "nk.toml, line 3, key 'single_copy': there is no memory",
+            ),
+            (
+                "[[tenant]]\nname = \"a\"\nusers = [1]\nmemory_allow = [\"b\"]\n",
+                "nk.toml, line 4, key 'memory_allow': there is no [[tenant]] 'b'",
             ),
             ("[[tenant]]\nname = \"a\"\n", "nk.toml, line 2, key 'name': tenant 'a' cannot be recognised"),
             (

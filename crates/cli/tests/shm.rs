@@ -3,8 +3,10 @@
 
 mod common;
 
+use std::fs::Permissions;
 use std::io::Write as _;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::Receiver;
@@ -179,6 +181,49 @@ fn guests_are_joined_only_where_the_configuration_says_so() {
     assert!(explained.contains("127.0.0.1") && !explained.contains("in memory"), "{explained}");
     drop((server, client));
     engine.end();
+}
+
+/// Who is reached names whom it lets in; it holds in that direction only, and for nobody else.
+#[test]
+fn tenants_name_whom_they_let_in_in_memory() {
+    for form in ["engine", "process"] {
+        let place = Place::new(&format!("shm-tenants-{form}"));
+        let mut text = format!("[[nsm]]\nname = \"shm\"\nstack = \"shm\"\nform = \"{form}\"\n");
+        for (name, more) in [("web", ""), ("db", "memory_allow = [\"web\"]\n"), ("mail", "")] {
+            let token = place.file(&format!("{name}.token"), &format!("the token of {name}, long enough\n"));
+            std::fs::set_permissions(&token, Permissions::from_mode(0o600)).unwrap();
+            text += &format!("[[tenant]]\nname = \"{name}\"\ntoken_file = \"{}\"\n{more}", token.display());
+        }
+        let config = place.file("engine.toml", &text);
+        let engine = place.up(&["--config", config.to_str().unwrap()]);
+        let start = |tenant: &str, role: &[&str]| {
+            let token = place.socket().with_file_name(format!("{tenant}.token"));
+            let run = ["run", "--stack", "shm", "--tenant-token", token.to_str().unwrap(), "--", "python3"];
+            let mut command = place.netkernel(&run);
+            command.arg(SCRIPT).args(role);
+            Peer::of(command)
+        };
+        let way = |server: &str, client: &str| {
+            let server = start(server, &["server"]);
+            let client = start(client, &["client", &server.told("port")]);
+            server.told("ready");
+            client.told("ready");
+            let text = explained(&place);
+            drop((server, client));
+            until("both are over", || !explained(&place).contains("guest "));
+            text
+        };
+        let joined = way("db", "web");
+        assert!(joined.contains("which copies: they belong to different tenants"), "{form}: {joined}");
+        for (server, client) in [("db", "mail"), ("web", "db")] {
+            let apart = way(server, client);
+            assert!(
+                apart.contains("whom neither it nor its stack allows"),
+                "{form}: {server}, {client}: {apart}"
+            );
+        }
+        engine.end();
+    }
 }
 
 /// A tenant with a rate is policed, which only the engine can do.

@@ -1,3 +1,4 @@
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
@@ -33,6 +34,9 @@ pub struct NsmConfig {
     pub memory: bool,
     /// Users whose guests may connect in memory to guests of other users that have this stack. `None`: everybody.
     pub memory_allow: Option<Vec<u32>>,
+    /// Tenants, by name, whose guests let guests of others connect to them in memory: their names, or `*` for everybody.
+    #[serde(default)]
+    pub memory_tenants: HashMap<String, Vec<String>>,
     /// Those of them between guests of one tenant stand in memory that both map, without the engine.
     pub pair: bool,
     /// Guests of one tenant trust each other as processes of one user do: a large write in such memory takes one copy.
@@ -70,6 +74,7 @@ impl NsmConfig {
             smoltcp: None,
             memory: false,
             memory_allow: Some(Vec::new()),
+            memory_tenants: HashMap::new(),
             pair: true,
             single_copy: false,
             capacity: Capacity::default(),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use netkernel_agent::Sockets;
 use netkernel_service::{Stack, namespace_path};
-use netkernel_stack_shm::{Hub, Network, Settings, ShmStack};
+use netkernel_stack_shm::{Allowed, Hub, Network, Settings, ShmStack};
 
 use crate::NsmConfig;
 
@@ -121,8 +121,11 @@ impl Default for StackKinds {
                 }
                 let settings = Settings {
                     network: network(nsm.netns.as_deref())?,
-                    allow: nsm.memory_allow.clone().unwrap_or_default(),
-                    allow_all: nsm.memory_allow.is_none(),
+                    allowed: Arc::new(Allowed {
+                        users: nsm.memory_allow.clone().unwrap_or_default(),
+                        everybody: nsm.memory_allow.is_none(),
+                        tenants: nsm.memory_tenants.clone(),
+                    }),
                     pair: nsm.pair,
                 };
                 Ok(Box::new(ShmStack::new(stack, Arc::clone(&hub), settings)?) as Box<dyn Stack>)

@@ -1071,8 +1071,11 @@ impl Worker {
         let captures = Arc::<AtomicU32>::default();
         if let Some(module) = &mut self.modules[new.nsm] {
             module.stack.guest(slot as u32, new.owner);
-            let (tenant, limits) = (new.tenant.number(), new.limits.clone());
-            module.stack.member(slot as u32, Member { tenant, limits, captures: Arc::clone(&captures) });
+            let (tenant, name) = (new.tenant.number(), new.tenant.name().into());
+            let limits = new.limits.clone();
+            module
+                .stack
+                .member(slot as u32, Member { tenant, name, limits, captures: Arc::clone(&captures) });
             self.captures.retain(|session| !session.is_over());
         }
         let tenant = new.tenant.name();
@@ -1173,10 +1176,10 @@ impl Worker {
         let Ok([Some(old), Some(new)]) = self.modules.get_disjoint_mut([from, nsm]) else {
             return refused("it is on this stack".into());
         };
-        let tenant = guest.tenant.number();
+        let (tenant, name) = (guest.tenant.number(), guest.tenant.name().into());
         new.stack.guest(slot, owner);
         let captures = Arc::clone(&guest.captures);
-        new.stack.member(slot, Member { tenant, limits: limits.clone(), captures });
+        new.stack.member(slot, Member { tenant, name, limits: limits.clone(), captures });
         let moved = guest.service.move_to(&mut *old.stack, &mut *new.stack, limits);
         let count = match moved {
             Ok(Ok(count)) => count,
@@ -1227,8 +1230,12 @@ impl Worker {
         // As in `add`: before its first socket.
         module.stack.guest(slot as u32, guest.uid);
         let captures = Arc::<AtomicU32>::default();
-        let member =
-            Member { tenant: tenant.number(), limits: may_use.clone(), captures: Arc::clone(&captures) };
+        let member = Member {
+            tenant: tenant.number(),
+            name: tenant.name().into(),
+            limits: may_use.clone(),
+            captures: Arc::clone(&captures),
+        };
         module.stack.member(slot as u32, member);
         let held = |id: u32| journal.ends.get(id as usize).is_some_and(|end| *end != 0);
         let service = Service::recover(

@@ -10,8 +10,8 @@ use crate::shared::Term;
 
 /// No limit.
 pub const UNLIMITED: u64 = u64::MAX;
-/// Times in a bucket are in this part of a nanosecond, so that single bytes at high rates count.
-const FINE: u128 = 256;
+/// Times in a bucket are in this part of a nanosecond, so that single bytes at high rates count, and 64 bits last for nine years of uptime.
+const FINE: u128 = 64;
 const SECOND: u128 = 1_000_000_000 * FINE;
 /// What a bucket holds: the time for which it lets pass at once what came together. A switch thread that sleeps is woken to
 /// the millisecond, and must find what it missed.
@@ -32,7 +32,7 @@ const MOST_DEBT: u64 = 64 << 20;
 pub struct Bucket {
     /// Units per second.
     rate: Term,
-    /// In 1/256 ns of the clock that callers pass.
+    /// In 1/64 ns of the clock that callers pass.
     full_at: WordRef,
     used: WordRef,
     /// Somebody had to wait since the last look.

@@ -184,10 +184,12 @@ pub struct Paired {
 }
 
 /// Whose a guest is, and what it may.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Member {
     /// Which of the engine's tenants; `None`: of none that the configuration names.
     pub tenant: Option<u32>,
+    /// Its name, whether or not the configuration names it.
+    pub name: std::sync::Arc<str>,
     pub limits: crate::Limits,
     /// Captures of what it sends and receives that are under way: nothing may go past the engine meanwhile that need not.
     pub captures: std::sync::Arc<std::sync::atomic::AtomicU32>,

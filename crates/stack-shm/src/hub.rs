@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use netkernel_service::{Close, Limits, Readiness, SocketAddress};
 
+use crate::allowed::Allowed;
 use crate::inbox::{Inbox, lock};
 use crate::link::{Link, Side};
 use crate::pairs::{Pairs, Serial, Slot};
@@ -32,6 +33,8 @@ pub(crate) struct Person {
     pub owner: u32,
     /// `None`: of none that the configuration names.
     pub tenant: Option<u32>,
+    /// Its tenant's name.
+    pub name: Arc<str>,
     /// What its tenant may use; `None`: it is not served by queues, so that it cannot have pairs.
     pub limits: Option<Limits>,
     /// Captures of it that are under way.
@@ -44,11 +47,11 @@ pub(crate) struct Person {
 impl Person {
     /// Nobody told of this one.
     pub fn unknown() -> Person {
-        let (captures, mail) = (Arc::default(), Arc::default());
-        Person { owner: NOBODY, tenant: None, limits: None, captures, serial: Serial(0), mail }
+        let (captures, mail, name) = (Arc::default(), Arc::default(), Arc::from(""));
+        Person { owner: NOBODY, tenant: None, name, limits: None, captures, serial: Serial(0), mail }
     }
 
-    fn is_one_with(&self, other: &Person) -> bool {
+    pub fn is_one_with(&self, other: &Person) -> bool {
         self.owner != NOBODY
             && other.owner != NOBODY
             && self.tenant == other.tenant
@@ -79,9 +82,8 @@ pub(crate) struct Listener {
     /// `::` of a socket that takes IPv4 too.
     pub both_families: bool,
     pub person: Person,
-    /// Owners of other guests that may be joined with this one.
-    pub allow: Vec<u32>,
-    pub allow_all: bool,
+    /// Whose guests may be joined with this one.
+    pub allowed: Arc<Allowed>,
     /// Connections may be pairs.
     pub pair: bool,
     /// Whose guests' sockets these are: for the reason that people are told.
@@ -152,7 +154,7 @@ impl Listener {
 
     /// The policy: may this guest be joined with the listener's? An error is the reason, for people.
     pub fn admits(&self, person: &Person) -> Result<(), String> {
-        admits(&self.person, &self.allow, self.allow_all, person, "listener")
+        self.allowed.admits(&self.person, person, "listener")
     }
 
     /// The policy: may the two guests map the same memory? An error is the reason, for people.
@@ -236,24 +238,6 @@ impl Listener {
             }
         }
     }
-}
-
-/// Whether this guest may be joined with `host`'s guest, who is a `what`. An error is the reason, for people.
-pub(crate) fn admits(
-    host: &Person,
-    allow: &[u32],
-    allow_all: bool,
-    person: &Person,
-    what: &str,
-) -> Result<(), String> {
-    if person.owner == NOBODY {
-        return Err("whose guest this is, is not known".into());
-    }
-    if person.is_one_with(host) || allow_all || allow.contains(&person.owner) {
-        return Ok(());
-    }
-    let who = if person.tenant.is_none() && host.tenant.is_none() { "user" } else { "tenant" };
-    Err(format!("the {what}'s guest belongs to another {who}, whom its stack does not allow"))
 }
 
 /// Address and port; `::` and IPv4 in IPv6 as what they mean. `None`: no address of the internet.

@@ -8,6 +8,7 @@
 //! engine does it. Payload moves once: from the sender's ring into the receiver's. Small pieces go by way of a bounded queue, so that a sender
 //! need not be asked again when its peer has received them.
 
+mod allowed;
 mod hub;
 mod inbox;
 mod link;
@@ -15,5 +16,6 @@ mod pairs;
 mod post;
 mod stack;
 
+pub use allowed::Allowed;
 pub use hub::{Hub, Network};
 pub use stack::{Settings, ShmStack};

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use netkernel_service::{Readiness, Segments};
 
-use crate::hub::{Network, Person, admits};
+use crate::allowed::Allowed;
+use crate::hub::{Network, Person};
 use crate::inbox::{Inbox, lock};
 
 /// What a waiting datagram counts for beside its payload: the kernel's own bookkeeping of a small one (`skb->truesize`), so that
@@ -48,9 +49,8 @@ pub(crate) struct Name {
 /// What one datagram socket has in memory. The fallback's socket has a queue of its own.
 pub(crate) struct Mailbox {
     pub person: Person,
-    /// Owners of other guests that may send to it in memory.
-    pub allow: Vec<u32>,
-    pub allow_all: bool,
+    /// Whose guests may send to it in memory.
+    pub allowed: Arc<Allowed>,
     pub inbox: Arc<Inbox>,
     pub key: u64,
     pub queue: Mutex<Queue>,
@@ -159,7 +159,7 @@ impl Name {
 impl Mailbox {
     /// The policy: may this guest send here in memory? An error is the reason, for people.
     pub fn admits(&self, person: &Person) -> Result<(), String> {
-        admits(&self.person, &self.allow, self.allow_all, person, "receiver")
+        self.allowed.admits(&self.person, person, "receiver")
     }
 
     /// How much may wait: SO_RCVBUF.
@@ -263,7 +263,8 @@ mod tests {
     fn mailbox(room: usize) -> Arc<Mailbox> {
         let inbox = Arc::new(Inbox::new().unwrap());
         let (person, queue) = (Person::unknown(), Queue::new(room));
-        Arc::new(Mailbox { person, allow: Vec::new(), allow_all: true, inbox, key: 7, queue })
+        let allowed = Arc::new(Allowed { everybody: true, ..Allowed::default() });
+        Arc::new(Mailbox { person, allowed, inbox, key: 7, queue })
     }
 
     fn at(address: &str) -> Name {

@@ -11,6 +11,7 @@ use netkernel_service::{
     Received, ReceivedDatagram, Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
 };
 
+use crate::allowed::Allowed;
 use crate::hub::{Hub, Listener, NOBODY, Network, Person, Waiting, canonical, destination, of_domain};
 use crate::inbox::Inbox;
 use crate::link::{Link, Side};
@@ -30,9 +31,8 @@ const NO_KEY: u64 = u64::MAX;
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     pub network: Network,
-    /// Owners of other guests who may connect to listeners of this stack's guests in memory.
-    pub allow: Vec<u32>,
-    pub allow_all: bool,
+    /// Whose guests may reach this stack's in memory.
+    pub allowed: Arc<Allowed>,
     /// Guests of one tenant get memory that both map.
     pub pair: bool,
 }
@@ -435,8 +435,7 @@ impl Stack for ShmStack {
             port,
             both_families: domain == libc::AF_INET6 && address.is_unspecified() && !v6only,
             person,
-            allow: self.settings.allow.clone(),
-            allow_all: self.settings.allow_all,
+            allowed: Arc::clone(&self.settings.allowed),
             pair: self.settings.pair,
             guest: (key >> 32) as u32,
             inbox: Arc::clone(&self.inbox),
@@ -750,6 +749,7 @@ impl Stack for ShmStack {
     fn member(&mut self, guest: u32, member: Member) {
         if let Some(person) = self.people.get_mut(guest as usize) {
             person.tenant = member.tenant;
+            person.name = Arc::clone(&member.name);
             person.limits = Some(member.limits.clone());
             person.captures = Arc::clone(&member.captures);
         }

@@ -6,7 +6,7 @@ use std::sync::mpsc::channel;
 
 use netkernel_service::{Close, Datagram, Errno, GuestBytes, Handle, Readiness, Segments, Stack};
 use netkernel_stack_kernel::{KernelConfig, KernelStack};
-use netkernel_stack_shm::{Hub, Network, Settings, ShmStack};
+use netkernel_stack_shm::{Allowed, Hub, Network, Settings, ShmStack};
 use netkernel_stack_suite::{Rig, Subject};
 
 fn rig_of(hub: &Arc<Hub>, owner: u32, settings: Settings) -> Rig {
@@ -91,7 +91,11 @@ fn guests_are_joined_and_natives_are_served_by_the_same_socket() {
 #[test]
 fn who_is_not_admitted_is_served_by_the_kernel() {
     let hub = Arc::default();
-    let mut server = rig_of(&hub, 1, Settings { allow: vec![2], ..Settings::default() });
+    let mut server = rig_of(
+        &hub,
+        1,
+        Settings { allowed: Allowed { users: vec![2], ..Allowed::default() }.into(), ..Settings::default() },
+    );
     let (socket, address) = bound(&mut server);
     for (owner, network, why) in [
         (1, Network(0, 0), None),
@@ -99,7 +103,7 @@ fn who_is_not_admitted_is_served_by_the_kernel() {
         (
             3,
             Network(0, 0),
-            Some("the receiver's guest belongs to another user, whom its stack does not allow"),
+            Some("the receiver's guest belongs to another user, whom neither it nor its stack allows"),
         ),
         (1, Network(0, 9), Some("no guest of this engine receives there")),
         (u32::MAX, Network(0, 0), Some("whose guest this is, is not known")),

@@ -152,8 +152,7 @@ impl ShmStack {
         let unknown = (person.owner == NOBODY).then_some(Cow::Borrowed("whose guest this is, is not known"));
         let mailbox = Arc::new(Mailbox {
             person,
-            allow: self.settings.allow.clone(),
-            allow_all: self.settings.allow_all,
+            allowed: Arc::clone(&self.settings.allowed),
             inbox: Arc::clone(&self.inbox),
             key,
             queue: Queue::new(ROOM),
