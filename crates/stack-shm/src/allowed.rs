@@ -48,7 +48,9 @@ mod tests {
     fn tenants_let_in_whom_they_name_and_nobody_else() {
         let [web, db, mail] = [(0, "web"), (1, "db"), (2, "mail")].map(|tenant| person(7, Some(tenant)));
         let nobody = person(7, None);
-        let admits = |allowed: &Allowed, host, guest| allowed.admits(host, guest, "listener").is_ok();
+        let admits = |allowed: &Allowed, host: &Person, guest: &Person| {
+            allowed.admits(host, guest, "listener").is_ok()
+        };
         let none = Allowed::default();
         assert!(admits(&none, &db, &db) && !admits(&none, &db, &web), "one user is not one tenant");
         let listed = |names: &[&str]| Allowed {
