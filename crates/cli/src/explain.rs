@@ -75,7 +75,7 @@ pub fn explain(args: &ExplainArgs) -> Result<()> {
             let field = |key: &str| text(socket.details.get(key));
             write!(
                 out,
-                "  {} {} {} -> {}: {}, {}: {}",
+                "  {} {} {} -> {}: {}, {}: {}; on stack {}",
                 field("kind"),
                 socket.id,
                 field("local"),
@@ -83,6 +83,7 @@ pub fn explain(args: &ExplainArgs) -> Result<()> {
                 field("state"),
                 field("attachment"),
                 field("reason"),
+                field("stack"),
             )?;
             if field("attachment") != "queued" {
                 write!(

@@ -51,7 +51,7 @@ fn a_guest_goes_over_with_its_sockets_under_a_stream() {
         let to = ["cubic", "reno"][i % 2];
         let moved = place.run(&["guest", "move", "1", to]);
         assert!(
-            moved.succeeds().out.contains(&format!("on stack {to}, with the 7 sockets")),
+            moved.succeeds().out.contains(&format!("on stack {to}, with 7 sockets of it that went over")),
             "{}",
             moved.out
         );
@@ -90,32 +90,227 @@ fn what_was_used_is_counted_once_and_where_it_was_used() {
     let engine = up(&place);
     let mut guest = Python::start_with(&place, &["--stack", "reno"]);
     assert_eq!(guest.run(CONNECTED), "1");
-    let send = "say(sum(1 for _ in range(N) if c.sendall(b'x' * 1000) or len(a.recv(1000, socket.MSG_WAITALL)) == 1000))";
+    let send = "say(sum(1 for _ in range(TIMES) if c.sendall(b'x' * 1000) or len(a.recv(1000, socket.MSG_WAITALL)) == 1000))";
     for (times, to) in [(300, "cubic"), (50, "reno"), (7, "cubic"), (1000, "cubic")] {
-        assert_eq!(guest.run(&send.replace('N', &times.to_string())), times.to_string());
+        assert_eq!(guest.run(&send.replace("TIMES", &times.to_string())), times.to_string());
         place.run(&["guest", "move", "1", to]).succeeds();
         // Some of it falls between two looks of the meter.
         if times == 50 {
             std::thread::sleep(std::time::Duration::from_millis(1200));
         }
     }
-    let rows = |all: &serde_json::Value| -> Vec<(String, u64)> {
-        let row = |row: &serde_json::Value| {
-            (row["nsm"].as_str().unwrap().to_owned(), row["bytes_out"].as_u64().unwrap())
-        };
-        let mut rows: Vec<_> = all.as_array().unwrap().iter().map(row).collect();
-        rows.sort();
-        rows
-    };
     guest.ends();
-    let expected = vec![("cubic".to_owned(), 1_050_000), ("reno".to_owned(), 307_000)];
+    used_will_be(&place, &[("cubic", 1_050_000), ("reno", 307_000)]);
+    engine.end();
+}
+
+/// Rows of `usage --by nsm`: name and bytes sent.
+fn used(place: &Place) -> Vec<(String, u64)> {
+    let all = place.run(&["usage", "--by", "nsm", "--format", "json"]).json();
+    let row = |row: &serde_json::Value| {
+        (row["nsm"].as_str().unwrap().to_owned(), row["bytes_out"].as_u64().unwrap())
+    };
+    let mut rows: Vec<_> = all.as_array().unwrap().iter().map(row).collect();
+    rows.sort();
+    rows
+}
+
+/// Waits until the rows say so.
+#[track_caller]
+fn used_will_be(place: &Place, expected: &[(&str, u64)]) {
+    let expected: Vec<_> = expected.iter().map(|(nsm, bytes)| ((*nsm).to_owned(), *bytes)).collect();
     let mut seen = Vec::new();
-    let until = std::time::Instant::now() + common::WATCHDOG;
-    while seen != expected && std::time::Instant::now() < until {
-        std::thread::sleep(std::time::Duration::from_millis(100));
-        seen = rows(&place.run(&["usage", "--by", "nsm", "--format", "json"]).json());
+    let deadline = std::time::Instant::now() + common::WATCHDOG;
+    while seen != expected {
+        assert!(std::time::Instant::now() < deadline, "{seen:?} is not {expected:?}");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        seen = used(place);
     }
-    assert_eq!(seen, expected);
+}
+
+/// What stack each socket of a guest is of, by descriptor, as `sockets` says.
+fn stacks(place: &Place) -> Vec<(u64, String)> {
+    let all = place.run(&["sockets", "--json"]).json();
+    let one = |socket: &serde_json::Value| {
+        (socket["fd"].as_u64().unwrap(), socket["stack"].as_str().unwrap().to_owned())
+    };
+    let mut all: Vec<_> = all["sockets"].as_array().unwrap().iter().map(one).collect();
+    all.sort();
+    all
+}
+
+/// A program as Go would make it: static, with bare kernel sockets. It does what it is told, line by line.
+const PROGRAM: &str = r#"
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+static unsigned char at(unsigned long n) { return n * n % 251 + n / 65536; }
+static const char *cc(int fd) {
+    static char name[16];
+    socklen_t length = sizeof name;
+    memset(name, 0, sizeof name);
+    return getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &length) ? "?" : name;
+}
+static int from, to, end;
+static unsigned long total, seen;
+static void *write_all(void *unused) {
+    static unsigned char b[100000];
+    for (unsigned long n = 0; n < total;) {
+        unsigned long some = total - n < sizeof b ? total - n : sizeof b;
+        for (unsigned long i = 0; i < some; i++) b[i] = at(n + i);
+        for (unsigned long done = 0; done < some;) {
+            ssize_t r = write(to, b + done, some - done);
+            if (r <= 0) { perror("write"); exit(1); }
+            done += r;
+        }
+        n += some;
+    }
+    shutdown(to, SHUT_WR);
+    return unused;
+}
+static void read_some(unsigned long most) {
+    static unsigned char b[100000];
+    for (unsigned long n = 0; n < most;) {
+        ssize_t r = read(end, b, most - n < sizeof b ? most - n : sizeof b);
+        if (r < 0) { perror("read"); exit(1); }
+        if (!r) return;
+        for (ssize_t i = 0; i < r; i++)
+            if (b[i] != at(seen + i)) { printf("wrong byte at %lu\n", seen + i); exit(1); }
+        seen += r, n += r;
+    }
+}
+int main(void) {
+    char line[100];
+    pthread_t writer;
+    setvbuf(stdout, 0, _IONBF, 0);
+    while (fgets(line, sizeof line, stdin)) {
+        if (!strncmp(line, "pair", 4)) {
+            struct sockaddr_in any = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+            socklen_t length = sizeof any;
+            from = socket(AF_INET, SOCK_STREAM, 0), to = socket(AF_INET, SOCK_STREAM, 0);
+            if (bind(from, (void *)&any, length) || listen(from, 5) || getsockname(from, (void *)&any, &length)) return 1;
+            if (connect(to, (void *)&any, length) || (end = accept(from, 0, 0)) < 0) return 1;
+            printf("%s", cc(from)), printf(" %s", cc(to)), printf(" %s\n", cc(end));
+        } else if (!strncmp(line, "old", 3)) {
+            printf("%s", cc(from)), printf(" %s", cc(to)), printf(" %s\n", cc(end));
+        } else if (!strncmp(line, "new", 3)) {
+            int fd = socket(AF_INET6, SOCK_STREAM, 0);
+            printf("%s\n", fd < 0 ? strerror(errno) : cc(fd));
+            close(fd);
+        } else if (!strncmp(line, "set ", 4)) {
+            line[strlen(line) - 1] = 0;
+            int r = setsockopt(to, IPPROTO_TCP, TCP_CONGESTION, line + 4, strlen(line + 4));
+            printf("%d %s\n", r ? errno : 0, cc(to));
+        } else if (!strncmp(line, "write ", 6)) {
+            total = strtoul(line + 6, 0, 10);
+            printf("%d\n", pthread_create(&writer, 0, write_all, 0));
+        } else if (!strncmp(line, "read ", 5)) {
+            read_some(strtoul(line + 5, 0, 10));
+            printf("%lu\n", seen);
+        }
+    }
+    return 0;
+}
+"#;
+
+fn static_program(place: &Place) -> std::path::PathBuf {
+    let (source, binary) = (place.file("program.c", PROGRAM), place.dir.join("program"));
+    let mut command = std::process::Command::new("cc");
+    command.args(["-O2", "-static", "-pthread", "-o"]).arg(&binary).arg(&source);
+    common::finish(command).succeeds();
+    binary
+}
+
+#[test]
+fn a_static_program_goes_over_under_a_stream_there_and_back() {
+    let place = Place::new("moved-static");
+    let engine = up(&place);
+    let program = static_program(&place);
+    let mut guest = Python::start_program(&place, &["--stack", "reno"], program.to_str().unwrap());
+    assert_eq!(guest.run("pair"), "reno reno reno");
+    let total: u64 = 300_000_000;
+    assert_eq!(guest.run(&format!("write {total}")), "0");
+    for i in 0..20 {
+        assert_eq!(guest.run("read 5000000"), (5_000_000 * (i + 1)).to_string());
+        let to = ["cubic", "reno"][i % 2];
+        let moved = place.run(&["guest", "move", "--json", "1", to]).json();
+        // The three of the stream are reno's.
+        let left = if to == "reno" { 0 } else { 3 };
+        let stayed = moved["stayed"].as_array().unwrap();
+        assert_eq!(stayed.iter().map(|left| left["sockets"].as_u64().unwrap()).sum::<u64>(), left, "{moved}");
+        assert!(stayed.iter().all(|left| left["stack"] == "reno"), "{moved}");
+        assert_eq!(guest.run("new"), to);
+        assert_eq!(guest.run("old"), "reno reno reno");
+    }
+    place.run(&["guest", "move", "1", "cubic"]).succeeds();
+    // Each socket by the rules of its own stack, which refuse.
+    assert_eq!(guest.run("set cubic"), format!("{} reno", libc::EPERM));
+    assert_eq!(guest.run("set reno"), "0 reno");
+    let seen = stacks(&place);
+    assert_eq!(seen.len(), 3, "{seen:?}");
+    assert!(seen.iter().all(|(_, stack)| stack == "reno"), "{seen:?}");
+    assert_eq!(guest.run(&format!("read {total}")), total.to_string());
+    // A second stream, of the new stack.
+    assert_eq!(guest.run("pair"), "cubic cubic cubic");
+    let seen = stacks(&place);
+    let of = |name: &str| seen.iter().filter(|(_, stack)| stack == name).count();
+    assert_eq!((of("reno"), of("cubic")), (3, 3), "{seen:?}");
+    assert_eq!(guest.run("set reno"), format!("{} cubic", libc::EPERM));
+    let explained = place.run(&["explain"]);
+    let on = |name: &str| explained.succeeds().out.matches(&format!("on stack {name}")).count();
+    assert_eq!((on("reno"), on("cubic")), (3, 3), "{}", explained.out);
+    guest.ends();
+    engine.end();
+}
+
+#[test]
+fn what_direct_sockets_carry_is_counted_once_and_on_their_own_stack() {
+    let place = Place::new("moved-direct-usage");
+    let engine = up(&place);
+    let mut guest = Python::start_with(&place, &["--stack", "reno", "--attach", "direct"]);
+    assert_eq!(guest.run(CONNECTED), "1");
+    let send = "say(sum(1 for _ in range(TIMES) if S.sendall(b'x' * 1000) or len(R.recv(1000, socket.MSG_WAITALL)) == 1000))";
+    let send = |guest: &mut Python, times: u64, from: &str, to: &str| {
+        let line = send
+            .replace("TIMES", &times.to_string())
+            .replace("S.", &format!("{from}."))
+            .replace("R.", &format!("{to}."));
+        assert_eq!(guest.run(&line), times.to_string());
+    };
+    let moves = |to: &str| _ = place.run(&["guest", "move", "1", to]).succeeds();
+    send(&mut guest, 100, "c", "a");
+    moves("cubic");
+    // Both at once: each is billed where it is from.
+    let second =
+        CONNECTED.replace("l ", "m ").replace("l.", "m.").replace("c ", "d ").replace("a, _", "b, _");
+    assert_eq!(guest.run(&second), "1");
+    assert_eq!(control(&mut guest, "d"), "cubic");
+    assert_eq!(control(&mut guest, "c"), "reno");
+    send(&mut guest, 30, "c", "a");
+    send(&mut guest, 7, "d", "b");
+    used_will_be(&place, &[("cubic", 7_000), ("reno", 130_000)]);
+    moves("reno");
+    send(&mut guest, 20, "c", "a");
+    send(&mut guest, 3, "d", "b");
+    used_will_be(&place, &[("cubic", 10_000), ("reno", 150_000)]);
+    // What the listener accepts is its stack's, and closed ones count on.
+    moves("cubic");
+    assert_eq!(guest.run("c.close(); a.close(); d.close(); b.close(); say(1)"), "1");
+    let again = "e = socket.socket(); e.connect(l.getsockname()); f, _ = l.accept(); say(1)";
+    assert_eq!(guest.run(again), "1");
+    assert_eq!(control(&mut guest, "e"), "cubic");
+    assert_eq!(control(&mut guest, "f"), "reno");
+    send(&mut guest, 11, "e", "f");
+    send(&mut guest, 5, "f", "e");
+    used_will_be(&place, &[("cubic", 21_000), ("reno", 155_000)]);
+    guest.ends();
     engine.end();
 }
 
@@ -149,9 +344,12 @@ fn a_guest_that_cannot_go_over_stays_and_is_told_why() {
     moves("3", "cubic").fails(125, &["guest 3 stays", "tenant few may not use stack cubic"]);
     assert_eq!(few.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
     assert_eq!(guest.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
+    // The kernel's own sockets, when all are to go over.
     let mut direct = Python::start_with(&place, &["--stack", "reno", "--attach", "direct"]);
     assert_eq!(direct.run(CONNECTED), "1");
-    moves("4", "cubic").fails(125, &["guest 4 stays", "attachment direct or relay"]);
+    let all = place.run(&["guest", "move", "--all-or-nothing", "4", "cubic"]);
+    all.fails(125, &["guest 4 stays", "3 of its sockets would stay on stack reno", "attachment direct"]);
+    assert_eq!(control(&mut direct, "socket.socket()"), "reno");
     for guest in [guest, joined, few, direct] {
         guest.ends();
     }

@@ -87,7 +87,8 @@ pub(crate) fn start(
             Err(reason) => log::error!(guest; "guest {guest}: no relay, so that it has no sockets: {reason}"),
         }
     })?;
-    Ok((ours, Direct { counters, behind_preload, relay: Some(link), taps }, lender))
+    let exchange = Arc::default();
+    Ok((ours, Direct { counters, behind_preload, relay: Some(link), taps, exchange }, lender))
 }
 
 /// The sockets of a relay; none when it does not answer in time.

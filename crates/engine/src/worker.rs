@@ -977,8 +977,8 @@ impl Worker {
             Command::Sockets(id, first, answer) => {
                 let _ = answer.send(self.sockets(id, first));
             }
-            Command::Move(id, nsm, answer) => {
-                let _ = answer.send(self.move_guest(id, nsm));
+            Command::Move(id, nsm, all, answer) => {
+                let _ = answer.send(self.move_guest(id, nsm, all));
             }
             Command::Capture(session, answer) => {
                 self.capture(&session);
@@ -1157,7 +1157,7 @@ impl Worker {
 
     /// From now on another NSM serves a guest: it has its sockets, and new ones are opened there. How many it got, and what the
     /// guest used until now.
-    fn move_guest(&mut self, id: u32, nsm: usize) -> Result<(usize, Usage), EngineError> {
+    fn move_guest(&mut self, id: u32, nsm: usize, _all: bool) -> Result<(usize, Usage), EngineError> {
         let slot = self.slot(id).ok_or(EngineError::UnknownGuest(id))?;
         self.module(nsm)?;
         let limits = self.shared.limits_on(id, nsm);
