@@ -706,7 +706,7 @@ mod tests {
                 port: Some(80),
             }),
             Request::EndGuest { guest: u32::MAX },
-            Request::MoveGuest { guest: 1, to: Destination { stack: "bbr".into() } },
+            Request::MoveGuest { guest: 1, to: Destination { stack: "bbr".into(), all_or_nothing: false } },
             Request::RestartNsm { nsm: "bbr-2.x".into() },
             Request::SwapNsm {
                 nsm: "bbr-2.x".into(),

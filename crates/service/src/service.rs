@@ -24,7 +24,7 @@ mod moved;
 mod receive;
 mod recover;
 mod send;
-pub use moved::Stays;
+pub use moved::{Stays, Went};
 pub use recover::journal_format;
 
 use crate::blocks::{Block, Blocks, CLASSES};

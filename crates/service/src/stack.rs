@@ -388,6 +388,22 @@ pub trait Stack: Send {
         Err(Errno(libc::EOPNOTSUPP))
     }
 
+    /// Whether [`adopt`](Stack::adopt) takes sockets.
+    fn takes(&self) -> bool {
+        false
+    }
+
+    /// Whether a socket is a descriptor of the kernel and nothing else, so that another stack can adopt it.
+    fn movable(&self, handle: Handle) -> bool {
+        self.lasting(handle).is_some()
+    }
+
+    /// As [`give`](Stack::give), for another stack to adopt. Errors: it stays, and is as it was: something of it is not in the
+    /// descriptor.
+    fn part(&mut self, handle: Handle) -> Result<OwnedFd, Errno> {
+        if self.movable(handle) { self.give(handle) } else { Err(Errno(libc::EOPNOTSUPP)) }
+    }
+
     /// How far an adopted connection came. `connected`: it was made by `connect`. `None`: it cannot be known.
     fn progress(&mut self, _handle: Handle, _connected: bool) -> Option<Progress> {
         None
