@@ -314,6 +314,182 @@ fn what_direct_sockets_carry_is_counted_once_and_on_their_own_stack() {
     engine.end();
 }
 
+/// A thread writes into `c`, and shuts it down in the end; what `a` gets goes into a hash.
+const WRITE: &str = "import threading, hashlib; part = bytes(i * i % 251 for i in range(1 << 20)); \
+    t = threading.Thread(target=lambda: ([c.sendall(part) for _ in range(200)], c.shutdown(1))); t.start(); \
+    h = hashlib.sha256(); say(1)";
+const SOME: &str = "say(sum(h.update(b) or len(b) for b in (a.recv(1 << 18) for _ in range(20))))";
+const REST: &str = "[h.update(b) for b in iter(lambda: a.recv(1 << 18), b'')]; w = hashlib.sha256(); \
+    [w.update(part) for _ in range(200)]; say(h.digest() == w.digest(), t.join())";
+
+/// How many sockets went over, and how many stayed on each stack.
+fn moves(place: &Place, guest: &str, to: &str) -> (u64, Vec<(String, u64)>) {
+    let moved = place.run(&["guest", "move", "--json", guest, to]).json();
+    let one = |left: &serde_json::Value| {
+        (left["stack"].as_str().unwrap().to_owned(), left["sockets"].as_u64().unwrap())
+    };
+    (moved["sockets"].as_u64().unwrap(), moved["stayed"].as_array().unwrap().iter().map(one).collect())
+}
+
+fn stays(on: &[(&str, u64)]) -> Vec<(String, u64)> {
+    on.iter().map(|(stack, sockets)| ((*stack).to_owned(), *sockets)).collect()
+}
+
+#[test]
+fn joined_connections_stay_in_memory_under_a_stream_and_the_rest_goes_over() {
+    let place = Place::new("moved-joined");
+    let engine = up(&place);
+    let mut guest = Python::start_with(&place, &["--stack", "memory"]);
+    assert_eq!(guest.run(CONNECTED), "1");
+    assert_eq!(guest.run("u = socket.socket(type=2); u.bind(('127.0.0.1', 0)); say(1)"), "1");
+    assert_eq!(guest.run(WRITE), "1");
+    for i in 0..20 {
+        assert!(guest.run(SOME).parse::<u64>().unwrap() > 0);
+        // The two ends of the stream; at home everything is where it was.
+        match ["cubic", "memory"][i % 2] {
+            "memory" => assert_eq!(moves(&place, "1", "memory"), (4, vec![])),
+            to => assert_eq!(moves(&place, "1", to), (2, stays(&[("memory", 2)]))),
+        }
+    }
+    assert_eq!(moves(&place, "1", "cubic"), (2, stays(&[("memory", 2)])));
+    // From one to the next while some stay: they stay on.
+    assert_eq!(moves(&place, "1", "reno"), (2, stays(&[("memory", 2)])));
+    let next =
+        "d = socket.create_connection(l.getsockname()); b, _ = l.accept(); d.sendall(b'new'); say(b.recv(9))";
+    assert_eq!(guest.run(next), "b'new'");
+    assert_eq!(control(&mut guest, "d"), "reno");
+    assert_eq!(control(&mut guest, "b"), "reno");
+    let seen = stacks(&place);
+    let of = |name: &str| seen.iter().filter(|(_, stack)| stack == name).count();
+    assert_eq!((of("memory"), of("reno")), (2, 4), "{seen:?}");
+    let explained = place.run(&["explain"]);
+    let on = |name: &str| explained.succeeds().out.matches(&format!("on stack {name}")).count();
+    assert_eq!((on("memory"), on("reno")), (2, 4), "{}", explained.out);
+    assert_eq!(guest.run(REST), "True None");
+    assert_eq!(guest.run("u.sendto(b'1', u.getsockname()); say(u.recv(9))"), "b'1'");
+    // The other end's end is seen, too.
+    assert_eq!(guest.run("a.sendall(b'back'); a.close(); say(c.recv(9), c.recv(9))"), "b'back' b''");
+    assert_eq!(guest.run("c.close(); say(1)"), "1");
+    assert_eq!(moves(&place, "1", "cubic"), (4, vec![]));
+    assert_eq!(control(&mut guest, "b"), "cubic");
+    assert_eq!(guest.run("b.sendall(b'old'); say(d.recv(9))"), "b'old'");
+    guest.ends();
+    engine.end();
+}
+
+#[test]
+fn connections_that_wait_in_memory_are_not_lost() {
+    let place = Place::new("moved-waiting");
+    let engine = up(&place);
+    let mut guest = Python::start_with(&place, &["--stack", "memory"]);
+    let connect = "l = socket.create_server(('127.0.0.1', 0), backlog=200); \
+                   x = [socket.create_connection(l.getsockname()) for _ in range(150)]; \
+                   [s.sendall(b'%d' % i) for i, s in enumerate(x)]; say(1)";
+    assert_eq!(guest.run(connect), "1");
+    let (went, stayed) = moves(&place, "1", "cubic");
+    assert_eq!((went, stayed.len(), stayed[0].0.as_str()), (0, 1, "memory"), "{stayed:?}");
+    assert!(stayed[0].1 > 150, "{stayed:?}");
+    assert_eq!(
+        guest.run(
+            "y = [l.accept()[0] for _ in x]; say(sorted(int(s.recv(9)) for s in y) == list(range(150)))"
+        ),
+        "True"
+    );
+    // Nobody waits any more: the listener goes over, and accepts from the kernel.
+    assert_eq!(guest.run("[s.close() for s in x + y]; say(1)"), "1");
+    assert_eq!(moves(&place, "1", "reno"), (1, vec![]));
+    let next =
+        "d = socket.create_connection(l.getsockname()); b, _ = l.accept(); d.sendall(b'new'); say(b.recv(9))";
+    assert_eq!(guest.run(next), "b'new'");
+    assert_eq!(control(&mut guest, "b"), "reno");
+    guest.ends();
+    engine.end();
+}
+
+#[test]
+fn kernel_sockets_go_to_a_stack_that_joins_under_a_stream() {
+    let place = Place::new("moved-to-memory");
+    let engine = up(&place);
+    let mut guest = Python::start_with(&place, &["--stack", "reno"]);
+    assert_eq!(guest.run(CONNECTED), "1");
+    assert_eq!(guest.run(WRITE), "1");
+    for i in 0..6 {
+        assert!(guest.run(SOME).parse::<u64>().unwrap() > 0);
+        assert_eq!(moves(&place, "1", ["memory", "cubic"][i % 2]), (3, vec![]));
+    }
+    assert_eq!(moves(&place, "1", "memory"), (3, vec![]));
+    // A listener of its own is joined with, one from another stack is not.
+    let next =
+        "d = socket.create_connection(l.getsockname()); b, _ = l.accept(); d.sendall(b'new'); say(b.recv(9))";
+    assert_eq!(guest.run(next), "b'new'");
+    let own = "m = socket.create_server(('127.0.0.1', 0)); e = socket.create_connection(m.getsockname()); f, _ = m.accept(); e.sendall(b'own'); say(f.recv(9))";
+    assert_eq!(guest.run(own), "b'own'");
+    let explained = place.run(&["explain"]);
+    let of = |words: &str| explained.succeeds().out.matches(words).count();
+    assert_eq!(of("in memory that both map"), 2, "{}", explained.out);
+    assert_eq!(of("it was opened on another stack"), 3, "{}", explained.out);
+    assert_eq!(guest.run(REST), "True None");
+    guest.ends();
+    // All of it once: what stayed where it was too is billed to the stack that the guest is on.
+    let mut sums = 0;
+    common::until("it is counted", || {
+        sums = used(&place).iter().map(|(_, bytes)| bytes).sum::<u64>();
+        sums >= (200 << 20) + 6
+    });
+    assert_eq!(sums, (200 << 20) + 6);
+    engine.end();
+}
+
+#[test]
+fn sockets_of_a_user_space_stack_stay_there_and_new_ones_are_the_kernels() {
+    if !common::namespace::can_run() {
+        return;
+    }
+    let place = Place::new("moved-smoltcp");
+    let namespace = common::namespace::Namespace::new("moved");
+    let config = place.file(
+        "nk.toml",
+        &format!("{}[[nsm]]\nname = \"reno\"\ncongestion_control = \"reno\"\n", namespace.config()),
+    );
+    let engine = place.up(&["--config", config.to_str().unwrap()]);
+    let echo = "import socket; l = socket.create_server(('10.9.0.1', 9000)); print(1, flush=True)\n\
+                while 1:\n  s, _ = l.accept()\n  for b in iter(lambda: s.recv(65536), b''): s.sendall(b)\n  s.close()";
+    let mut peer = namespace.command(&["python3", "-c", echo]);
+    let mut peer = peer.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let lines = common::lines(peer.stdout.take().unwrap());
+    assert_eq!(lines.recv_timeout(common::WATCHDOG).unwrap(), "1");
+    let mut guest = Python::start_with(&place, &["--stack", "small", "--attach", "queued"]);
+    assert_eq!(guest.run("c = socket.create_connection(('10.9.0.1', 9000)); say(1)"), "1");
+    let exchange = "import threading; part = bytes(i * i % 251 for i in range(1 << 16)); \
+        t = threading.Thread(target=lambda: ([c.sendall(part) for _ in range(64)], c.shutdown(1))); t.start(); got = b''; say(1)";
+    assert_eq!(guest.run(exchange), "1");
+    let some = "got += c.recv(1 << 16); say(len(got) > 0)";
+    for i in 0..10 {
+        assert_eq!(guest.run(some), "True");
+        match i % 2 {
+            0 => assert_eq!(moves(&place, "1", "reno"), (0, stays(&[("small", 1)]))),
+            _ => assert_eq!(moves(&place, "1", "small"), (1, vec![])),
+        }
+    }
+    assert_eq!(moves(&place, "1", "reno"), (0, stays(&[("small", 1)])));
+    assert_eq!(guest.run("d = socket.socket(); say(1)"), "1");
+    assert_eq!(control(&mut guest, "d"), "reno");
+    assert_eq!(guest.run(CONNECTED.replace("c,", "k,").replace("c =", "k =").as_str()), "1");
+    // Back: the kernel's stay, which the other stack cannot take, and work on.
+    assert_eq!(moves(&place, "1", "small"), (1, stays(&[("reno", 4)])));
+    assert_eq!(guest.run("k.sendall(b'kernel'); say(a.recv(9))"), "b'kernel'");
+    assert_eq!(
+        guest.run("got += b''.join(iter(lambda: c.recv(1 << 16), b'')); say(got == part * 64, t.join())"),
+        "True None"
+    );
+    let all = place.run(&["guest", "move", "--all-or-nothing", "1", "reno"]);
+    all.fails(125, &["guest 1 stays", "a socket of it cannot go over"]);
+    guest.ends();
+    let _ = peer.kill();
+    let _ = peer.wait();
+    engine.end();
+}
+
 #[test]
 fn a_guest_that_cannot_go_over_stays_and_is_told_why() {
     let place = Place::new("unmoved");
@@ -326,13 +502,14 @@ fn a_guest_that_cannot_go_over_stays_and_is_told_why() {
     assert_eq!(moves("one", "cubic").code, Some(2));
     moves("1", "apart").fails(125, &["guest 1 stays", "process of its own"]);
     assert!(moves("1", "reno").succeeds().out.contains("on stack reno"));
-    // Sockets that only their stack has.
+    // Sockets that only their stack has, when all are to go over.
     let mut joined = Python::start_with(&place, &["--stack", "memory"]);
     assert_eq!(joined.run(CONNECTED), "1");
-    moves("2", "cubic").fails(125, &["guest 2 stays", "exist in their stack only"]);
+    let all = place.run(&["guest", "move", "--all-or-nothing", "2", "cubic"]);
+    all.fails(125, &["guest 2 stays", "2 of its sockets cannot go over", "exist in that stack only"]);
     assert_eq!(joined.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
     assert_eq!(joined.run("c.close(); a.close(); l.close(); say(1)"), "1");
-    moves("2", "cubic").succeeds();
+    place.run(&["guest", "move", "--all-or-nothing", "2", "cubic"]).succeeds();
     assert_eq!(joined.run(CONNECTED), "1");
     assert_eq!(control(&mut joined, "c"), "cubic");
     // A tenant's list.

@@ -29,7 +29,7 @@ use crate::tenants::{Asker, Tenant, Tenants};
 use crate::totals::{self, Finished};
 use crate::usage::{GuestUsage, MAX_OVER, Usage};
 use crate::watch::{self, Watch};
-use crate::worker::{Leaving, NewGuest, Worker};
+use crate::worker::{Leaving, NewGuest, Went, Worker};
 use crate::{Attained, EngineConfig, EngineError, GuestFds, GuestSpec, TenantConfig, TenantStatus};
 
 /// How long a control call waits for a switch thread, which answers within a turn unless the machine stands still.
@@ -119,6 +119,8 @@ pub(crate) struct Registered {
     /// Whose sockets its agent gives to what the queues do not serve, and whose it gave before.
     pub agent_nsm: usize,
     pub agent_before: Vec<usize>,
+    /// NSMs that it was on before and whose switch threads' stacks have sockets of it.
+    pub elders: Vec<usize>,
 }
 
 /// How a guest left an NSM, the last time.
@@ -157,8 +159,8 @@ pub(crate) enum Command {
     /// Do nothing any more, and leave everything as it is.
     Freeze(Sender<()>),
     End(u32),
-    /// Another NSM serves a guest; true: if all sockets go over. How many did, and what it used before.
-    Move(u32, usize, bool, Sender<Result<(usize, Usage), EngineError>>),
+    /// Another NSM serves a guest; true: if all sockets go over.
+    Move(u32, usize, bool, Sender<Result<Went, EngineError>>),
     Status(Sender<Vec<GuestStatus>>),
     Usage(Sender<Vec<(u32, Usage)>>),
     /// Processor time so far of each guest, in nanoseconds.
@@ -350,6 +352,7 @@ impl Engine {
             came: Instant::now(),
             agent_nsm: nsm,
             agent_before: Vec::new(),
+            elders: Vec::new(),
             left: HashMap::new(),
         };
         {
@@ -412,6 +415,7 @@ impl Engine {
             came: Instant::now(),
             agent_nsm: 0,
             agent_before: Vec::new(),
+            elders: Vec::new(),
             left: HashMap::new(),
         };
         lock(&self.shared.registry).guests.insert(guest.id, registered);
@@ -482,6 +486,7 @@ impl Engine {
             came: Instant::now(),
             agent_nsm: 0,
             agent_before: Vec::new(),
+            elders: Vec::new(),
             left: HashMap::new(),
         };
         lock(&self.shared.registry).guests.insert(left.guest.id, registered);
@@ -1063,6 +1068,13 @@ impl Shared {
         over.extend(last);
         drop(over);
         self.forget(id);
+    }
+
+    /// Sockets of a guest stay with NSMs that it was on before.
+    pub fn has_elders(&self, id: u32, elders: Vec<usize>) {
+        if let Some(guest) = lock(&self.registry).guests.get_mut(&id) {
+            guest.elders = elders;
+        }
     }
 
     /// What a guest used until now was used on the NSM before.

@@ -222,6 +222,8 @@ impl Engine {
                 "its sockets are relayed"
             } else if nsm.stack != "kernel" || nsm.memory {
                 "the state of its stack is in this process"
+            } else if !guest.elders.is_empty() {
+                "sockets of it stayed on a stack that it was on before"
             } else {
                 continue;
             };
@@ -518,6 +520,7 @@ impl Engine {
             came: ago(written.here_ms),
             agent_nsm,
             agent_before,
+            elders: Vec::new(),
             left: written.left.clone(),
         };
         {

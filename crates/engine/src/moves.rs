@@ -86,8 +86,7 @@ impl Engine {
                 return Err(refused(why + &first.reason));
             }
         }
-        let (sockets, used) =
-            shared.ask(worker, |answer| Command::Move(guest, nsm, all_or_nothing, answer))??;
+        let went = shared.ask(worker, |answer| Command::Move(guest, nsm, all_or_nothing, answer))??;
         if let (Some(offer), Some(agent)) = (offer, &agent) {
             agent.exchange.put(offer);
             if let Some(known) = lock(&shared.registry).guests.get_mut(&guest) {
@@ -96,9 +95,14 @@ impl Engine {
                 known.agent_before.push(before);
             }
         }
-        shared.guest_moved(guest, nsm, used);
-        let stayed = agent.map_or_else(Vec::new, |agent| own_sockets(shared, guest, &agent, nsm));
-        Ok(MovedGuest { sockets, stayed })
+        shared.guest_moved(guest, nsm, went.used);
+        let queued = went.stayed.into_iter().map(|(nsm, sockets, reason)| StayedSockets {
+            sockets,
+            stack: nsms[nsm].name.clone(),
+            reason: reason.into(),
+        });
+        let own = agent.map_or_else(Vec::new, |agent| own_sockets(shared, guest, &agent, nsm));
+        Ok(MovedGuest { sockets: went.sockets, stayed: queued.chain(own).collect() })
     }
 }
 

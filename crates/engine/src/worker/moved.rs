@@ -1,0 +1,136 @@
+//! Guests that are put on another NSM, with the sockets that can go along.
+
+use std::sync::Arc;
+
+use netkernel_service::{Member, Stack, Stays};
+
+use super::{Worker, guest_leaves, stacks, tapped, usage};
+use crate::EngineError;
+use crate::usage::Usage;
+
+/// What became of the sockets that ServiceLib serves.
+pub(crate) struct Went {
+    pub sockets: usize,
+    /// By NSM, and why.
+    pub stayed: Vec<(usize, usize, &'static str)>,
+    /// What the guest used until now.
+    pub used: Usage,
+}
+
+impl Worker {
+    /// From now on another NSM serves a guest: new sockets are opened there. Those that cannot go over stay with the NSM that they
+    /// are of until they end, or nothing changes if `all` must go.
+    pub(super) fn move_guest(&mut self, id: u32, nsm: usize, all: bool) -> Result<Went, EngineError> {
+        let slot = self.slot(id).ok_or(EngineError::UnknownGuest(id))?;
+        self.module(nsm)?;
+        let limits = self.shared.limits_on(id, nsm);
+        let owner = self.shared.who(id).2;
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else {
+            return Err(EngineError::UnknownGuest(id));
+        };
+        let refused = |why: String| Err(EngineError::Refused(format!("guest {id} stays: {why}")));
+        if guest.lender.is_some() {
+            return refused("its sockets are lent to a relay".into());
+        }
+        if guest.nsm == nsm {
+            return refused("it is on this stack".into());
+        }
+        // Its NSMs from now on, by the place in handles; those without sockets leave at once.
+        let before = guest.nsms();
+        let mut nsms = vec![nsm];
+        nsms.extend(before.iter().copied().filter(|other| *other != nsm));
+        let places: Vec<usize> = (0..=guest.elders.len())
+            .map(|place| {
+                let of = guest.nsm_at(place);
+                nsms.iter().position(|nsm| Some(*nsm) == of).unwrap_or(0)
+            })
+            .collect();
+        if let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders)
+            && let Err(violation) = guest.service.accept_all(stacks.get())
+        {
+            self.violation(slot, violation);
+            return Err(EngineError::UnknownGuest(id));
+        }
+        let comes = !before.contains(&nsm);
+        if comes && let Some(new) = &mut self.modules[nsm] {
+            new.stack.guest(slot, owner);
+            let captures = Arc::clone(&guest.captures);
+            let tenant = guest.tenant.number();
+            new.stack.member(slot, Member { tenant, limits: limits.clone(), captures });
+            new.guests += 1;
+        }
+        let mut of_nsm: Vec<Option<&mut dyn Stack>> = self
+            .modules
+            .iter_mut()
+            .map(|module| module.as_mut().map(|module| &mut *module.stack as &mut dyn Stack))
+            .collect();
+        let mut list: Vec<&mut dyn Stack> = nsms.iter().filter_map(|nsm| of_nsm[*nsm].take()).collect();
+        let takes = list.first().is_some_and(|stack| stack.takes());
+        let place = |place: usize| places.get(place).copied().unwrap_or(0);
+        let moved = guest.service.move_to(&mut list, &place, limits, all);
+        let only = if takes {
+            "they exist in that stack only"
+        } else {
+            "the new stack takes no sockets that are the kernel's"
+        };
+        let went = match moved {
+            Ok(Ok(went)) => went,
+            Ok(Err(stays)) => {
+                if comes {
+                    guest_leaves(&mut self.modules[nsm], slot);
+                }
+                return refused(match stays {
+                    Stays::Sockets(1) => format!("a socket of it cannot go over, for {only}: close it first"),
+                    Stays::Sockets(count) => {
+                        format!("{count} of its sockets cannot go over, for {only}: close them first")
+                    }
+                    Stays::Connections(count) => {
+                        format!("there is no room for its {count} connections on the other stack")
+                    }
+                });
+            }
+            Err(violation) => {
+                if comes {
+                    guest_leaves(&mut self.modules[nsm], slot);
+                }
+                self.violation(slot, violation);
+                return Err(EngineError::UnknownGuest(id));
+            }
+        };
+        let used = usage(guest);
+        guest.nsm = nsm;
+        guest.elders = nsms[1..].iter().map(|nsm| Some(*nsm)).collect();
+        let stayed = nsms.iter().zip(&went.stayed).filter(|(_, count)| **count > 0);
+        let stayed = stayed.map(|(nsm, count)| (*nsm, *count, only)).collect();
+        let sessions = self.captures.iter().filter(|session| comes && !session.is_over());
+        for session in sessions {
+            if session.target.is(id, &guest.tenant.name(), owner)
+                && let Some(taps) = tapped(&mut self.modules[nsm], nsm)
+            {
+                taps.begin(session, &[(slot, Vec::new())]);
+            }
+        }
+        self.leave_elders(slot);
+        self.warm(slot);
+        Ok(Went { sockets: went.sockets, stayed, used })
+    }
+
+    /// NSMs that a guest was on before, and that have no socket of it any more, forget it.
+    pub(super) fn leave_elders(&mut self, slot: u32) {
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
+        if guest.elders.is_empty() {
+            return;
+        }
+        let counts = guest.service.sockets_at(guest.elders.len() + 1);
+        for (elder, _) in guest.elders.iter_mut().zip(&counts[1..]).filter(|(_, count)| **count == 0) {
+            if let Some(nsm) = elder.take() {
+                guest_leaves(&mut self.modules[nsm], slot);
+            }
+        }
+        while guest.elders.last().is_some_and(Option::is_none) {
+            guest.elders.pop();
+        }
+        let elders = guest.elders.iter().flatten().copied().collect();
+        self.shared.has_elders(guest.id, elders);
+    }
+}
