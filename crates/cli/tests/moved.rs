@@ -484,9 +484,90 @@ fn sockets_of_a_user_space_stack_stay_there_and_new_ones_are_the_kernels() {
     );
     let all = place.run(&["guest", "move", "--all-or-nothing", "1", "reno"]);
     all.fails(125, &["guest 1 stays", "a socket of it cannot go over"]);
-    guest.ends();
+    // Behind the preloaded library is a relay, which borrows the stack.
+    let mut second = Python::start_with(&place, &["--stack", "small"]);
+    assert_eq!(second.run("c = socket.create_connection(('10.9.0.1', 9000)); say(1)"), "1");
+    assert_eq!(moves(&place, "2", "reno"), (0, stays(&[("small", 1)])));
+    assert_eq!(second.run("c.sendall(b'abc'); say(c.recv(9))"), "b'abc'");
+    assert_eq!(second.run("d = socket.socket(); c.close(); say(1)"), "1");
+    assert_eq!(control(&mut second, "d"), "reno");
+    assert_eq!(second.run("d.close(); say(1)"), "1");
+    assert_eq!(moves(&place, "2", "small"), (0, vec![]));
+    assert_eq!(
+        second.run("c = socket.create_connection(('10.9.0.1', 9000)); c.sendall(b'abc'); say(c.recv(9))"),
+        "b'abc'"
+    );
+    // A relay must be told of more than the filter of direct sockets tells of.
+    let mut direct = Python::start_with(&place, &["--stack", "reno", "--attach", "direct"]);
+    assert_eq!(direct.run(CONNECTED), "1");
+    let words = ["guest 3 stays", "no sockets of the kernel", "--attach relay"];
+    place.run(&["guest", "move", "3", "small"]).fails(125, &words);
+    assert_eq!(direct.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
+    [guest, second, direct].into_iter().for_each(Python::ends);
     let _ = peer.kill();
     let _ = peer.wait();
+    engine.end();
+}
+
+#[test]
+fn relayed_sockets_stay_and_new_ones_are_of_the_new_stack_under_a_stream() {
+    let place = Place::new("moved-relay");
+    let engine = up(&place);
+    let mut guest = Python::start_with(&place, &["--stack", "reno", "--attach", "relay"]);
+    assert_eq!(guest.run(CONNECTED), "1");
+    assert_eq!(guest.run("u = socket.socket(type=2); u.bind(('127.0.0.1', 0)); say(1)"), "1");
+    assert_eq!(control(&mut guest, "c"), "reno");
+    let all = place.run(&["guest", "move", "--all-or-nothing", "1", "cubic"]);
+    all.fails(125, &["guest 1 stays", "4 of its sockets would stay on stack reno", "attachment relay"]);
+    assert_eq!(guest.run(WRITE), "1");
+    for i in 0..20 {
+        assert!(guest.run(SOME).parse::<u64>().unwrap() > 0);
+        // The relay borrows the last one of the switch thread, and has one of its own of the others.
+        let to = ["cubic", "memory", "reno"][i % 3];
+        let left = if to == "reno" { vec![] } else { stays(&[("reno", 4)]) };
+        assert_eq!(moves(&place, "1", to), (0, left));
+    }
+    // On stack memory now.
+    let next =
+        "d = socket.create_connection(l.getsockname()); b, _ = l.accept(); d.sendall(b'new'); say(b.recv(9))";
+    assert_eq!(guest.run(next), "b'new'");
+    // What is accepted is its listener's.
+    assert_eq!(control(&mut guest, "b"), "reno");
+    let own = "m = socket.create_server(('127.0.0.1', 0)); e = socket.create_connection(m.getsockname()); f, _ = m.accept(); e.sendall(b'own'); say(f.recv(9))";
+    assert_eq!(guest.run(own), "b'own'");
+    let explained = place.run(&["explain"]);
+    assert_eq!(explained.succeeds().out.matches("which copies").count(), 2, "{}", explained.out);
+    assert_eq!(moves(&place, "1", "cubic"), (0, stays(&[("memory", 4), ("reno", 5)])));
+    assert_eq!(
+        guest.run(
+            &own.replace("m.", "n.")
+                .replace("m =", "n =")
+                .replace("e.", "g.")
+                .replace("e =", "g =")
+                .replace("f,", "k,")
+                .replace("f.", "k.")
+        ),
+        "b'own'"
+    );
+    assert_eq!(control(&mut guest, "g"), "cubic");
+    assert_eq!(control(&mut guest, "c"), "reno");
+    assert_eq!(guest.run("f.sendall(b'back'); say(e.recv(9))"), "b'back'");
+    assert_eq!(guest.run(REST), "True None");
+    assert_eq!(guest.run("u.sendto(b'1', u.getsockname()); say(u.recv(9))"), "b'1'");
+    assert_eq!(guest.run("[s.close() for s in (a, b, c, d, e, f, l, m, u)]; say(1)"), "1");
+    let only =
+        |stacks: Vec<(u64, String)>| stacks.iter().all(|(_, stack)| stack == "cubic") && stacks.len() == 3;
+    common::until("the others are gone", || only(stacks(&place)));
+    place.run(&["guest", "move", "--all-or-nothing", "1", "cubic"]).succeeds();
+    assert_eq!(guest.run("g.sendall(b'last'); say(k.recv(9))"), "b'last'");
+    guest.ends();
+    let sum = (200 << 20) + 3 + 3 + 3 + 4 + 1 + 4;
+    let mut seen = 0;
+    common::until("it is counted", || {
+        seen = used(&place).iter().map(|(_, bytes)| bytes).sum::<u64>();
+        seen >= sum
+    });
+    assert_eq!(seen, sum);
     engine.end();
 }
 

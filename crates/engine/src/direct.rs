@@ -28,8 +28,8 @@ pub(crate) struct Direct {
     pub behind_preload: bool,
     /// The sockets that it gives are relayed; `None`: they are the kernel's.
     pub relay: Option<netkernel_relay::Link>,
-    /// Who looks on at the relay's stack, for captures.
-    pub taps: Option<netkernel_capture::Taps>,
+    /// Who looks on at the relay's own stacks, for captures.
+    pub taps: Vec<netkernel_capture::Taps>,
     /// Where it is told to give sockets of another stack.
     pub exchange: Arc<Exchange>,
 }
@@ -196,7 +196,7 @@ pub(crate) fn start(
             "guest {guest}: stack {name} cannot serve programs that the preloaded library cannot: use a kernel stack"
         ),
     })?;
-    Ok((ours, Direct { counters, behind_preload, relay: None, taps: None, exchange }))
+    Ok((ours, Direct { counters, behind_preload, relay: None, taps: Vec::new(), exchange }))
 }
 
 /// The guest's processes, found from the one that made it and those that asked for a socket.

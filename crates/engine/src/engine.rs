@@ -133,6 +133,12 @@ pub(crate) struct LeftNsm {
 }
 
 impl Registered {
+    /// Whether stacks that it was on before have sockets of it that only they know.
+    pub fn has_elders(&self) -> bool {
+        let relay = self.direct.as_ref().and_then(|direct| direct.relay.as_ref());
+        !self.elders.is_empty() || relay.is_some_and(netkernel_relay::Link::has_elders)
+    }
+
     /// All NSMs of which its programs may have sockets, the one of which they get new ones first.
     pub fn agent_nsms(&self) -> Vec<usize> {
         std::iter::once(self.agent_nsm).chain(self.agent_before.iter().copied()).collect()
@@ -625,10 +631,10 @@ impl Engine {
         }
         let registry = lock(&self.shared.registry);
         for (id, guest) in &registry.guests {
-            if let Some(taps) = guest.direct.as_ref().and_then(|direct| direct.taps.as_ref())
-                && session.target.is(*id, &guest.tenant.name(), guest.uid)
-            {
-                taps.begin(session, &[(RELAY_SLOT, Vec::new())]);
+            if session.target.is(*id, &guest.tenant.name(), guest.uid) {
+                for taps in guest.direct.iter().flat_map(|direct| &direct.taps) {
+                    taps.begin(session, &[(RELAY_SLOT, Vec::new())]);
+                }
             }
         }
     }

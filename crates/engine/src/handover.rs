@@ -218,12 +218,12 @@ impl Engine {
             let why = if guest.worker >= shared.workers.len() {
                 // It does not even notice.
                 continue;
+            } else if guest.has_elders() {
+                "sockets of it stayed on a stack that it was on before"
             } else if guest.direct.as_ref().is_some_and(|direct| direct.relay.is_some()) {
                 "its sockets are relayed"
             } else if nsm.stack != "kernel" || nsm.memory {
                 "the state of its stack is in this process"
-            } else if !guest.elders.is_empty() {
-                "sockets of it stayed on a stack that it was on before"
             } else {
                 continue;
             };

@@ -4,12 +4,17 @@
 //! gives out from then on, and who is told.
 
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use netkernel_agent::Processes;
+use netkernel_service::Stack;
 
 use crate::direct::{self, Direct};
 use crate::engine::{Command, Shared, lock};
-use crate::{Engine, EngineError};
+use crate::{Engine, EngineError, relay};
+
+/// How long it is waited until a relay opens sockets in the new stack.
+const RELAY_ANSWER: Duration = Duration::from_secs(1);
 
 /// What became of the open sockets of a guest that was moved.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,10 +73,18 @@ impl Engine {
         let unavailable = |reason| EngineError::StackUnavailable { name: name.into(), reason };
         shared.config.kinds.check(&shared.nsm(nsm)).map_err(unavailable)?;
         let mut offer = None;
+        let mut own_stack = None;
         if let Some(agent) = &agent {
-            if agent.relay.is_some() {
-                return Err(refused("it has relayed sockets".into()));
+            if all_or_nothing && let Some(first) = own_sockets(shared, guest, agent, nsm).first() {
+                let why = format!("{} of its sockets would stay on stack {}: ", first.sockets, first.stack);
+                return Err(refused(why + &first.reason));
             }
+        }
+        if agent.as_ref().is_some_and(|agent| agent.relay.is_some()) {
+            let config = &nsms[nsm];
+            let make = || shared.config.kinds.make(config).map_err(unavailable);
+            own_stack = shared.config.kinds.has_many(config).then(make).transpose()?;
+        } else if agent.is_some() {
             // A relay must be told of more calls than the programs' filter tells of, and nobody can change that.
             let none = || {
                 refused(format!(
@@ -80,16 +93,23 @@ impl Engine {
                 ))
             };
             offer = Some(direct::offer(shared, guest, &nsms[nsm]).ok_or_else(none)?.map_err(unavailable)?);
-            let open = if all_or_nothing { own_sockets(shared, guest, agent, nsm) } else { Vec::new() };
-            if let Some(first) = open.first() {
-                let why = format!("{} of its sockets would stay on stack {}: ", first.sockets, first.stack);
-                return Err(refused(why + &first.reason));
-            }
         }
         let went = shared.ask(worker, |answer| Command::Move(guest, nsm, all_or_nothing, answer))??;
+        let mut taps = None;
         if let (Some(offer), Some(agent)) = (offer, &agent) {
             agent.exchange.put(offer);
+        }
+        let own = own_stack.is_some();
+        let stack = own_stack.or_else(|| went.lent.map(|lent| Box::new(lent) as Box<dyn Stack>));
+        if let (Some(link), Some(stack)) = (agent.as_ref().and_then(|agent| agent.relay.as_ref()), stack) {
+            let (successor, looks_on) = relay::successor(shared, guest, nsm, stack, own);
+            taps = looks_on;
+            // One that is held up by its guest is not waited for longer.
+            let _ = link.succeed(successor).recv_timeout(RELAY_ANSWER);
+        }
+        if agent.is_some() {
             if let Some(known) = lock(&shared.registry).guests.get_mut(&guest) {
+                known.direct.iter_mut().for_each(|direct| direct.taps.extend(taps.take()));
                 let before = std::mem::replace(&mut known.agent_nsm, nsm);
                 known.agent_before.retain(|other| *other != nsm && *other != before);
                 known.agent_before.push(before);
@@ -121,7 +141,11 @@ fn own_sockets(shared: &Shared, guest: u32, agent: &Direct, nsm: usize) -> Vec<S
             None => stayed.push(StayedSockets {
                 sockets: 1,
                 stack: socket.stack,
-                reason: "the kernel's own, in the hands of its programs (attachment direct)".into(),
+                reason: if agent.relay.is_some() {
+                    "they are relayed (attachment relay)".into()
+                } else {
+                    "they are the kernel's own, in the hands of its programs (attachment direct)".into()
+                },
             }),
         }
     }

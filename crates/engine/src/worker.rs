@@ -125,8 +125,8 @@ struct Guest {
     agent_arguments: [u32; 3],
     /// What its agent did, once it has one.
     agent: Option<Arc<Counters>>,
-    /// What its relay borrows the stack by.
-    lender: Option<Lender>,
+    /// What its relay borrows stacks by, each with its NSM.
+    lenders: Vec<(usize, Lender)>,
     /// Sockets that were handed over.
     handed: Handed,
     /// Captures of it that are under way.
@@ -636,7 +636,8 @@ impl Worker {
             let (slot, id) = ((report.key >> 32) as u32, report.key as u32);
             let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { continue };
             if id & RELAYED != 0 {
-                guest.lender.iter().for_each(|lender| lender.report(*report));
+                let of_stack = guest.lenders.iter().filter(|(of, _)| *of == nsm);
+                of_stack.for_each(|(_, lender)| lender.report(*report));
                 continue;
             }
             let piece = self.begin_piece(slot);
@@ -728,8 +729,10 @@ impl Worker {
     /// Does what a guest's relay asks of the stack.
     fn serve_relay(&mut self, slot: u32) {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
-        if let (Some(lender), Some(module)) = (&mut guest.lender, &mut self.modules[guest.nsm]) {
-            lender.serve(&mut *module.stack, RELAY_BATCH);
+        for (nsm, lender) in &mut guest.lenders {
+            if let Some(module) = &mut self.modules[*nsm] {
+                lender.serve(&mut *module.stack, RELAY_BATCH);
+            }
         }
     }
 
@@ -1165,7 +1168,7 @@ impl Worker {
             agent_kept: None,
             agent_arguments: [0; 3],
             agent: None,
-            lender: None,
+            lenders: Vec::new(),
             handed: Handed::default(),
             captures,
             journal,
@@ -1267,7 +1270,7 @@ impl Worker {
             agent_kept: None,
             agent_arguments: [0; 3],
             agent: None,
-            lender: None,
+            lenders: Vec::new(),
             handed: Handed::default(),
             captures,
             journal: Some(journal),
@@ -1575,8 +1578,11 @@ impl Worker {
             guest.has_agent = true;
             guest.keep_agent([message.a, message.b, message.c], kept);
             // Without the bell the relay would wait for ever: its half is told with the other one's end.
-            guest.lender =
-                lender.filter(|lender| self.poller.add_readable(lender.bell(), Source::Relay(slot)).is_ok());
+            guest.lenders.extend(
+                lender
+                    .filter(|lender| self.poller.add_readable(lender.bell(), Source::Relay(slot)).is_ok())
+                    .map(|lender| (stack, lender)),
+            );
             if message.c != 1 && self.shared.config.kinds.has_direct(nsm) {
                 guest.service.prepare_hand_over();
             }
@@ -1734,9 +1740,11 @@ impl Worker {
         if let Some(root) = &self.shared.root {
             root.remove(guest.id);
         }
-        if let (Some(lender), Some(module)) = (&mut guest.lender, &mut self.modules[guest.nsm]) {
+        for (nsm, lender) in &mut guest.lenders {
             self.poller.remove(lender.bell());
-            lender.end(&mut *module.stack);
+            if let Some(module) = &mut self.modules[*nsm] {
+                lender.end(&mut *module.stack);
+            }
         }
         if let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) {
             guest.service.end(stacks.get());
@@ -1862,7 +1870,7 @@ fn besides(guest: &Guest) -> Usage {
         usage = usage.with_tcp(&relayed_tcp(counters));
     }
     usage.cpu_ns += guest.cpu.spent_ns();
-    usage.with_tcp(&guest.lender.as_ref().map(Lender::tcp).unwrap_or_default())
+    guest.lenders.iter().fold(usage, |usage, (_, lender)| usage.with_tcp(&lender.tcp()))
 }
 
 /// What the relay's own stack counted.

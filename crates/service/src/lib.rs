@@ -37,7 +37,7 @@ pub use observed::{Event, Held, Observed, Observer, Payload, Timer};
 pub use police::{Bucket, Limits, Places, Police, Quota, Seats, UNLIMITED};
 pub use policed::Policed;
 pub use service::{Drained, Host, Service, SocketInfo, Stats, Stays, Violation, Went, journal_format};
-pub use several::Several;
+pub use several::{MOST_STACKS, Several};
 pub use stack::{
     Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, Progress, RELAYED, Readiness,
     Ready, Received, ReceivedDatagram, SendFlags, Shutdown, Stack, TakeDatagram, key,

@@ -94,7 +94,7 @@ impl Worker {
         if self.shared.root.is_some() || guest.over_since.is_some() {
             return stays("it is over, or its stack is a process");
         }
-        if guest.lender.is_some() {
+        if !guest.lenders.is_empty() {
             return stays("its sockets are lent to a relay");
         }
         if guest.captures.load(Relaxed) != 0 {

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use netkernel_service::{Member, Stack, Stays};
+use netkernel_service::{Member, RELAYED, Stack, Stays, key};
+use netkernel_stack_lent::{Lent, lend};
 
-use super::{Worker, guest_leaves, stacks, tapped, usage};
+use super::{Source, Worker, guest_leaves, stacks, tapped, usage};
 use crate::EngineError;
 use crate::usage::Usage;
 
@@ -15,6 +16,8 @@ pub(crate) struct Went {
     pub stayed: Vec<(usize, usize, &'static str)>,
     /// What the guest used until now.
     pub used: Usage,
+    /// The new stack, for its relay.
+    pub lent: Option<Lent>,
 }
 
 impl Worker {
@@ -29,12 +32,21 @@ impl Worker {
             return Err(EngineError::UnknownGuest(id));
         };
         let refused = |why: String| Err(EngineError::Refused(format!("guest {id} stays: {why}")));
-        if guest.lender.is_some() {
-            return refused("its sockets are lent to a relay".into());
-        }
         if guest.nsm == nsm {
             return refused("it is on this stack".into());
         }
+        // A relay borrows the new stack, too, if it cannot have one of its own.
+        let borrows = guest.has_agent
+            && guest.agent_arguments[2] == 1
+            && !self.shared.config.kinds.has_many(&self.shared.config.nsms[nsm]);
+        let (lender, lent) = if borrows {
+            let no_room = |e| EngineError::Resource(format!("no descriptors for a relay: {e}"));
+            let (lender, lent) = lend(key(slot, RELAYED)).map_err(no_room)?;
+            self.poller.add_readable(lender.bell(), Source::Relay(slot)).map_err(no_room)?;
+            (Some(lender), Some(lent))
+        } else {
+            (None, None)
+        };
         // Its NSMs from now on, by the place in handles; those without sockets leave at once.
         let before = guest.nsms();
         let mut nsms = vec![nsm];
@@ -99,6 +111,7 @@ impl Worker {
         };
         let used = usage(guest);
         guest.nsm = nsm;
+        guest.lenders.extend(lender.map(|lender| (nsm, lender)));
         guest.elders = nsms[1..].iter().map(|nsm| Some(*nsm)).collect();
         let stayed = nsms.iter().zip(&went.stayed).filter(|(_, count)| **count > 0);
         let stayed = stayed.map(|(nsm, count)| (*nsm, *count, only)).collect();
@@ -112,18 +125,23 @@ impl Worker {
         }
         self.leave_elders(slot);
         self.warm(slot);
-        Ok(Went { sockets: went.sockets, stayed, used })
+        Ok(Went { sockets: went.sockets, stayed, used, lent })
     }
 
     /// NSMs that a guest was on before, and that have no socket of it any more, forget it.
     pub(super) fn leave_elders(&mut self, slot: u32) {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
-        if guest.elders.is_empty() {
+        if guest.elders.is_empty() && guest.lenders.len() < 2 {
             return;
+        }
+        // Relays that have given back what they borrowed.
+        for (_, lender) in guest.lenders.extract_if(.., |(_, lender)| lender.is_over()) {
+            self.poller.remove(lender.bell());
+            guest.carried = guest.carried.with_tcp(&lender.tcp());
         }
         let counts = guest.service.sockets_at(guest.elders.len() + 1);
         for (elder, _) in guest.elders.iter_mut().zip(&counts[1..]).filter(|(_, count)| **count == 0) {
-            if let Some(nsm) = elder.take() {
+            if let Some(nsm) = elder.take_if(|nsm| guest.lenders.iter().all(|(of, _)| of != nsm)) {
                 guest_leaves(&mut self.modules[nsm], slot);
             }
         }
