@@ -441,7 +441,8 @@ fn listen() -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-pub(crate) fn cookie(socket: &OwnedFd) -> Option<u64> {
+/// The kernel's own name for a socket (SO_COOKIE), which no other one ever has.
+pub fn cookie(socket: &OwnedFd) -> Option<u64> {
     let (mut cookie, mut length) = (0u64, size_of::<u64>() as libc::socklen_t);
     // SAFETY: the value and its length are valid for writes.
     let r = unsafe {

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::{Arc, Mutex};
 
-use netkernel_agent::ledger::Books;
+use netkernel_agent::ledger::{Books, cookie};
 use netkernel_agent::notify::Listener;
 use netkernel_agent::{
     Agent, ByGuest, Carried, Census, Counters, DirectSocket, Exchange, Ledger, Offer, Processes, Settings,
@@ -39,7 +39,30 @@ type Namespace = (u64, u64);
 
 /// What direct sockets carried: a ledger for each network namespace in which some were ever given away.
 #[derive(Debug, Default)]
-pub(crate) struct Ledgers(Mutex<HashMap<Namespace, Kept>>);
+pub(crate) struct Ledgers(Mutex<HashMap<Namespace, Kept>>, Handed);
+
+/// Sockets that were taken out of a stack and given to programs, by cookie: of which guest and stack they are. What they carry is
+/// not counted.
+#[derive(Debug, Default)]
+pub(crate) struct Handed(Mutex<HashMap<u64, (u32, String)>>);
+
+/// No more of them are remembered.
+const MAX_HANDED: usize = 65_536;
+
+impl Handed {
+    pub fn add(&self, socket: &OwnedFd, guest: u32, nsm: &str) {
+        let mut all = lock(&self.0);
+        if all.len() < MAX_HANDED
+            && let Some(cookie) = cookie(socket)
+        {
+            all.insert(cookie, (guest, nsm.to_owned()));
+        }
+    }
+
+    fn stack_of(&self, guest: u32, cookie: u64) -> Option<String> {
+        lock(&self.0).get(&cookie).filter(|(of, _)| *of == guest).map(|(_, nsm)| nsm.clone())
+    }
+}
 
 #[derive(Debug)]
 struct Kept {
@@ -78,6 +101,10 @@ impl Ledgers {
             kept.nsms.push(nsm.to_owned());
         }
         kept.ledger.clone()
+    }
+
+    pub fn handed(&self) -> &Handed {
+        &self.1
     }
 
     /// Those that there are, each with the stacks that gave sockets there.
@@ -136,6 +163,7 @@ pub(crate) fn carried(shared: &Shared) -> ByGuest {
 
 /// What one guest's did, by stack; it is over.
 pub(crate) fn last_carried(shared: &Shared, guest: u32) -> HashMap<String, Carried> {
+    lock(&shared.ledgers.handed().0).retain(|_, (of, _)| *of != guest);
     let mut all: HashMap<String, Carried> = HashMap::new();
     for (_, ledger) in shared.ledgers.all() {
         // The kernel's list is long on a host with many connections, and this is a switch thread: only if it is needed.
@@ -238,7 +266,8 @@ pub(crate) fn sockets(
         });
         for socket in found {
             if !all.iter().any(|other| other.inode == socket.inode) {
-                let of = ledger.as_ref().and_then(|ledger| ledger.stack_of(guest, socket.cookie));
+                let known = ledger.as_ref().and_then(|ledger| ledger.stack_of(guest, socket.cookie));
+                let of = known.or_else(|| shared.ledgers.handed().stack_of(guest, socket.cookie));
                 all.push(status(guest, socket, of.unwrap_or_else(|| nsm.name.clone()), reason));
             }
         }

@@ -3,11 +3,13 @@
 //! What ServiceLib serves is the switch thread's work ([`crate::worker`]). What is left is here: may it be, what the guest's agent
 //! gives out from then on, and who is told.
 
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use netkernel_agent::Processes;
+use netkernel_agent::{Offer, Processes};
+use netkernel_capture::Taps;
 use netkernel_service::Stack;
+use netkernel_stack_lent::Lent;
 
 use crate::direct::{self, Direct};
 use crate::engine::{Command, Shared, lock};
@@ -72,44 +74,22 @@ impl Engine {
         }
         let unavailable = |reason| EngineError::StackUnavailable { name: name.into(), reason };
         shared.config.kinds.check(&shared.nsm(nsm)).map_err(unavailable)?;
-        let mut offer = None;
-        let mut own_stack = None;
-        if let Some(agent) = &agent {
-            if all_or_nothing && let Some(first) = own_sockets(shared, guest, agent, nsm).first() {
-                let why = format!("{} of its sockets would stay on stack {}: ", first.sockets, first.stack);
-                return Err(refused(why + &first.reason));
-            }
+        if all_or_nothing
+            && let Some(agent) = &agent
+            && let Some(first) = own_sockets(shared, guest, agent, nsm).first()
+        {
+            let why = format!("{} of its sockets would stay on stack {}: ", first.sockets, first.stack);
+            return Err(refused(why + &first.reason));
         }
-        if agent.as_ref().is_some_and(|agent| agent.relay.is_some()) {
-            let config = &nsms[nsm];
-            let make = || shared.config.kinds.make(config).map_err(unavailable);
-            own_stack = shared.config.kinds.has_many(config).then(make).transpose()?;
-        } else if agent.is_some() {
-            // A relay must be told of more calls than the programs' filter tells of, and nobody can change that.
-            let none = || {
-                refused(format!(
-                    "stack {name} has no sockets of the kernel, and the seccomp filter of its programs is for these only; \
-                     start it with --attach relay or queued"
-                ))
-            };
-            offer = Some(direct::offer(shared, guest, &nsms[nsm]).ok_or_else(none)?.map_err(unavailable)?);
-        }
+        let gift = match &agent {
+            Some(agent) => Gift::prepare(shared, guest, nsm, agent)?,
+            None => Gift::Nothing,
+        };
         let went = shared.ask(worker, |answer| Command::Move(guest, nsm, all_or_nothing, answer))??;
-        let mut taps = None;
-        if let (Some(offer), Some(agent)) = (offer, &agent) {
-            agent.exchange.put(offer);
-        }
-        let own = own_stack.is_some();
-        let stack = own_stack.or_else(|| went.lent.map(|lent| Box::new(lent) as Box<dyn Stack>));
-        if let (Some(link), Some(stack)) = (agent.as_ref().and_then(|agent| agent.relay.as_ref()), stack) {
-            let (successor, looks_on) = relay::successor(shared, guest, nsm, stack, own);
-            taps = looks_on;
-            // One that is held up by its guest is not waited for longer.
-            let _ = link.succeed(successor).recv_timeout(RELAY_ANSWER);
-        }
-        if agent.is_some() {
+        if let Some(agent) = &agent {
+            let taps = gift.give(shared, guest, nsm, agent, went.lent);
             if let Some(known) = lock(&shared.registry).guests.get_mut(&guest) {
-                known.direct.iter_mut().for_each(|direct| direct.taps.extend(taps.take()));
+                known.direct.iter_mut().for_each(|direct| direct.taps.extend(taps.clone()));
                 let before = std::mem::replace(&mut known.agent_nsm, nsm);
                 known.agent_before.retain(|other| *other != nsm && *other != before);
                 known.agent_before.push(before);
@@ -123,6 +103,60 @@ impl Engine {
         });
         let own = agent.map_or_else(Vec::new, |agent| own_sockets(shared, guest, &agent, nsm));
         Ok(MovedGuest { sockets: went.sockets, stayed: queued.chain(own).collect() })
+    }
+}
+
+/// What a guest's agent is to work with from now on; all that can fail is done before anything changes.
+enum Gift {
+    /// Nothing, or what the switch thread lends.
+    Nothing,
+    Sockets(Offer),
+    /// A stack of a relay's own.
+    Stack(Box<dyn Stack>),
+}
+
+impl Gift {
+    fn prepare(shared: &Arc<Shared>, guest: u32, nsm: usize, agent: &Direct) -> Result<Gift, EngineError> {
+        let nsm = &shared.config.nsms[nsm];
+        let unavailable = |reason| EngineError::StackUnavailable { name: nsm.name.clone(), reason };
+        if agent.relay.is_none() {
+            // A relay must be told of more calls than the programs' filter tells of, and nobody can change that.
+            let offer = direct::offer(shared, guest, nsm).ok_or_else(|| {
+                EngineError::Refused(format!(
+                    "guest {guest} stays: stack {} has no sockets of the kernel, and the seccomp filter of its programs is for \
+                     these only; start it with --attach relay or queued",
+                    nsm.name
+                ))
+            })?;
+            return Ok(Gift::Sockets(offer.map_err(unavailable)?));
+        }
+        if !shared.config.kinds.has_many(nsm) {
+            return Ok(Gift::Nothing);
+        }
+        Ok(Gift::Stack(shared.config.kinds.make(nsm).map_err(unavailable)?))
+    }
+
+    /// Who looks on at a relay's own stack.
+    fn give(
+        self,
+        shared: &Shared,
+        guest: u32,
+        nsm: usize,
+        agent: &Direct,
+        lent: Option<Lent>,
+    ) -> Option<Taps> {
+        let (stack, own) = match self {
+            Gift::Sockets(offer) => {
+                agent.exchange.put(offer);
+                return None;
+            }
+            Gift::Stack(stack) => (stack, true),
+            Gift::Nothing => (Box::new(lent?) as Box<dyn Stack>, false),
+        };
+        let (successor, taps) = relay::successor(shared, guest, nsm, stack, own);
+        // A relay that is held up by its guest is not waited for longer.
+        let _ = agent.relay.as_ref()?.succeed(successor).recv_timeout(RELAY_ANSWER);
+        taps
     }
 }
 

@@ -1496,6 +1496,8 @@ impl Worker {
                 };
                 if let Ok(given) = &fd_of {
                     self.shared.direct_tap.gives(&self.shared, given.as_fd(), guest.id);
+                    let nsm = &self.shared.config.nsms[guest.nsm];
+                    self.shared.ledgers.handed().add(given, guest.id, &nsm.name);
                 }
                 handed::answer(&fd, fd_of);
             }

@@ -24,7 +24,7 @@ impl Handle {
     /// The same socket, of the stack at this place. `None`: such a handle cannot be.
     pub fn at(self, place: usize) -> Option<Handle> {
         let own = self.own();
-        (place < MOST_STACKS && own != Handle::NONE).then(|| Handle((place as u32) << OWN_BITS | own.0))
+        (place < MOST_STACKS && own != Handle::NONE).then_some(Handle((place as u32) << OWN_BITS | own.0))
     }
 
     /// As the stack itself calls it.
