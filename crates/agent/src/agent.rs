@@ -219,8 +219,9 @@ impl Offers {
 
 impl Agent {
     /// Answers until nobody asks any more. When the listener is closed in the end, a call that waits gets ENOSYS.
-    pub fn run(self, offer: Offer) {
-        let mut offers = Offers { now: offer, before: Vec::new() };
+    /// `before`: what one before this gave out.
+    pub fn run(self, offer: Offer, before: Vec<Offer>) {
+        let mut offers = Offers { now: offer, before };
         let counters = Arc::clone(&self.counters);
         let _clock = counters.cpu.of_this_thread();
         loop {

@@ -378,6 +378,40 @@ fn joined_connections_stay_in_memory_under_a_stream_and_the_rest_goes_over() {
 }
 
 #[test]
+fn guests_that_share_memory_are_moved_apart_from_each_other() {
+    let place = Place::new("moved-pair");
+    let engine = up(&place);
+    let mut server = Python::start_with(&place, &["--stack", "memory"]);
+    let port = server.run("l = socket.create_server(('127.0.0.1', 0)); say(l.getsockname()[1])");
+    let mut client = Python::start_with(&place, &["--stack", "memory"]);
+    assert_eq!(client.run(&format!("c = socket.create_connection(('127.0.0.1', {port})); say(1)")), "1");
+    assert_eq!(server.run("a, _ = l.accept(); say(1)"), "1");
+    assert!(place.run(&["explain"]).succeeds().out.contains("in memory that both map"));
+    assert_eq!(client.run(WRITE), "1");
+    let hash =
+        "import hashlib; part = bytes(i * i % 251 for i in range(1 << 20)); h = hashlib.sha256(); say(1)";
+    assert_eq!(server.run(hash), "1");
+    for i in 0..20 {
+        assert!(server.run(SOME).parse::<u64>().unwrap() > 0);
+        let (guest, to) = [("2", "cubic"), ("1", "reno"), ("2", "memory"), ("1", "memory")][i % 4];
+        let left = if to == "memory" { vec![] } else { stays(&[("memory", 1)]) };
+        assert_eq!(moves(&place, guest, to).1, left);
+    }
+    assert_eq!(moves(&place, "1", "cubic"), (1, stays(&[("memory", 1)])));
+    assert_eq!(server.run(&REST.replace(", t.join()", "")), "True");
+    // A process that comes later maps the memory, too.
+    let other = "import subprocess; subprocess.run([sys.executable, '-c', f'import socket; socket.socket(fileno={a.fileno()}).sendall(b\"other\")'], pass_fds=[a.fileno()]); say(1)";
+    assert_eq!(server.run(other), "1");
+    assert_eq!(client.run("say(c.recv(9))"), "b'other'");
+    // One end is over while its guest is elsewhere.
+    assert_eq!(moves(&place, "2", "reno"), (0, stays(&[("memory", 1)])));
+    client.ends();
+    assert_eq!(server.run("say(a.recv(9))"), "b''");
+    server.ends();
+    engine.end();
+}
+
+#[test]
 fn connections_that_wait_in_memory_are_not_lost() {
     let place = Place::new("moved-waiting");
     let engine = up(&place);

@@ -211,10 +211,13 @@ pub(crate) fn start(
         exchange: Arc::clone(&exchange),
     };
     // What goes wrong closes the listener.
-    let offer = offer(shared, guest, nsm);
+    let now = offer(shared, guest, nsm);
+    // Programs may have sockets of an agent before this one.
+    let before = shared.agent_before(guest).into_iter();
+    let before = before.filter_map(|nsm| offer(shared, guest, &shared.config.nsms[nsm])?.ok()).collect();
     let name = nsm.name.clone();
-    std::thread::Builder::new().name("nk-agent".into()).stack_size(256 << 10).spawn(move || match offer {
-        Some(Ok(offer)) => agent.run(offer),
+    std::thread::Builder::new().name("nk-agent".into()).stack_size(256 << 10).spawn(move || match now {
+        Some(Ok(offer)) => agent.run(offer, before),
         Some(Err(reason)) => log::error!(
             guest;
             "guest {guest}: no sockets for programs that the preloaded library cannot serve: {reason}"

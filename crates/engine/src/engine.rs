@@ -999,6 +999,11 @@ impl Shared {
         lock(&self.registry).guests.get(&id).map(|guest| guest.agent_nsm)
     }
 
+    /// Whose sockets a guest's agent gave before.
+    pub fn agent_before(&self, id: u32) -> Vec<usize> {
+        lock(&self.registry).guests.get(&id).map(|guest| guest.agent_before.clone()).unwrap_or_default()
+    }
+
     /// Name, process and user of a guest.
     pub fn who(&self, id: u32) -> (String, i32, u32) {
         let registry = lock(&self.registry);

@@ -81,12 +81,16 @@ impl Engine {
             let why = format!("{} of its sockets would stay on stack {}: ", first.sockets, first.stack);
             return Err(refused(why + &first.reason));
         }
-        let gift = match &agent {
-            Some(agent) => Gift::prepare(shared, guest, nsm, agent)?,
-            None => Gift::Nothing,
-        };
+        let gift = agent.as_ref().map(|agent| Gift::prepare(shared, guest, nsm, agent)).transpose()?;
         let went = shared.ask(worker, |answer| Command::Move(guest, nsm, all_or_nothing, answer))??;
-        if let Some(agent) = &agent {
+        // One may have come meanwhile.
+        let agent = agent.or_else(|| {
+            let registry = lock(&shared.registry);
+            registry.guests.get(&guest).filter(|guest| guest.agent_nsm != nsm)?.direct.clone()
+        });
+        if let Some(agent) = &agent
+            && let Some(gift) = gift.or_else(|| Gift::prepare(shared, guest, nsm, agent).ok())
+        {
             let taps = gift.give(shared, guest, nsm, agent, went.lent);
             if let Some(known) = lock(&shared.registry).guests.get_mut(&guest) {
                 known.direct.iter_mut().for_each(|direct| direct.taps.extend(taps.clone()));
@@ -102,6 +106,10 @@ impl Engine {
             reason: reason.into(),
         });
         let own = agent.map_or_else(Vec::new, |agent| own_sockets(shared, guest, &agent, nsm));
+        if let Some(known) = lock(&shared.registry).guests.get_mut(&guest) {
+            let has_some = |nsm: &usize| own.iter().any(|left| left.stack == nsms[*nsm].name);
+            known.agent_before.retain(has_some);
+        }
         Ok(MovedGuest { sockets: went.sockets, stayed: queued.chain(own).collect() })
     }
 }
