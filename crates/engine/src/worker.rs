@@ -103,6 +103,8 @@ struct Guest {
     nsm: usize,
     /// NSMs that it was on before and that have sockets of it, by the place in their handles, from 1 on.
     elders: Vec<Option<usize>>,
+    /// How many of its sockets had ended when it was looked at last which of these have none any more.
+    seen_ended: u32,
     service: Service,
     ends: Ends,
     channels: Vec<Option<OwnedFd>>,
@@ -142,6 +144,12 @@ impl Guest {
     fn places(&self) -> impl Iterator<Item = (usize, usize)> {
         let elders = (1..).zip(&self.elders).filter_map(|(place, nsm)| Some((place, (*nsm)?)));
         std::iter::once((0, self.nsm)).chain(elders)
+    }
+
+    /// Something of it has ended since the last look at its stacks of before.
+    fn may_leave_elders(&self) -> bool {
+        !self.elders.is_empty() && self.seen_ended != self.service.ended()
+            || self.lenders.len() > 1 && self.lenders.iter().any(|(_, lender)| lender.is_over())
     }
 
     fn nsm_at(&self, place: usize) -> Option<usize> {
@@ -862,7 +870,7 @@ impl Worker {
     fn timeout_ms(&self) -> i32 {
         let mut until = self.resume_at;
         for guest in self.guests.iter().flatten() {
-            if guest.service.wants_sweep() || guest.over_since.is_some() || !guest.elders.is_empty() {
+            if guest.service.wants_sweep() || guest.over_since.is_some() || guest.may_leave_elders() {
                 until = until.min(self.next_sweep_ns);
             }
             if guest.service.is_starved() {
@@ -919,7 +927,7 @@ impl Worker {
                 self.violation(slot, violation);
                 continue;
             }
-            if sweep {
+            if sweep && guest.may_leave_elders() {
                 self.leave_elders(slot);
             }
             if work {
@@ -1142,6 +1150,7 @@ impl Worker {
             id: new.id,
             nsm: new.nsm,
             elders: Vec::new(),
+            seen_ended: 0,
             service,
             ends: Ends {
                 placeholders: Table::new(limits.sockets),
@@ -1244,6 +1253,7 @@ impl Worker {
             id: guest.id,
             nsm,
             elders: Vec::new(),
+            seen_ended: 0,
             service,
             ends: Ends {
                 placeholders,

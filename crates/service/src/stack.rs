@@ -22,7 +22,7 @@ impl Errno {
     }
 }
 
-/// The stack's own name for a socket: an index that it chose, so that no operation needs a look-up by key.
+/// The stack's own name for a socket: an index that it chose, below 2^24, so that no operation needs a look-up by key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Handle(pub u32);
 

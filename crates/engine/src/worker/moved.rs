@@ -139,6 +139,7 @@ impl Worker {
             self.poller.remove(lender.bell());
             guest.carried = guest.carried.with_tcp(&lender.tcp());
         }
+        guest.seen_ended = guest.service.ended();
         let counts = guest.service.sockets_at(guest.elders.len() + 1);
         for (elder, _) in guest.elders.iter_mut().zip(&counts[1..]).filter(|(_, count)| **count == 0) {
             if let Some(nsm) = elder.take_if(|nsm| guest.lenders.iter().all(|(of, _)| of != nsm)) {
