@@ -11,6 +11,7 @@ const CONFIG: &str = "\
 [[nsm]]\nname = \"cubic\"\ncongestion_control = \"cubic\"
 [[nsm]]\nname = \"memory\"\nstack = \"shm\"
 [[nsm]]\nname = \"apart\"\nform = \"process\"
+[[nsm]]\nname = \"tight\"\ncapacity_connections = 3
 [[tenant]]\nname = \"few\"\ntoken_file = \"TOKEN\"\nnsms = [\"reno\"]
 ";
 
@@ -328,7 +329,9 @@ fn moves(place: &Place, guest: &str, to: &str) -> (u64, Vec<(String, u64)>) {
     let one = |left: &serde_json::Value| {
         (left["stack"].as_str().unwrap().to_owned(), left["sockets"].as_u64().unwrap())
     };
-    (moved["sockets"].as_u64().unwrap(), moved["stayed"].as_array().unwrap().iter().map(one).collect())
+    let mut stayed: Vec<_> = moved["stayed"].as_array().unwrap().iter().map(one).collect();
+    stayed.sort();
+    (moved["sockets"].as_u64().unwrap(), stayed)
 }
 
 fn stays(on: &[(&str, u64)]) -> Vec<(String, u64)> {
@@ -602,6 +605,31 @@ fn relayed_sockets_stay_and_new_ones_are_of_the_new_stack_under_a_stream() {
         seen >= sum
     });
     assert_eq!(seen, sum);
+    engine.end();
+}
+
+#[test]
+fn no_room_for_connections_changes_nothing() {
+    let place = Place::new("moved-tight");
+    let engine = up(&place);
+    let mut guest = Python::start_with(&place, &["--stack", "memory"]);
+    assert_eq!(guest.run(CONNECTED), "1");
+    let more = "d = socket.create_connection(l.getsockname()); b, _ = l.accept(); say(1)";
+    assert_eq!(guest.run(more), "1");
+    let refused = place.run(&["guest", "move", "1", "tight"]);
+    refused.fails(125, &["guest 1 stays", "no room for its 4 connections"]);
+    // New ones are joined as before.
+    assert_eq!(guest.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
+    assert_eq!(guest.run(&more.replace("d =", "e =").replace("b,", "f,")), "1");
+    let explained = place.run(&["explain"]);
+    assert_eq!(explained.succeeds().out.matches("in memory that both map").count(), 6, "{}", explained.out);
+    assert!(stacks(&place).iter().all(|(_, stack)| stack == "memory"));
+    assert_eq!(guest.run("[s.close() for s in (b, d, e, f)]; say(1)"), "1");
+    assert_eq!(moves(&place, "1", "tight"), (1, stays(&[("memory", 2)])));
+    // One more is all that there is room for.
+    let one = "g = socket.socket(); g.connect(l.getsockname()); h = socket.socket(); h.connect(l.getsockname()); say(1)";
+    assert_eq!(guest.run(one), "EADDRNOTAVAIL");
+    guest.ends();
     engine.end();
 }
 
