@@ -75,15 +75,15 @@ pub fn explain(args: &ExplainArgs) -> Result<()> {
             let field = |key: &str| text(socket.details.get(key));
             write!(
                 out,
-                "  {} {} {} -> {}: {}, {}: {}; on stack {}",
+                "  {} {} on stack {}, {} -> {}: {}, {}: {}",
                 field("kind"),
                 socket.id,
+                field("stack"),
                 field("local"),
                 field("peer"),
                 field("state"),
                 field("attachment"),
                 field("reason"),
-                field("stack"),
             )?;
             if field("attachment") != "queued" {
                 write!(
