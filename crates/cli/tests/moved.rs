@@ -609,6 +609,40 @@ fn relayed_sockets_stay_and_new_ones_are_of_the_new_stack_under_a_stream() {
 }
 
 #[test]
+fn moved_guests_outlive_an_exchange_of_the_engines_program() {
+    let place = Place::new("moved-restart");
+    let engine = up(&place);
+    let program = static_program(&place);
+    let mut guest = Python::start_program(&place, &["--stack", "reno"], program.to_str().unwrap());
+    assert_eq!(guest.run("pair"), "reno reno reno");
+    let total: u64 = 50_000_000;
+    assert_eq!(guest.run(&format!("write {total}")), "0");
+    assert_eq!(guest.run("read 1000000"), "1000000");
+    assert_eq!(moves(&place, "1", "cubic"), (0, stays(&[("reno", 3)])));
+    // What stayed on a stack that only this process has holds the program up until it has ended.
+    let mut joined = Python::start_with(&place, &["--stack", "memory"]);
+    assert_eq!(joined.run(CONNECTED), "1");
+    assert_eq!(moves(&place, "2", "cubic"), (1, stays(&[("memory", 2)])));
+    place.run(&["restart"]).fails(125, &["guest 2", "sockets of it stayed on a stack that it was on before"]);
+    assert_eq!(joined.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
+    assert_eq!(joined.run("c.close(); a.close(); say(1)"), "1");
+    common::until("the stack of before is left", || place.run(&["restart"]).code == Some(0));
+    assert_eq!(joined.run("d = socket.create_connection(l.getsockname()); say(1)"), "1");
+    assert_eq!(control(&mut joined, "d"), "cubic");
+    // The agent of the new program knows whose sockets are whose.
+    assert_eq!(guest.run("new"), "cubic");
+    assert_eq!(guest.run("set cubic"), format!("{} reno", libc::EPERM));
+    let of = |place: &Place, name: &str| stacks(place).iter().filter(|(_, stack)| stack == name).count();
+    assert_eq!(of(&place, "reno"), 3);
+    assert_eq!(guest.run(&format!("read {total}")), total.to_string());
+    joined.ends();
+    used_will_be(&place, &[("cubic", 3), ("memory", 0), ("reno", total)]);
+    guest.ends();
+    used_will_be(&place, &[("cubic", 3), ("memory", 0), ("reno", total)]);
+    engine.end();
+}
+
+#[test]
 fn no_room_for_connections_changes_nothing() {
     let place = Place::new("moved-tight");
     let engine = up(&place);
