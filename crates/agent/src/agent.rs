@@ -1,5 +1,6 @@
 //! The thread that answers a guest's notifications.
 
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
@@ -7,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::ThreadClock;
-use crate::ledger::Ledger;
+use crate::ledger::{self, Ledger};
 use crate::memory;
 use crate::notify::{Listener, Notification};
 
@@ -128,6 +129,43 @@ impl Counters {
 /// Finds the ledger of the sockets' namespace. `None`: there is none.
 pub type OpenLedger = Box<dyn Fn(&dyn Sockets) -> Option<Arc<Ledger>> + Send>;
 
+/// What an agent gives out: sockets of one stack, by its rules.
+pub struct Offer {
+    /// The stack's name.
+    pub stack: String,
+    pub sockets: Box<dyn Sockets>,
+    pub policy: Policy,
+    /// Who is told of each socket; asked for with the first one.
+    pub ledger: OpenLedger,
+    /// As it was answered.
+    found: OnceCell<Option<Arc<Ledger>>>,
+}
+
+impl Offer {
+    pub fn new(stack: String, sockets: Box<dyn Sockets>, policy: Policy, ledger: OpenLedger) -> Offer {
+        Offer { stack, sockets, policy, ledger, found: OnceCell::new() }
+    }
+
+    fn ledger(&self) -> Option<&Ledger> {
+        self.found.get_or_init(|| (self.ledger)(&*self.sockets)).as_deref()
+    }
+}
+
+/// Where another thread leaves what an agent is to give out from now on.
+#[derive(Default)]
+pub struct Exchange(Mutex<Option<Offer>>);
+
+impl Exchange {
+    /// Holds for each call that the agent receives after this.
+    pub fn put(&self, offer: Offer) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(offer);
+    }
+
+    fn take(&self) -> Option<Offer> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
 /// A guest's agent: dropped or not, its thread ends when no process has the filter any more, or `end` is closed by the
 /// other side.
 pub struct Agent {
@@ -136,14 +174,54 @@ pub struct Agent {
     pub end: OwnedFd,
     pub settings: Settings,
     pub counters: Arc<Counters>,
-    /// Who is told of each stream socket; asked for with the first one.
-    pub ledger: OpenLedger,
     pub guest: u32,
+    pub exchange: Arc<Exchange>,
+}
+
+/// What an agent gives out now, and what it gave out before: programs may have sockets of that.
+struct Offers {
+    now: Offer,
+    before: Vec<Offer>,
+}
+
+impl Offers {
+    fn exchange(&mut self, new: Offer) {
+        let old = std::mem::replace(&mut self.now, new);
+        self.before.push(old);
+        let stack = &self.now.stack;
+        self.before.retain(|offer| offer.stack != *stack);
+    }
+
+    /// By whose rules the socket of a call is, its first argument.
+    fn of_socket(&mut self, guest: u32, call: &Notification) -> &mut Offer {
+        let number = if self.before.is_empty() { None } else { self.find(guest, call) };
+        match number {
+            Some(number) => &mut self.before[number],
+            None => &mut self.now,
+        }
+    }
+
+    fn find(&self, guest: u32, call: &Notification) -> Option<usize> {
+        let socket = memory::duplicate(call.pid, call.arguments[0] as i32)?;
+        let cookie = ledger::cookie(&socket)?;
+        let all = || std::iter::once(&self.now).chain(&self.before);
+        let known = || all().find_map(|offer| offer.ledger()?.stack_of(guest, cookie));
+        // One that was accepted is known once it was looked at.
+        let stack = known().or_else(|| {
+            for offer in all() {
+                offer.sockets.within(&mut || drop(offer.ledger().map(Ledger::carried)));
+            }
+            known()
+        })?;
+        self.before.iter().position(|offer| offer.stack == stack)
+    }
 }
 
 impl Agent {
     /// Answers until nobody asks any more. When the listener is closed in the end, a call that waits gets ENOSYS.
-    pub fn run(self, mut sockets: Box<dyn Sockets>) {
+    /// `before`: what one before this gave out.
+    pub fn run(self, offer: Offer, before: Vec<Offer>) {
+        let mut offers = Offers { now: offer, before };
         let counters = Arc::clone(&self.counters);
         let _clock = counters.cpu.of_this_thread();
         loop {
@@ -163,7 +241,10 @@ impl Agent {
                 let _passed = counters.gate.pass();
                 // An error: the thread that asked is dead, or was interrupted.
                 if let Ok(notification) = self.listener.receive() {
-                    self.answer(&mut *sockets, &notification);
+                    if let Some(offer) = self.exchange.take() {
+                        offers.exchange(offer);
+                    }
+                    self.answer(&mut offers, &notification);
                 }
             } else if polled[0].revents != 0 {
                 return;
@@ -171,15 +252,15 @@ impl Agent {
         }
     }
 
-    fn answer(&self, sockets: &mut dyn Sockets, call: &Notification) {
+    fn answer(&self, offers: &mut Offers, call: &Notification) {
         self.counters.remember(call.pid);
         // An answer that fails: nobody waits for it any more.
         let _ = if is_setsockopt(call) {
-            self.set_option(sockets, call)
+            self.set_option(offers.of_socket(self.guest, call), call)
         } else if is_socketcall(call) {
             self.multiplexed(call)
         } else {
-            self.socket(sockets, call)
+            self.socket(&mut offers.now, call)
         };
     }
 
@@ -205,7 +286,7 @@ impl Agent {
         }
     }
 
-    fn socket(&self, sockets: &mut dyn Sockets, call: &Notification) -> std::io::Result<()> {
+    fn socket(&self, offer: &mut Offer, call: &Notification) -> std::io::Result<()> {
         let [domain, kind, protocol] = [0, 1, 2].map(|i| call.arguments[i] as i32);
         let request = SocketRequest {
             domain,
@@ -225,13 +306,16 @@ impl Agent {
             // Its subflows have a congestion control and paths of their own; programs fall back to TCP.
             Err(libc::EPROTONOSUPPORT)
         } else {
-            sockets.socket(&request)
+            offer.sockets.socket(&request)
         };
         if let Ok(fd) = &made
-            && request.kind == libc::SOCK_STREAM
-            && let Some(ledger) = (self.ledger)(sockets)
+            && let Some(ledger) = offer.ledger()
         {
-            ledger.made(fd, self.guest);
+            if request.kind == libc::SOCK_STREAM {
+                ledger.made(fd, self.guest, &offer.stack);
+            } else if ledger.made_datagram(fd, self.guest, &offer.stack) {
+                offer.sockets.within(&mut || ledger.forget_datagrams());
+            }
         }
         let failed = match made {
             Ok(fd) => match self.listener.give(call, fd, kind & libc::SOCK_CLOEXEC != 0) {
@@ -262,19 +346,19 @@ impl Agent {
         self.listener.fail(call, failed)
     }
 
-    fn set_option(&self, sockets: &mut dyn Sockets, call: &Notification) -> std::io::Result<()> {
+    fn set_option(&self, offer: &mut Offer, call: &Notification) -> std::io::Result<()> {
         match (call.arguments[1] as i32, call.arguments[2] as i32) {
-            (libc::SOL_SOCKET, option) if sockets.owns(option) => self.listener.fail(call, libc::EPERM),
-            (libc::IPPROTO_TCP, libc::TCP_CONGESTION) => self.set_congestion(sockets, call),
+            (libc::SOL_SOCKET, option) if offer.sockets.owns(option) => self.listener.fail(call, libc::EPERM),
+            (libc::IPPROTO_TCP, libc::TCP_CONGESTION) => self.set_congestion(offer, call),
             _ => self.listener.let_through(call),
         }
     }
 
-    fn set_congestion(&self, sockets: &mut dyn Sockets, call: &Notification) -> std::io::Result<()> {
-        let Some(promised) = sockets.congestion_control().map(str::to_owned) else {
+    fn set_congestion(&self, offer: &mut Offer, call: &Notification) -> std::io::Result<()> {
+        let Some(promised) = offer.sockets.congestion_control().map(str::to_owned) else {
             return self.listener.let_through(call);
         };
-        match self.settings.policy {
+        match offer.policy {
             Policy::Allow => self.listener.let_through(call),
             Policy::Ignore => self.listener.succeed(call, 0),
             Policy::Refuse => {
@@ -292,7 +376,7 @@ impl Agent {
                 if name == promised.as_bytes() {
                     // It has it since it was made.
                     self.listener.succeed(call, 0)
-                } else if sockets.knows(name) {
+                } else if offer.sockets.knows(name) {
                     self.listener.fail(call, libc::EPERM)
                 } else {
                     self.listener.fail(call, libc::ENOENT)

@@ -5,7 +5,7 @@
 //! namespace) gives for each inode its addresses, state and TCP_INFO counters. It costs about 10 us for each process and
 //! nothing at all while nobody asks.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -18,6 +18,8 @@ pub struct DirectSocket {
     pub pid: u32,
     pub fd: u32,
     pub inode: u64,
+    /// The kernel's own name for it (SO_COOKIE).
+    pub cookie: u64,
     /// `stream`, `datagram`, `listener`.
     pub kind: &'static str,
     pub state: &'static str,
@@ -134,7 +136,7 @@ fn parent(pid: u32) -> Option<u32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
-fn leader(thread: u32) -> Option<u32> {
+pub(crate) fn leader(thread: u32) -> Option<u32> {
     let status = std::fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
     status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()
 }
@@ -148,6 +150,8 @@ const HEADER: usize = 16;
 /// struct inet_diag_req_v2 and struct inet_diag_msg.
 const REQUEST: usize = 56;
 const MESSAGE: usize = 72;
+/// idiag_cookie in struct inet_diag_msg.
+const COOKIE: usize = 44;
 /// tcpi_bytes_acked and tcpi_bytes_received in struct tcp_info.
 const BYTES_ACKED: usize = 120;
 const BYTES_RECEIVED: usize = 128;
@@ -174,6 +178,17 @@ pub(crate) fn listeners() -> io::Result<Vec<Seen>> {
     seen(LISTEN)
 }
 
+/// Cookies of all UDP sockets with a name in the calling thread's network namespace.
+pub(crate) fn datagrams() -> io::Result<HashSet<u64>> {
+    let mut all = HashSet::new();
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        request(family as u8, libc::IPPROTO_UDP as u8, u32::MAX, |message| {
+            all.insert(u64_at(message, COOKIE));
+        })?;
+    }
+    Ok(all)
+}
+
 fn seen(states: u32) -> io::Result<Vec<Seen>> {
     let mut all = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
@@ -196,7 +211,7 @@ pub(crate) fn messages(mut rest: &[u8], mut each: impl FnMut(Seen)) {
 fn see(message: &[u8]) -> Option<Seen> {
     let (local, peer) = names(message);
     let mut seen = Seen {
-        cookie: u64_at(message, 44),
+        cookie: u64_at(message, COOKIE),
         local,
         peer: (peer.port() != 0).then_some(peer),
         carried: Carried::default(),
@@ -317,6 +332,7 @@ fn parse(message: &[u8], protocol: u8) -> (u64, DirectSocket) {
     let listening = state == 10;
     let mut socket = DirectSocket {
         inode,
+        cookie: u64_at(message, COOKIE),
         state: match state {
             1 if protocol == libc::IPPROTO_UDP as u8 => "connected",
             7 if protocol == libc::IPPROTO_UDP as u8 => "open",

@@ -27,6 +27,8 @@ const MAX_LISTENERS: usize = 4096;
 const DESTROYED: u32 = 1 << 0 | 1 << 2;
 /// Bytes of the kernel's queue: some thousand sockets.
 static QUEUE: i32 = 4 << 20;
+/// Datagram sockets that are given between two looks at which of those before are alive.
+const MAX_DATAGRAMS: usize = 4096;
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// What one connection, or those of one guest, carried.
@@ -50,13 +52,22 @@ impl Carried {
         [bytes_in, bytes_out, connections, segments, retransmitted, rtt_us, rtt_samples]
     }
 
-    fn add(&mut self, mut other: Carried) {
+    pub fn add(&mut self, mut other: Carried) {
         self.fields().into_iter().zip(other.fields()).for_each(|(sum, more)| *sum += *more);
     }
 
     /// No count falls below what it was.
     fn raise(&mut self, mut to: Carried) {
         self.fields().into_iter().zip(to.fields()).for_each(|(told, now)| *told = (*told).max(*now));
+    }
+
+    /// What came on top of `before`, which is an earlier value of the same counts.
+    pub fn since(mut self, mut before: Carried) -> Carried {
+        self.fields()
+            .into_iter()
+            .zip(before.fields())
+            .for_each(|(now, then)| *now = now.saturating_sub(*then));
+        self
     }
 
     /// Of the connection of which this is the last: with what was seen before.
@@ -79,23 +90,52 @@ pub struct Ledger {
     _end: OwnedFd,
 }
 
-/// What a ledger knows, for the one after it.
+/// What guests' connections carried: by guest, and by the name of the stack that the sockets are of. A guest that was moved has
+/// sockets of several.
+pub type ByGuest = HashMap<u32, HashMap<String, Carried>>;
+
+/// A guest and one of its stacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Account {
+    guest: u32,
+    /// Number in [`Books::stacks`].
+    stack: u32,
+}
+
+/// As numbers, which can be keys of JSON.
+impl Account {
+    fn number(self) -> u64 {
+        u64::from(self.guest) << 32 | u64::from(self.stack)
+    }
+
+    fn of(number: u64) -> Account {
+        Account { guest: (number >> 32) as u32, stack: number as u32 }
+    }
+}
+
+/// What a ledger knows, for the one after it. Accounts are numbers ([`Account::number`]).
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Books {
+    /// Names of the stacks that gave sockets.
+    stacks: Vec<String>,
     /// Open sockets by cookie.
     open: HashMap<u64, Open>,
     /// Of guests that are not over: what their closed connections carried.
-    closed: HashMap<u32, Carried>,
+    closed: HashMap<u64, Carried>,
     /// What was told of each: it never becomes less.
-    told: HashMap<u32, Carried>,
+    told: HashMap<u64, Carried>,
     /// Youngest first.
-    listeners: VecDeque<(SocketAddr, u32)>,
+    listeners: VecDeque<(SocketAddr, u64)>,
     looks: u64,
+    /// Datagram sockets by cookie, of which nothing is counted and whose ends nobody tells of: those that were given lately,
+    /// and those before, of which the dead are not there any more.
+    lately: HashMap<u64, u64>,
+    datagrams: HashMap<u64, u64>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Open {
-    guest: u32,
+    account: u64,
     carried: Carried,
     /// The look in which it was seen last.
     look: u64,
@@ -139,17 +179,45 @@ impl Ledger {
         self.gate.open();
     }
 
-    /// A socket is about to be given to a guest.
-    pub fn made(&self, socket: &OwnedFd, guest: u32) {
+    /// A stream socket of this stack is about to be given to a guest.
+    pub fn made(&self, socket: &OwnedFd, guest: u32, stack: &str) {
         let Some(cookie) = cookie(socket) else { return };
         let mut books = lock(&self.books);
-        let look = books.looks;
-        books.closed.entry(guest).or_default();
-        books.open.insert(cookie, Open { guest, carried: Carried::default(), look });
+        let (look, account) = (books.looks, books.account(guest, stack));
+        books.closed.entry(account).or_default();
+        books.open.insert(cookie, Open { account, carried: Carried::default(), look });
+    }
+
+    /// As [`Ledger::made`], of any other socket: it is known whose it is. True: [`Ledger::forget_datagrams`] is to be called.
+    pub fn made_datagram(&self, socket: &OwnedFd, guest: u32, stack: &str) -> bool {
+        let Some(cookie) = cookie(socket) else { return false };
+        let mut books = lock(&self.books);
+        let account = books.account(guest, stack);
+        books.lately.insert(cookie, account);
+        books.lately.len() >= MAX_DATAGRAMS
+    }
+
+    /// Forgets those that are no more. To be called in the network namespace.
+    pub fn forget_datagrams(&self) {
+        let alive = census::datagrams().unwrap_or_default();
+        let mut books = lock(&self.books);
+        books.datagrams.retain(|cookie, _| alive.contains(cookie));
+        // One without a name is in no list: those given lately are left until the next time.
+        let lately = std::mem::take(&mut books.lately);
+        books.datagrams.extend(lately);
+    }
+
+    /// Name of the stack that a guest's socket is of. `None`: it is not known (yet, if it was accepted: [`Ledger::carried`] looks).
+    pub fn stack_of(&self, guest: u32, cookie: u64) -> Option<String> {
+        let books = lock(&self.books);
+        let stream = books.open.get(&cookie).map(|open| open.account);
+        let account = stream.or_else(|| books.lately.get(&cookie).or(books.datagrams.get(&cookie)).copied());
+        let account = Account::of(account?);
+        (account.guest == guest).then(|| books.stacks.get(account.stack as usize).cloned())?
     }
 
     /// What each guest's connections carried so far. To be called in the network namespace.
-    pub fn carried(&self) -> HashMap<u32, Carried> {
+    pub fn carried(&self) -> ByGuest {
         let seen = census::connections();
         let mut books = lock(&self.books);
         match seen {
@@ -158,35 +226,63 @@ impl Ledger {
         }
         let mut all = books.closed.clone();
         for open in books.open.values() {
-            all.entry(open.guest).or_default().add(open.carried);
+            all.entry(open.account).or_default().add(open.carried);
         }
         // One that was freed since the last look, and of which the kernel has not told yet, is missing for a moment.
-        for (guest, carried) in &mut all {
-            let told = books.told.entry(*guest).or_default();
+        for (account, carried) in &mut all {
+            let told = books.told.entry(*account).or_default();
             told.raise(*carried);
             *carried = *told;
         }
-        all
+        let mut by_guest = ByGuest::new();
+        for (account, carried) in all {
+            books.tell(account, carried, &mut by_guest);
+        }
+        by_guest
     }
 
     /// Whether [`Ledger::carried`] can tell more of the guest than [`Ledger::forget`]: it has, or had a moment ago, open sockets.
     pub fn has_open(&self, guest: u32) -> bool {
-        lock(&self.books).open.values().any(|open| open.guest == guest)
+        lock(&self.books).open.values().any(|open| Account::of(open.account).guest == guest)
     }
 
-    /// The guest is over, and nobody will ask for it again. What its closed connections carried.
-    pub fn forget(&self, guest: u32) -> Carried {
+    /// The guest is over, and nobody will ask for it again. What its closed connections carried, by stack.
+    pub fn forget(&self, guest: u32) -> HashMap<String, Carried> {
         let mut books = lock(&self.books);
-        let mut closed = books.closed.remove(&guest).unwrap_or_default();
-        let told = books.told.remove(&guest).unwrap_or_default();
-        books.open.retain(|_, open| open.guest != guest);
-        books.listeners.retain(|&(_, of)| of != guest);
-        closed.raise(told);
-        closed
+        let own = |account: u64| Account::of(account).guest == guest;
+        let mut last = ByGuest::new();
+        let accounts: Vec<u64> = books.closed.keys().copied().filter(|account| own(*account)).collect();
+        for account in accounts {
+            let mut closed = books.closed.remove(&account).unwrap_or_default();
+            closed.raise(books.told.remove(&account).unwrap_or_default());
+            books.tell(account, closed, &mut last);
+        }
+        books.told.retain(|account, _| !own(*account));
+        books.open.retain(|_, open| !own(open.account));
+        books.listeners.retain(|&(_, of)| !own(of));
+        books.lately.retain(|_, account| !own(*account));
+        books.datagrams.retain(|_, account| !own(*account));
+        last.remove(&guest).unwrap_or_default()
     }
 }
 
 impl Books {
+    fn account(&mut self, guest: u32, stack: &str) -> u64 {
+        let known = self.stacks.iter().position(|name| name == stack);
+        let number = known.unwrap_or_else(|| {
+            self.stacks.push(stack.to_owned());
+            self.stacks.len() - 1
+        });
+        Account { guest, stack: number as u32 }.number()
+    }
+
+    fn tell(&self, account: u64, carried: Carried, to: &mut ByGuest) {
+        let Account { guest, stack } = Account::of(account);
+        if let Some(name) = self.stacks.get(stack as usize) {
+            to.entry(guest).or_default().entry(name.clone()).or_default().add(carried);
+        }
+    }
+
     /// The kernel's list of open sockets.
     fn look(&mut self, seen: Vec<Seen>) {
         self.looks += 1;
@@ -195,59 +291,59 @@ impl Books {
         for seen in listening {
             if let Some(open) = self.open.get_mut(&seen.cookie) {
                 open.look = self.looks;
-                let guest = open.guest;
-                self.listens(seen.local, guest);
+                let account = open.account;
+                self.listens(seen.local, account);
             }
         }
         for seen in connections {
-            let Some(guest) = self.guest_of(&seen) else { continue };
+            let Some(account) = self.account_of(&seen) else { continue };
             let carried = seen.carried.after(self.open.get(&seen.cookie).map(|open| open.carried));
-            self.open.insert(seen.cookie, Open { guest, carried, look: self.looks });
+            self.open.insert(seen.cookie, Open { account, carried, look: self.looks });
         }
         // Not there, and the kernel did not say that it freed them in two looks: that was lost. (Sockets without a name are in
         // no list, and carried nothing.)
         let looks = self.looks;
         let lost = |open: &Open| open.look + 2 < looks && open.carried != Carried::default();
         for open in self.open.values().filter(|open| lost(open)) {
-            self.closed.entry(open.guest).or_default().add(open.carried);
+            self.closed.entry(open.account).or_default().add(open.carried);
         }
         self.open.retain(|_, open| !lost(open));
     }
 
     /// The kernel has freed a socket.
     fn freed(&mut self, seen: &Seen) {
-        let Some(guest) = self.guest_of(seen) else { return };
+        let Some(account) = self.account_of(seen) else { return };
         let before = self.open.remove(&seen.cookie);
         if seen.peer.is_none() {
             // Connections that it accepted may outlive it.
-            self.listens(seen.local, guest);
-        } else if let Some(closed) = self.closed.get_mut(&guest) {
+            self.listens(seen.local, account);
+        } else if let Some(closed) = self.closed.get_mut(&account) {
             closed.add(seen.carried.after(before.map(|open| open.carried)));
         }
     }
 
-    fn listens(&mut self, local: SocketAddr, guest: u32) {
-        if local.port() != 0 && self.listeners.front() != Some(&(local, guest)) {
-            self.listeners.retain(|listener| *listener != (local, guest));
-            self.listeners.push_front((local, guest));
+    fn listens(&mut self, local: SocketAddr, account: u64) {
+        if local.port() != 0 && self.listeners.front() != Some(&(local, account)) {
+            self.listeners.retain(|listener| *listener != (local, account));
+            self.listeners.push_front((local, account));
             self.listeners.truncate(MAX_LISTENERS);
         }
     }
 
-    fn guest_of(&self, seen: &Seen) -> Option<u32> {
+    fn account_of(&self, seen: &Seen) -> Option<u64> {
         let accepted = || {
             let at = |listener: SocketAddr| {
                 listener.port() == seen.local.port()
                     && (listener.ip().is_unspecified() || listener.ip() == seen.local.ip())
             };
             let found = self.listeners.iter().find(|(listener, _)| at(*listener));
-            found.map(|&(_, guest)| guest)
+            found.map(|&(_, account)| account)
         };
-        self.open.get(&seen.cookie).map(|open| open.guest).or_else(accepted)
+        self.open.get(&seen.cookie).map(|open| open.account).or_else(accepted)
     }
 
     fn knows(&self, seen: &Seen) -> bool {
-        self.guest_of(seen).is_some()
+        self.account_of(seen).is_some()
     }
 }
 
@@ -290,8 +386,8 @@ fn keep(netlink: &OwnedFd, end: &OwnedFd, books: &Mutex<Books>, gate: &Gate) {
             let listening = if unknown { census::listeners().unwrap_or_default() } else { Vec::new() };
             let mut books = lock(books);
             for seen in listening {
-                if let Some(guest) = books.open.get(&seen.cookie).map(|open| open.guest) {
-                    books.listens(seen.local, guest);
+                if let Some(account) = books.open.get(&seen.cookie).map(|open| open.account) {
+                    books.listens(seen.local, account);
                 }
             }
             // Listeners first: the order in which the kernel frees is not that of the program.
@@ -345,7 +441,8 @@ fn listen() -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-fn cookie(socket: &OwnedFd) -> Option<u64> {
+/// The kernel's own name for a socket (SO_COOKIE), which no other one ever has.
+pub fn cookie(socket: &OwnedFd) -> Option<u64> {
     let (mut cookie, mut length) = (0u64, size_of::<u64>() as libc::socklen_t);
     // SAFETY: the value and its length are valid for writes.
     let r = unsafe {
@@ -376,11 +473,15 @@ mod tests {
         unsafe { OwnedFd::from_raw_fd(libc::dup(fd)) }
     }
 
+    fn of(all: &ByGuest, guest: u32) -> Carried {
+        all.get(&guest).and_then(|all| all.get("one")).copied().unwrap_or_default()
+    }
+
     /// Waits until a guest carried so much.
     fn carried(ledger: &Ledger, guest: u32, done: impl Fn(Carried) -> bool) -> Carried {
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
-            let carried = ledger.carried().get(&guest).copied().unwrap_or_default();
+            let carried = of(&ledger.carried(), guest);
             if done(carried) {
                 return carried;
             }
@@ -394,7 +495,7 @@ mod tests {
         let ledger = Ledger::open().unwrap();
         // Guest 1 listens, guest 2 connects; a third pair is nobody's.
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        ledger.made(&owned(listener.as_raw_fd()), 1);
+        ledger.made(&owned(listener.as_raw_fd()), 1, "one");
         let at = listener.local_addr().unwrap();
         let exchange = |mine: bool| {
             // SAFETY: takes integers; the result is checked.
@@ -403,7 +504,7 @@ mod tests {
             // SAFETY: new and owned by nobody else.
             let client = unsafe { OwnedFd::from_raw_fd(fd) };
             if mine {
-                ledger.made(&client, 2);
+                ledger.made(&client, 2, "one");
             }
             drop(client);
         };
@@ -411,7 +512,7 @@ mod tests {
         let connect = |bytes: usize| {
             // std makes and connects in one step: it is told of while it is open.
             let mut client = TcpStream::connect(at).unwrap();
-            ledger.made(&owned(client.as_raw_fd()), 2);
+            ledger.made(&owned(client.as_raw_fd()), 2, "one");
             let (mut server, _) = listener.accept().unwrap();
             client.write_all(&vec![7; bytes]).unwrap();
             server.read_exact(&mut vec![0; bytes]).unwrap();

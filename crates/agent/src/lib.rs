@@ -24,8 +24,8 @@ pub mod memory;
 pub mod notify;
 mod tcp_info;
 
-pub use agent::{Agent, Counters, Policy, Settings, SocketRequest, Sockets, TcpCounters};
+pub use agent::{Agent, Counters, Exchange, Offer, Policy, Settings, SocketRequest, Sockets, TcpCounters};
 pub use census::{Census, DirectSocket, Processes, process_name};
 pub use clock::ThreadClock;
-pub use ledger::{Carried, Ledger};
+pub use ledger::{ByGuest, Carried, Ledger};
 pub use tcp_info::{TCP_INFO_BYTES, TcpInfo, tcp_state};

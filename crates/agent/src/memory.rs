@@ -1,6 +1,22 @@
 //! The memory of a thread that waits for an answer. Whatever is read is a copy: what is decided by it must not be read again
 //! by the kernel. Both directions may block as long as the thread's own memory makes them (userfaultfd, FUSE).
 
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+
+use crate::census;
+
+/// A duplicate of a descriptor of the thread.
+pub fn duplicate(pid: u32, number: i32) -> Option<OwnedFd> {
+    let take = |fd: libc::c_long| {
+        // SAFETY: new and owned by nobody else.
+        (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    };
+    // SAFETY: takes integers; the result is checked.
+    let process = take(unsafe { libc::syscall(libc::SYS_pidfd_open, census::leader(pid)?, 0) })?;
+    // SAFETY: takes integers; the result is checked.
+    take(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })
+}
+
 /// The bytes, or `None` when not all of them can be read.
 pub fn read(pid: u32, address: u64, length: usize) -> Option<Vec<u8>> {
     let mut bytes = vec![0u8; length];

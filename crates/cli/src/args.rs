@@ -501,7 +501,8 @@ pub struct PrivateEngineArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum GuestCommand {
-    /// Put a running guest on another stack: new sockets are opened there, open ones go over; if one cannot, the guest stays
+    /// Put a running guest on another stack: new sockets are opened there, open ones go over, and those that cannot stay where
+    /// they are until they end
     Move(GuestMoveArgs),
 }
 
@@ -513,6 +514,9 @@ pub struct GuestMoveArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// Change nothing if an open socket would have to stay where it is
+    #[arg(long)]
+    pub all_or_nothing: bool,
     /// The guest, by the number that `netkernel ps` lists
     pub guest: u32,
     /// The stack, by the name that `netkernel stacks` lists

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
 use netkernel_control::{
-    ApiError, Caller, CaptureInfo, EngineApi, EngineChange, ErrorCode, Grant, Moved, NewCapture, NewGuest,
-    NsmInfo, PROTOCOL_VERSION, Peer, Restarted, SocketInfo, StackChange, Status, TenantChange, TenantInfo,
-    UsageQuery, VersionInfo,
+    ApiError, Caller, CaptureInfo, Destination, EngineApi, EngineChange, ErrorCode, Grant, Moved, NewCapture,
+    NewGuest, NsmInfo, PROTOCOL_VERSION, Peer, Restarted, SocketInfo, StackChange, Status, Stayed,
+    TenantChange, TenantInfo, UsageQuery, VersionInfo,
 };
 use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec, NsmChange, Policy, Target};
 
@@ -310,11 +310,20 @@ impl EngineApi for Adapter {
         self.engine.end_guest(guest).map_err(refusal)
     }
 
-    fn move_guest(&self, guest: u32, stack: &str) -> Result<Moved, ApiError> {
+    fn move_guest(&self, guest: u32, to: &Destination) -> Result<Moved, ApiError> {
         let _gate = self.gate.read().unwrap_or_else(|e| e.into_inner());
-        let sockets = self.engine.move_guest(guest, stack).map_err(refusal)?;
-        log::info!(guest, nsm = stack; "guest {guest} was moved to stack {stack} with {sockets} sockets");
-        Ok(Moved { sockets })
+        let stack = &to.stack;
+        let moved = self.engine.move_guest(guest, stack, to.all_or_nothing).map_err(refusal)?;
+        let left: usize = moved.stayed.iter().map(|left| left.sockets).sum();
+        log::info!(
+            guest, nsm:% = stack;
+            "guest {guest} was moved to stack {stack} with {} sockets; {left} stay where they were",
+            moved.sockets
+        );
+        let stayed = moved.stayed.into_iter();
+        let stayed =
+            stayed.map(|left| Stayed { sockets: left.sockets, stack: left.stack, reason: left.reason });
+        Ok(Moved { sockets: moved.sockets, stayed: stayed.collect() })
     }
 
     fn restart_stack(&self, name: &str) -> Result<Restarted, ApiError> {

@@ -75,9 +75,10 @@ pub fn explain(args: &ExplainArgs) -> Result<()> {
             let field = |key: &str| text(socket.details.get(key));
             write!(
                 out,
-                "  {} {} {} -> {}: {}, {}: {}",
+                "  {} {} on stack {}, {} -> {}: {}, {}: {}",
                 field("kind"),
                 socket.id,
+                field("stack"),
                 field("local"),
                 field("peer"),
                 field("state"),

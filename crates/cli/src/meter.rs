@@ -26,7 +26,7 @@ pub struct Meter {
 #[derive(Default)]
 struct Last {
     /// What of each guest is in the store, or in `pending`.
-    counted: HashMap<(u32, String), Usage>,
+    counted: HashMap<Who, Usage>,
     /// Not written yet: minute, tenant, NSM, guest.
     pending: BTreeMap<(u64, String, String, String), Amount>,
     /// As that, without a guest: guarantees.
@@ -34,11 +34,16 @@ struct Last {
     failing: bool,
 }
 
+/// A guest, an NSM, and which of its stays there.
+type Who = (u32, String, u32);
+
 /// What of a guest's use of an NSM is in the store.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Counted {
     guest: u32,
     nsm: String,
+    #[serde(default)]
+    stay: u32,
     usage: Usage,
 }
 
@@ -49,7 +54,13 @@ impl Held<'_> {
     /// What of each guest is in the store.
     pub fn counted(&self) -> Vec<Counted> {
         let all = self.0.counted.iter();
-        all.map(|((guest, nsm), usage)| Counted { guest: *guest, nsm: nsm.clone(), usage: *usage }).collect()
+        all.map(|((guest, nsm, stay), usage)| Counted {
+            guest: *guest,
+            nsm: nsm.clone(),
+            stay: *stay,
+            usage: *usage,
+        })
+        .collect()
     }
 }
 
@@ -96,7 +107,7 @@ impl Meter {
         let minute = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() / 60;
         for guest in engine.usage() {
             // One that is put on another NSM counts from nothing there.
-            let who = (guest.guest, guest.nsm.clone());
+            let who = (guest.guest, guest.nsm.clone(), guest.stay);
             let used = guest.usage.since(&counted.get(&who).copied().unwrap_or_default());
             let amount = Amount {
                 bytes_in: used.bytes_in,
@@ -168,7 +179,7 @@ impl Meter {
     /// What of each guest is in the store, as the program before this one left it.
     pub fn go_on(&self, counted: Vec<Counted>) {
         self.last.lock().unwrap_or_else(PoisonError::into_inner).counted =
-            counted.into_iter().map(|one| ((one.guest, one.nsm), one.usage)).collect();
+            counted.into_iter().map(|one| ((one.guest, one.nsm, one.stay), one.usage)).collect();
     }
 
     /// Nothing is counted any more while the value lives. An error: something counted could not be written yet, and would be lost.

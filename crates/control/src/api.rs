@@ -111,6 +111,9 @@ pub struct TenantChange {
 pub struct Destination {
     /// Name of a stack that the guest's tenant may use.
     pub stack: String,
+    /// Nothing changes if an open socket would have to stay where it is.
+    #[serde(default)]
+    pub all_or_nothing: bool,
 }
 
 /// What the process of a stack is exchanged for; what is missing stays.
@@ -399,7 +402,7 @@ pub(crate) const ROUTES: &[Route] = &[
         method: "POST",
         path: "/v1/guests/{guest}/move",
         name: "move_guest",
-        summary: "Puts a guest on another stack: new sockets are opened there, open ones go over. If one cannot, the guest stays",
+        summary: "Puts a guest on another stack: new sockets are opened there, open ones go over. Those that cannot stay where they are until they end",
         role: Role::Tenant,
         body: Some(schema::<Destination>),
         query: &[],
@@ -703,7 +706,7 @@ mod tests {
                 port: Some(80),
             }),
             Request::EndGuest { guest: u32::MAX },
-            Request::MoveGuest { guest: 1, to: Destination { stack: "bbr".into() } },
+            Request::MoveGuest { guest: 1, to: Destination { stack: "bbr".into(), all_or_nothing: false } },
             Request::RestartNsm { nsm: "bbr-2.x".into() },
             Request::SwapNsm {
                 nsm: "bbr-2.x".into(),

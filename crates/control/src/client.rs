@@ -156,8 +156,14 @@ impl Client {
         self.ask::<serde_json::Value>(&Request::EndGuest { guest }).map(drop)
     }
 
-    pub fn move_guest(&mut self, guest: u32, stack: &str) -> Result<Moved, ClientError> {
-        let to = Destination { stack: stack.into() };
+    /// `all_or_nothing`: it stays if one of its sockets would.
+    pub fn move_guest(
+        &mut self,
+        guest: u32,
+        stack: &str,
+        all_or_nothing: bool,
+    ) -> Result<Moved, ClientError> {
+        let to = Destination { stack: stack.into(), all_or_nothing };
         self.ask(&Request::MoveGuest { guest, to }).map(|(value, _)| value)
     }
 

@@ -42,7 +42,7 @@ pub use paths::{
 pub use peer::{Peer, peer_of};
 pub use proto::{
     ApiError, Attached, CaptureInfo, ErrorCode, GuestInfo, Moved, NsmInfo, Restarted, SocketInfo, Status,
-    TenantInfo, VersionInfo, parse_token, token_hex,
+    Stayed, TenantInfo, VersionInfo, parse_token, token_hex,
 };
 pub use server::{EngineApi, Grant, Server};
 pub use tls::{TlsError, TlsListener};

@@ -79,6 +79,18 @@ pub struct VersionInfo {
 pub struct Moved {
     /// Open sockets that went over with it.
     pub sockets: usize,
+    /// Open sockets that stay where they are until they end.
+    #[serde(default)]
+    pub stayed: Vec<Stayed>,
+}
+
+/// Sockets that did not go over with their guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Stayed {
+    pub sockets: usize,
+    /// The stack that serves them.
+    pub stack: String,
+    pub reason: String,
 }
 
 /// An exchanged process of a stack.

@@ -20,9 +20,9 @@ use crate::peer::{Peer, peer_of};
 use crate::places::{Limits, Places};
 use crate::wire::{Timed, Wire};
 use crate::{
-    ApiError, Attached, CaptureInfo, Endpoint, EngineChange, ErrorCode, GuestInfo, Moved, NewCapture,
-    NewGuest, NsmInfo, Request, Restarted, SocketInfo, StackChange, Status, TenantChange, TenantInfo,
-    UsageQuery, VersionInfo, parse_token, token_hex,
+    ApiError, Attached, CaptureInfo, Destination, Endpoint, EngineChange, ErrorCode, GuestInfo, Moved,
+    NewCapture, NewGuest, NsmInfo, Request, Restarted, SocketInfo, StackChange, Status, TenantChange,
+    TenantInfo, UsageQuery, VersionInfo, parse_token, token_hex,
 };
 
 /// Connections at a time. Two of each tenant or user find a place however many others there are, up to 1,000 of them.
@@ -60,7 +60,7 @@ pub trait EngineApi: Send + Sync {
     fn sockets(&self, guests: &[u32]) -> Result<Vec<SocketInfo>, ApiError>;
     fn end_guest(&self, guest: u32) -> Result<(), ApiError>;
     /// Puts a guest on another stack.
-    fn move_guest(&self, _guest: u32, _stack: &str) -> Result<Moved, ApiError> {
+    fn move_guest(&self, _guest: u32, _to: &Destination) -> Result<Moved, ApiError> {
         Err(ApiError::new(ErrorCode::BadRequest, "this engine has one stack only"))
     }
     /// Exchanges the process of a stack under its guests.
@@ -318,7 +318,7 @@ fn answer(
             if !api.status().guests.iter().any(|g| g.id == guest && caller.sees(g)) {
                 return Err(unknown_guest(guest));
             }
-            done(&api.move_guest(guest, &to.stack)?)
+            done(&api.move_guest(guest, &to)?)
         }
         Request::RestartNsm { nsm } => done(&api.restart_stack(&nsm)?),
         Request::SwapNsm { nsm, change } => done(&api.swap_stack(&nsm, change)?),

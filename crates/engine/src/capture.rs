@@ -184,7 +184,12 @@ fn is_gone(writer: &File) -> bool {
 
 /// What a capture must know of a socket that there is already.
 pub(crate) fn known(socket: &SocketInfo) -> Known {
-    Known { handle: socket.handle, stream: socket.kind != "datagram", local: socket.local, peer: socket.peer }
+    Known {
+        handle: socket.handle.own(),
+        stream: socket.kind != "datagram",
+        local: socket.local,
+        peer: socket.peer,
+    }
 }
 
 #[cfg(test)]

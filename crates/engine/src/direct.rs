@@ -1,15 +1,17 @@
 //! Guests with an agent: sockets that are the kernel's own, given to programs.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::{Arc, Mutex};
 
+use netkernel_agent::ledger::{Books, cookie};
 use netkernel_agent::notify::Listener;
-use std::collections::HashMap;
-use std::sync::Mutex;
-
-use netkernel_agent::ledger::Books;
-use netkernel_agent::{Agent, Carried, Census, Counters, DirectSocket, Ledger, Processes, Settings, Sockets};
+use netkernel_agent::{
+    Agent, ByGuest, Carried, Census, Counters, DirectSocket, Exchange, Ledger, Offer, Processes, Settings,
+    Sockets,
+};
 use netkernel_shm::fds;
 
 use crate::NsmConfig;
@@ -26,77 +28,166 @@ pub(crate) struct Direct {
     pub behind_preload: bool,
     /// The sockets that it gives are relayed; `None`: they are the kernel's.
     pub relay: Option<netkernel_relay::Link>,
-    /// Who looks on at the relay's stack, for captures.
-    pub taps: Option<netkernel_capture::Taps>,
+    /// Who looks on at the relay's own stacks, for captures.
+    pub taps: Vec<netkernel_capture::Taps>,
+    /// Where it is told to give sockets of another stack.
+    pub exchange: Arc<Exchange>,
 }
 
-/// What direct sockets carried: a ledger for each NSM that ever gave some away.
+/// A network namespace, by device and inode.
+type Namespace = (u64, u64);
+
+/// What direct sockets carried: a ledger for each network namespace in which some were ever given away.
 #[derive(Debug, Default)]
-pub(crate) struct Ledgers(Mutex<HashMap<String, Option<Arc<Ledger>>>>);
+pub(crate) struct Ledgers(Mutex<HashMap<Namespace, Kept>>, Handed);
+
+/// Sockets that were taken out of a stack and given to programs, by cookie: of which guest and stack they are. What they carry is
+/// not counted.
+#[derive(Debug, Default)]
+pub(crate) struct Handed(Mutex<HashMap<u64, (u32, String)>>);
+
+/// No more of them are remembered.
+const MAX_HANDED: usize = 65_536;
+
+impl Handed {
+    pub fn add(&self, socket: &OwnedFd, guest: u32, nsm: &str) {
+        let mut all = lock(&self.0);
+        if all.len() < MAX_HANDED
+            && let Some(cookie) = cookie(socket)
+        {
+            all.insert(cookie, (guest, nsm.to_owned()));
+        }
+    }
+
+    fn stack_of(&self, guest: u32, cookie: u64) -> Option<String> {
+        lock(&self.0).get(&cookie).filter(|(of, _)| *of == guest).map(|(_, nsm)| nsm.clone())
+    }
+}
+
+#[derive(Debug)]
+struct Kept {
+    /// Names of stacks that are in the namespace.
+    nsms: Vec<String>,
+    ledger: Option<Arc<Ledger>>,
+}
+
+fn namespace_of(sockets: &dyn Sockets) -> Namespace {
+    let mut found = (0, 0);
+    sockets.within(&mut || {
+        if let Ok(file) = std::fs::metadata("/proc/thread-self/ns/net") {
+            found = (file.dev(), file.ino());
+        }
+    });
+    found
+}
 
 impl Ledgers {
     fn of(&self, nsm: &str, sockets: &dyn Sockets) -> Option<Arc<Ledger>> {
+        let namespace = namespace_of(sockets);
         let mut all = lock(&self.0);
-        let open = || {
+        let kept = all.entry(namespace).or_insert_with(|| {
             let mut opened = None;
             sockets.within(&mut || opened = Some(Ledger::open()));
-            match opened {
+            let ledger = match opened {
                 Some(Ok(ledger)) => Some(Arc::new(ledger)),
                 other => {
                     log::warn!(nsm:%; "{nsm}: what direct sockets carry is not counted: {other:?}");
                     None
                 }
-            }
-        };
-        all.entry(nsm.to_owned()).or_insert_with(open).clone()
+            };
+            Kept { nsms: Vec::new(), ledger }
+        });
+        if !kept.nsms.iter().any(|name| name == nsm) {
+            kept.nsms.push(nsm.to_owned());
+        }
+        kept.ledger.clone()
     }
 
-    /// Those that there are, by stack.
-    pub fn all(&self) -> Vec<(String, Arc<Ledger>)> {
+    pub fn handed(&self) -> &Handed {
+        &self.1
+    }
+
+    /// Those that there are, each with the stacks that gave sockets there.
+    pub fn all(&self) -> Vec<(Vec<String>, Arc<Ledger>)> {
         let all = lock(&self.0);
-        all.iter().filter_map(|(nsm, ledger)| Some((nsm.clone(), ledger.clone()?))).collect()
+        all.values().filter_map(|kept| Some((kept.nsms.clone(), kept.ledger.clone()?))).collect()
     }
 
-    /// Goes on with what a program before this one knew of a stack's sockets.
-    pub fn resume(&self, nsm: &str, sockets: &dyn Sockets, books: Books, netlink: OwnedFd) {
+    /// Goes on with what a program before this one knew of the sockets of these stacks.
+    pub fn resume(&self, nsms: Vec<String>, sockets: &dyn Sockets, books: Books, netlink: OwnedFd) {
+        let namespace = namespace_of(sockets);
         let mut left = Some((books, netlink));
         sockets.within(&mut || {
             let resumed = left.take().map(|(books, netlink)| Ledger::resume(books, netlink));
             match resumed {
-                Some(Ok(ledger)) => _ = lock(&self.0).insert(nsm.to_owned(), Some(Arc::new(ledger))),
+                Some(Ok(ledger)) => {
+                    let kept = Kept { nsms: nsms.clone(), ledger: Some(Arc::new(ledger)) };
+                    lock(&self.0).insert(namespace, kept);
+                }
                 other => {
+                    let nsm = nsms.join(", ");
                     log::error!(nsm:%; "{nsm}: what direct sockets carried is not counted any more: {other:?}");
                 }
             }
         });
     }
 
-    fn existing(&self, nsm: &str) -> Option<Arc<Ledger>> {
-        lock(&self.0).get(nsm).cloned().flatten()
+    fn existing(&self, sockets: &dyn Sockets) -> Option<Arc<Ledger>> {
+        let namespace = namespace_of(sockets);
+        lock(&self.0).get(&namespace)?.ledger.clone()
     }
 }
 
-/// What the direct sockets of each guest carried, closed ones included, by guest.
-pub(crate) fn carried(shared: &Shared) -> HashMap<u32, Carried> {
-    let mut all = HashMap::new();
-    for nsm in &shared.config.nsms {
-        let Some(ledger) = shared.ledgers.existing(&nsm.name) else { continue };
-        let Some(Ok(maker)) = shared.config.kinds.direct(nsm) else { continue };
-        maker.within(&mut || all.extend(ledger.carried()));
+/// Does `work` with each ledger, in its namespace.
+fn with_ledgers(shared: &Shared, mut work: impl FnMut(&Ledger)) {
+    for (nsms, ledger) in shared.ledgers.all() {
+        let known = shared.config.nsms.iter().filter(|nsm| nsms.contains(&nsm.name));
+        let maker = known.filter_map(|nsm| shared.config.kinds.direct(nsm)?.ok()).next();
+        if let Some(maker) = maker {
+            maker.within(&mut || work(&ledger));
+        }
+    }
+}
+
+/// What the direct sockets of each guest carried, closed ones included.
+pub(crate) fn carried(shared: &Shared) -> ByGuest {
+    let mut all = ByGuest::new();
+    with_ledgers(shared, |ledger| {
+        for (guest, carried) in ledger.carried() {
+            let sums = all.entry(guest).or_default();
+            carried.into_iter().for_each(|(nsm, carried)| sums.entry(nsm).or_default().add(carried));
+        }
+    });
+    all
+}
+
+/// What one guest's did, by stack; it is over.
+pub(crate) fn last_carried(shared: &Shared, guest: u32) -> HashMap<String, Carried> {
+    lock(&shared.ledgers.handed().0).retain(|_, (of, _)| *of != guest);
+    let mut all: HashMap<String, Carried> = HashMap::new();
+    for (_, ledger) in shared.ledgers.all() {
+        // The kernel's list is long on a host with many connections, and this is a switch thread: only if it is needed.
+        if ledger.has_open(guest) {
+            with_ledgers(shared, |other| {
+                if std::ptr::eq(other, &*ledger) {
+                    drop(ledger.carried());
+                }
+            });
+        }
+        ledger.forget(guest).into_iter().for_each(|(nsm, carried)| all.entry(nsm).or_default().add(carried));
     }
     all
 }
 
-/// What one guest's did; it is over.
-pub(crate) fn last_carried(shared: &Shared, nsm: &NsmConfig, guest: u32) -> Carried {
-    let Some(ledger) = shared.ledgers.existing(&nsm.name) else { return Carried::default() };
-    // The kernel's list is long on a host with many connections, and this is a switch thread: only if it is needed.
-    if ledger.has_open(guest)
-        && let Some(Ok(maker)) = shared.config.kinds.direct(nsm)
-    {
-        maker.within(&mut || drop(ledger.carried()));
-    }
-    ledger.forget(guest)
+/// What an agent gives out that gives sockets of this stack. `None`: the stack has none to give.
+pub(crate) fn offer(shared: &Arc<Shared>, guest: u32, nsm: &NsmConfig) -> Option<Result<Offer, String>> {
+    let (ledgers, name) = (Arc::clone(&shared.ledgers), nsm.name.clone());
+    let ledger = Box::new(move |sockets: &dyn Sockets| ledgers.of(&name, sockets));
+    let weak = Arc::downgrade(shared);
+    Some(shared.config.kinds.direct(nsm)?.map(|sockets| {
+        let shown = Box::new(Shown { sockets, shared: weak, guest });
+        Offer::new(nsm.name.clone(), shown, nsm.congestion_policy, ledger)
+    }))
 }
 
 /// Starts the agent's thread. Returns the end of a pair that hangs up when the thread ends; closing it ends the thread.
@@ -110,25 +201,33 @@ pub(crate) fn start(
 ) -> io::Result<(OwnedFd, Direct)> {
     let (ours, end) = fds::pair(libc::SOCK_STREAM | libc::SOCK_CLOEXEC)?;
     let counters = Arc::new(Counters::default());
-    let (ledgers, name) = (Arc::clone(&shared.ledgers), nsm.name.clone());
-    let ledger = Box::new(move |sockets: &dyn Sockets| ledgers.of(&name, sockets));
-    let agent = Agent { listener, end, settings, counters: Arc::clone(&counters), ledger, guest };
-    let (kinds, nsm, weak) = (shared.config.kinds.clone(), nsm.clone(), Arc::downgrade(shared));
-    std::thread::Builder::new().name("nk-agent".into()).stack_size(256 << 10).spawn(move || {
-        match kinds.direct(&nsm) {
-            Some(Ok(sockets)) => agent.run(Box::new(Shown { sockets, shared: weak, guest })),
-            Some(Err(reason)) => log::error!(
-                guest;
-                "guest {guest}: no sockets for programs that the preloaded library cannot serve: {reason}"
-            ),
-            None => log::error!(
-                guest, nsm:% = nsm.name;
-                "guest {guest}: stack {} cannot serve programs that the preloaded library cannot: use a kernel stack",
-                nsm.name
-            ),
-        }
+    let exchange = Arc::<Exchange>::default();
+    let agent = Agent {
+        listener,
+        end,
+        settings,
+        counters: Arc::clone(&counters),
+        guest,
+        exchange: Arc::clone(&exchange),
+    };
+    // What goes wrong closes the listener.
+    let now = offer(shared, guest, nsm);
+    // Programs may have sockets of an agent before this one.
+    let before = shared.agent_before(guest).into_iter();
+    let before = before.filter_map(|nsm| offer(shared, guest, &shared.config.nsms[nsm])?.ok()).collect();
+    let name = nsm.name.clone();
+    std::thread::Builder::new().name("nk-agent".into()).stack_size(256 << 10).spawn(move || match now {
+        Some(Ok(offer)) => agent.run(offer, before),
+        Some(Err(reason)) => log::error!(
+            guest;
+            "guest {guest}: no sockets for programs that the preloaded library cannot serve: {reason}"
+        ),
+        None => log::error!(
+            guest, nsm:% = name;
+            "guest {guest}: stack {name} cannot serve programs that the preloaded library cannot: use a kernel stack"
+        ),
     })?;
-    Ok((ours, Direct { counters, behind_preload, relay: None, taps: None }))
+    Ok((ours, Direct { counters, behind_preload, relay: None, taps: Vec::new(), exchange }))
 }
 
 /// The guest's processes, found from the one that made it and those that asked for a socket.
@@ -136,36 +235,55 @@ pub(crate) fn census(direct: &Direct, first: i32, processes: &Processes) -> Cens
     processes.of(direct.counters.processes().into_iter().chain(u32::try_from(first)))
 }
 
-/// Kernel sockets of a guest.
+/// Kernel sockets of a guest, whose agent gives sockets of the first of these stacks and gave some of the others.
 pub(crate) fn sockets(
     shared: &Shared,
     guest: u32,
-    nsm: &NsmConfig,
+    nsms: &[usize],
     direct: &Direct,
     census: &Census,
 ) -> Vec<SocketStatus> {
+    let nsms: Vec<&NsmConfig> = nsms.iter().map(|nsm| &shared.config.nsms[*nsm]).collect();
+    let [now, before @ ..] = &nsms[..] else { return Vec::new() };
     if direct.relay.is_some() {
-        return relay::sockets(shared, guest, nsm, direct);
+        return relay::sockets(shared, guest, now, direct);
     }
-    let Some(Ok(maker)) = shared.config.kinds.direct(nsm) else { return Vec::new() };
-    let mut found = Vec::new();
-    maker.within(&mut || match census.sockets() {
-        Ok(sockets) => found = sockets,
-        Err(error) => log::warn!(guest; "guest {guest}: the kernel's list of sockets: {error}"),
-    });
     let reason = if direct.behind_preload {
         "made past the preloaded library"
     } else {
         "the guest has no preloaded library"
     };
-    found.into_iter().map(|socket| status(guest, socket, reason)).collect()
+    let mut all: Vec<SocketStatus> = Vec::new();
+    for nsm in &nsms {
+        let Some(Ok(maker)) = shared.config.kinds.direct(nsm) else { continue };
+        // Two stacks may be in one namespace.
+        let ledger = if before.is_empty() { None } else { shared.ledgers.existing(&*maker) };
+        let mut found = Vec::new();
+        maker.within(&mut || {
+            // Accepted sockets are their listeners': it looks whose they are.
+            ledger.iter().for_each(|ledger| drop(ledger.carried()));
+            match census.sockets() {
+                Ok(sockets) => found = sockets,
+                Err(error) => log::warn!(guest; "guest {guest}: the kernel's list of sockets: {error}"),
+            }
+        });
+        for socket in found {
+            if !all.iter().any(|other| other.inode == socket.inode) {
+                let known = ledger.as_ref().and_then(|ledger| ledger.stack_of(guest, socket.cookie));
+                let of = known.or_else(|| shared.ledgers.handed().stack_of(guest, socket.cookie));
+                all.push(status(guest, socket, of.unwrap_or_else(|| nsm.name.clone()), reason));
+            }
+        }
+    }
+    all
 }
 
-fn status(guest: u32, socket: DirectSocket, reason: &'static str) -> SocketStatus {
+fn status(guest: u32, socket: DirectSocket, stack: String, reason: &'static str) -> SocketStatus {
     let listens = socket.kind == "listener";
     SocketStatus {
         guest,
         id: socket.inode as u32,
+        stack,
         attachment: "direct",
         reason: reason.into(),
         kind: socket.kind,

@@ -88,10 +88,11 @@ pub(crate) fn mark_held(tap: &SocketTap, socket: &SocketStatus) -> Result<(), St
 /// Takes packets, until there is no capture any more.
 fn read(shared: &Weak<Shared>, tap: &Arc<SocketTap>, mut ring: Ring) {
     let mut lost = 0;
-    // Tenant, user and NSM of a guest, which never change.
+    // Tenant, user and NSM of a guest, as of the last look.
     let mut whose: HashMap<u32, Option<(String, u32, usize)>> = HashMap::new();
     loop {
         ring.wait(LOOK);
+        whose.clear();
         let Some(shared) = shared.upgrade() else { return };
         let sessions = shared.captures.running();
         if sessions.is_empty() {

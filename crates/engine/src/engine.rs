@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use netkernel_abi::feature;
-use netkernel_agent::Processes;
+use netkernel_agent::{ByGuest, Carried, Processes};
 use netkernel_capture::{Session, Target};
 use netkernel_service::{Limits, now_ns};
 use netkernel_shm::{Region, fds};
@@ -30,7 +30,7 @@ use crate::tenants::{Asker, Tenant, Tenants};
 use crate::totals::{self, Finished};
 use crate::usage::{GuestUsage, MAX_OVER, Usage};
 use crate::watch::{self, Watch};
-use crate::worker::{Leaving, NewGuest, Worker};
+use crate::worker::{Leaving, NewGuest, Went, Worker};
 use crate::{Attained, EngineConfig, EngineError, GuestFds, GuestSpec, TenantConfig, TenantStatus};
 
 /// How long a control call waits for a switch thread, which answers within a turn unless the machine stands still.
@@ -54,6 +54,8 @@ pub(crate) struct Shared {
     /// Held while it is asked which switch thread a guest is on and this is told something that must not be lost; written when
     /// a guest changes its thread.
     pub seats: RwLock<()>,
+    /// Held while a guest is put on another NSM.
+    pub moves: Mutex<()>,
     /// By NSM; those in processes of their own. In [`Registered::worker`] they come behind the threads.
     pub remotes: Vec<Option<Remote>>,
     /// Told of each guest that is over, with whether it broke the protocol.
@@ -113,8 +115,35 @@ pub(crate) struct Registered {
     /// What it used on NSMs before this one, and when it came.
     pub before: Usage,
     pub came: Instant,
-    /// Whose sockets its agent gives to what the queues do not serve.
+    /// Of NSMs that it left, by name.
+    pub left: HashMap<String, LeftNsm>,
+    /// Whose sockets its agent gives to what the queues do not serve, and whose it gave before.
     pub agent_nsm: usize,
+    pub agent_before: Vec<usize>,
+    /// NSMs that it was on before and whose switch threads' stacks have sockets of it.
+    pub elders: Vec<usize>,
+}
+
+/// How a guest left an NSM, the last time.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub(crate) struct LeftNsm {
+    /// How often it left. What it uses there later is counted anew.
+    times: u32,
+    /// What its direct sockets from there had carried, which is counted.
+    carried: Carried,
+}
+
+impl Registered {
+    /// Whether stacks that it was on before have sockets of it that only they know.
+    pub fn has_elders(&self) -> bool {
+        let relay = self.direct.as_ref().and_then(|direct| direct.relay.as_ref());
+        !self.elders.is_empty() || relay.is_some_and(netkernel_relay::Link::has_elders)
+    }
+
+    /// All NSMs of which its programs may have sockets, the one of which they get new ones first.
+    pub fn agent_nsms(&self) -> Vec<usize> {
+        std::iter::once(self.agent_nsm).chain(self.agent_before.iter().copied()).collect()
+    }
 }
 
 /// The way to a switch thread.
@@ -137,8 +166,8 @@ pub(crate) enum Command {
     /// Do nothing any more, and leave everything as it is.
     Freeze(Sender<()>),
     End(u32),
-    /// Another NSM serves a guest: how many sockets went over, and what it used before.
-    Move(u32, usize, Sender<Result<(usize, Usage), EngineError>>),
+    /// Another NSM serves a guest; true: if all sockets go over.
+    Move(u32, usize, bool, Sender<Result<Went, EngineError>>),
     Status(Sender<Vec<GuestStatus>>),
     Usage(Sender<Vec<(u32, Usage)>>),
     /// Processor time so far of each guest, in nanoseconds.
@@ -213,6 +242,7 @@ impl Engine {
             tenants,
             watches,
             seats: RwLock::default(),
+            moves: Mutex::default(),
             remotes,
             over_hook,
             root,
@@ -328,6 +358,9 @@ impl Engine {
             before: Usage::default(),
             came: Instant::now(),
             agent_nsm: nsm,
+            agent_before: Vec::new(),
+            elders: Vec::new(),
+            left: HashMap::new(),
         };
         {
             let mut registry = lock(&shared.registry);
@@ -387,6 +420,9 @@ impl Engine {
             before: Usage::default(),
             came: Instant::now(),
             agent_nsm: 0,
+            agent_before: Vec::new(),
+            elders: Vec::new(),
+            left: HashMap::new(),
         };
         lock(&self.shared.registry).guests.insert(guest.id, registered);
         let owner = guest.uid;
@@ -458,6 +494,9 @@ impl Engine {
             before: Usage::default(),
             came: Instant::now(),
             agent_nsm: 0,
+            agent_before: Vec::new(),
+            elders: Vec::new(),
+            left: HashMap::new(),
         };
         lock(&self.shared.registry).guests.insert(left.guest.id, registered);
         self.ask(0, |answer| Command::Recover(Box::new(left), tenant, exact, answer))?
@@ -505,11 +544,16 @@ impl Engine {
         let shared = &self.shared;
         let mut guests = self.guest_statuses();
         let mut agents = Vec::new();
-        let mut before = HashMap::new();
+        let carried = direct::carried(shared);
         let registry = lock(&shared.registry);
         for status in &mut guests {
             if let Some(guest) = registry.guests.get(&status.id) {
-                before.insert(status.id, guest.before);
+                for carried in carried.get(&status.id).into_iter().flat_map(HashMap::values) {
+                    status.bytes_in += carried.bytes_in;
+                    status.bytes_out += carried.bytes_out;
+                }
+                // Of the stack that it is on; the rest is the guest's whole life.
+                (status.usage, status.elsewhere) = shared.split(guest, status.usage, carried.get(&status.id));
                 status.name.clone_from(&guest.name);
                 status.tenant = guest.tenant.name();
                 status.stack.clone_from(&shared.config.nsms[guest.nsm].name);
@@ -530,25 +574,14 @@ impl Engine {
                 };
                 status.pids.extend(u32::try_from(guest.pid).ok().filter(|pid| !status.pids.contains(pid)));
                 if let Some(direct) = &guest.direct {
-                    agents.push((status.id, guest.agent_nsm, guest.pid, direct.clone()));
+                    agents.push((status.id, guest.agent_nsms(), guest.pid, direct.clone()));
                 }
             }
         }
         drop(registry);
-        let carried = direct::carried(shared);
-        for status in &mut guests {
-            if let Some(carried) = carried.get(&status.id) {
-                status.usage.carry(Some(carried));
-                status.bytes_in += carried.bytes_in;
-                status.bytes_out += carried.bytes_out;
-            }
-            // Of the stack that it is on; the rest is the guest's whole life.
-            let before = before.get(&status.id).copied().unwrap_or_default();
-            status.usage = status.usage.since(&before);
-        }
         // Looking through /proc takes a while: not under the lock.
         let processes = if agents.is_empty() { Processes::default() } else { Processes::look() };
-        for (id, nsm, pid, direct) in agents {
+        for (id, nsms, pid, direct) in agents {
             let Some(status) = guests.iter_mut().find(|status| status.id == id) else { continue };
             status.direct_served = direct.counters.served.load(Ordering::Relaxed);
             status.direct_refused = direct.counters.refused.load(Ordering::Relaxed);
@@ -561,7 +594,7 @@ impl Engine {
                 status.processes = status.processes.saturating_sub(1);
             }
             if status.direct_served > 0 {
-                let sockets = direct::sockets(shared, id, &shared.config.nsms[nsm], &direct, &census);
+                let sockets = direct::sockets(shared, id, &nsms, &direct, &census);
                 status.sockets += sockets.len();
             }
             status.pids = census.processes.into_iter().collect();
@@ -601,10 +634,10 @@ impl Engine {
         }
         let registry = lock(&self.shared.registry);
         for (id, guest) in &registry.guests {
-            if let Some(taps) = guest.direct.as_ref().and_then(|direct| direct.taps.as_ref())
-                && session.target.is(*id, &guest.tenant.name(), guest.uid)
-            {
-                taps.begin(session, &[(RELAY_SLOT, Vec::new())]);
+            if session.target.is(*id, &guest.tenant.name(), guest.uid) {
+                for taps in guest.direct.iter().flat_map(|direct| &direct.taps) {
+                    taps.begin(session, &[(RELAY_SLOT, Vec::new())]);
+                }
             }
         }
     }
@@ -645,11 +678,10 @@ impl Engine {
         let running = self.running().is_ok();
         let carried = direct::carried(shared);
         for worker in shared.seats().filter(|_| running) {
-            let mut counts = self.ask(worker, Command::Usage).unwrap_or_default();
-            for (id, usage) in &mut counts {
-                usage.carry(carried.get(id));
-            }
-            all.extend(counts.into_iter().filter_map(|(id, usage)| shared.usage_of(id, usage, false)));
+            let counts = self.ask(worker, Command::Usage).unwrap_or_default();
+            all.extend(
+                counts.into_iter().flat_map(|(id, usage)| shared.usage_of(id, usage, &carried, false)),
+            );
         }
         // Later: who ended meanwhile must not be told as alive after its end was.
         all.extend(std::mem::take(&mut *lock(&shared.over)));
@@ -735,7 +767,9 @@ impl Engine {
             sockets::find_holders(&mut sockets, &processes, &known);
             for socket in &mut sockets {
                 socket.tenant.clone_from(&tenant);
-                socket.stack.clone_from(&stack);
+                if socket.stack.is_empty() {
+                    socket.stack.clone_from(&stack);
+                }
             }
             all.append(&mut sockets);
         }
@@ -747,8 +781,8 @@ impl Engine {
         let known = lock(&self.shared.registry)
             .guests
             .get(&guest)
-            .map(|guest| (guest.worker, guest.agent_nsm, guest.pid, guest.direct.clone()));
-        let Some((worker, nsm, pid, direct)) = known else { return Vec::new() };
+            .map(|guest| (guest.worker, guest.agent_nsms(), guest.pid, guest.direct.clone()));
+        let Some((worker, nsms, pid, direct)) = known else { return Vec::new() };
         let mut sockets = Vec::new();
         let mut next = Some(0);
         while let Some(first) = next.take() {
@@ -760,13 +794,7 @@ impl Engine {
         }
         if let Some(direct) = &direct {
             let census = direct::census(direct, pid, processes);
-            sockets.extend(direct::sockets(
-                &self.shared,
-                guest,
-                &self.shared.config.nsms[nsm],
-                direct,
-                &census,
-            ));
+            sockets.extend(direct::sockets(&self.shared, guest, &nsms, direct, &census));
         }
         sockets
     }
@@ -833,54 +861,6 @@ impl Engine {
                 format!("stack `{name}` has no process: give it form = \"process\" in the configuration");
             EngineError::Config(text)
         })
-    }
-
-    /// Puts a guest on another NSM of the engine's own threads: new sockets are opened there, and those that it has go over, as
-    /// descriptors of the kernel, with their names and peers. Errors: it is not known, may not use that NSM, or has sockets that
-    /// cannot go over; then it stays, and the text says why. How many went over.
-    pub fn move_guest(&self, guest: u32, name: &str) -> Result<usize, EngineError> {
-        let shared = &self.shared;
-        let nsms = &shared.config.nsms;
-        let nsm = nsms.iter().position(|nsm| nsm.name == name).ok_or_else(|| EngineError::UnknownStack {
-            name: name.into(),
-            known: nsms.iter().map(|nsm| nsm.name.clone()).collect(),
-        })?;
-        let _stays = shared.seats.read().unwrap_or_else(PoisonError::into_inner);
-        let (worker, from) = {
-            let registry = lock(&shared.registry);
-            let found = registry.guests.get(&guest).ok_or(EngineError::UnknownGuest(guest))?;
-            let refused = |why: String| Err(EngineError::Refused(format!("guest {guest} stays: {why}")));
-            if !found.tenant.uses(nsm) {
-                return refused(format!("tenant {} may not use stack {name}", found.tenant.name()));
-            }
-            let processes = shared.remote(nsm).is_some() || found.worker >= shared.workers.len();
-            match &found.direct {
-                _ if processes => {
-                    return refused(
-                        "an NSM in a process of its own keeps its guests; `nsm swap` changes it".into(),
-                    );
-                }
-                Some(Direct { behind_preload: false, .. }) => {
-                    return refused(
-                        "its programs have the stack's own sockets (attachment direct or relay)".into(),
-                    );
-                }
-                Some(Direct { relay: Some(_), .. }) => return refused("it has relayed sockets".into()),
-                _ => {}
-            }
-            (found.worker, found.nsm)
-        };
-        if from == nsm {
-            return Ok(0);
-        }
-        shared
-            .config
-            .kinds
-            .check(&shared.nsm(nsm))
-            .map_err(|reason| EngineError::StackUnavailable { name: name.into(), reason })?;
-        let (count, used) = self.ask(worker, |answer| Command::Move(guest, nsm, answer))??;
-        shared.guest_moved(guest, nsm, used);
-        Ok(count)
     }
 
     /// Ends a guest: its sockets are closed, its processes see a dead network.
@@ -1022,6 +1002,11 @@ impl Shared {
         lock(&self.registry).guests.get(&id).map(|guest| guest.agent_nsm)
     }
 
+    /// Whose sockets a guest's agent gave before.
+    pub fn agent_before(&self, id: u32) -> Vec<usize> {
+        lock(&self.registry).guests.get(&id).map(|guest| guest.agent_before.clone()).unwrap_or_default()
+    }
+
     /// Name, process and user of a guest.
     pub fn who(&self, id: u32) -> (String, i32, u32) {
         let registry = lock(&self.registry);
@@ -1070,60 +1055,110 @@ impl Shared {
     }
 
     /// The guest is over and nothing of it is left.
-    pub fn guest_over(&self, id: u32, mut usage: Usage) {
+    pub fn guest_over(&self, id: u32, usage: Usage) {
         self.counters.over.fetch_add(1, Ordering::Relaxed);
-        let with_agent = {
-            let registry = lock(&self.registry);
-            registry.guests.get(&id).filter(|guest| guest.direct.is_some()).map(|guest| guest.agent_nsm)
-        };
-        if let Some(nsm) = with_agent {
-            usage.carry(Some(&direct::last_carried(self, &self.config.nsms[nsm], id)));
+        let has_agent = lock(&self.registry).guests.get(&id).is_some_and(|guest| guest.direct.is_some());
+        let mut carried = ByGuest::new();
+        if has_agent {
+            carried.insert(id, direct::last_carried(self, id));
         }
         if let Some(hook) = &self.over_hook {
-            hook(id, usage, self.counters.violations.swap(0, Ordering::Relaxed) != 0);
+            // In the process of an NSM, which is one stack.
+            let mut all = usage;
+            carried.values().flat_map(HashMap::values).for_each(|carried| all.carry(Some(carried)));
+            hook(id, all, self.counters.violations.swap(0, Ordering::Relaxed) != 0);
         }
-        {
-            let registry = lock(&self.registry);
-            if let Some(guest) = registry.guests.get(&id) {
-                let nsm = self.config.nsms[guest.nsm].name.clone();
-                self.finished.guest_over(guest.tenant.name(), nsm, &usage.since(&guest.before));
-            }
+        let last = self.usage_of(id, usage, &carried, true);
+        let tenant = lock(&self.registry).guests.get(&id).map(|guest| guest.tenant.name());
+        for row in &last {
+            // How long it lived is no sum of these.
+            let usage = Usage { lived_ms: 0, ..row.usage };
+            self.finished.guest_over(tenant.clone().unwrap_or_default(), row.nsm.clone(), &usage);
         }
-        if let Some(last) = self.usage_of(id, usage, true) {
-            let mut over = lock(&self.over);
-            if over.len() >= MAX_OVER {
-                over.pop_front();
-            }
-            over.push_back(last);
-        }
+        let mut over = lock(&self.over);
+        let room = MAX_OVER.saturating_sub(last.len());
+        let surplus = over.len().saturating_sub(room);
+        over.drain(..surplus);
+        over.extend(last);
+        drop(over);
         self.forget(id);
     }
 
+    /// Sockets of a guest stay with NSMs that it was on before.
+    pub fn has_elders(&self, id: u32, elders: Vec<usize>) {
+        if let Some(guest) = lock(&self.registry).guests.get_mut(&id) {
+            guest.elders = elders;
+        }
+    }
+
     /// What a guest used until now was used on the NSM before.
-    fn guest_moved(&self, id: u32, nsm: usize, mut used: Usage) {
-        used.carry(direct::carried(self).get(&id));
-        let row = self.usage_of(id, used, true);
+    pub fn guest_moved(&self, id: u32, nsm: usize, used: Usage) {
+        let mut carried = direct::carried(self);
+        let mut rows = self.usage_of(id, used, &carried, true);
+        // The rest goes on: sockets that are open stay with their stacks.
+        rows.truncate(1);
         let mut registry = lock(&self.registry);
         let Some(guest) = registry.guests.get_mut(&id) else { return };
         let before = std::mem::replace(&mut guest.nsm, nsm);
-        let spent = used.since(&guest.before);
         (guest.before, guest.came) = (used, Instant::now());
+        let left = &self.config.nsms[before].name;
+        let carried = carried.get_mut(&id).and_then(|carried| carried.remove(left)).unwrap_or_default();
+        let times = guest.left.get(left).map_or(0, |left| left.times) + 1;
+        guest.left.insert(left.clone(), LeftNsm { times, carried });
         let tenant = Arc::clone(&guest.tenant);
         drop(registry);
-        self.finished.guest_over(tenant.name(), self.config.nsms[before].name.clone(), &spent);
-        lock(&self.over).extend(row);
+        for row in &rows {
+            let usage = Usage { lived_ms: 0, ..row.usage };
+            self.finished.guest_over(tenant.name(), row.nsm.clone(), &usage);
+        }
+        lock(&self.over).extend(rows);
         self.tenants.arrive(&tenant, nsm, &self.nsm(nsm));
         self.tenants.leave(&tenant, before);
     }
 
-    fn usage_of(&self, id: u32, usage: Usage, over: bool) -> Option<GuestUsage> {
+    /// What a guest used of the NSM that it is on, since it came; and of others, by direct sockets that it has from there.
+    /// `used`: all that did not go by direct sockets, in its whole life.
+    fn split(
+        &self,
+        guest: &Registered,
+        used: Usage,
+        carried: Option<&HashMap<String, Carried>>,
+    ) -> (Usage, Vec<(String, Usage)>) {
+        let here = &self.config.nsms[guest.nsm].name;
+        let mut usage = used.since(&guest.before);
+        let mut elsewhere = Vec::new();
+        for (nsm, carried) in carried.into_iter().flatten() {
+            let new = carried.since(guest.left.get(nsm).copied().unwrap_or_default().carried);
+            if nsm == here {
+                usage.carry(Some(&new));
+            } else if new != Carried::default() {
+                elsewhere.push((nsm.clone(), Usage::of_carried(&new)));
+            }
+        }
+        elsewhere.sort_by(|a, b| a.0.cmp(&b.0));
+        (usage, elsewhere)
+    }
+
+    /// A row for each NSM, the first one of that which the guest is on.
+    fn usage_of(&self, id: u32, usage: Usage, carried: &ByGuest, over: bool) -> Vec<GuestUsage> {
         let registry = lock(&self.registry);
-        let guest = registry.guests.get(&id)?;
-        let nsm = self.config.nsms[guest.nsm].name.clone();
-        let usage = usage.since(&guest.before);
+        let Some(guest) = registry.guests.get(&id) else { return Vec::new() };
+        let (usage, elsewhere) = self.split(guest, usage, carried.get(&id));
         let usage = Usage { lived_ms: guest.came.elapsed().as_millis() as u64, ..usage };
         let tenant = (self.tenants.all().count() > 1).then(|| guest.tenant.name());
-        Some(GuestUsage { guest: id, name: guest.name.clone(), nsm, tenant, uid: guest.uid, usage, over })
+        let (name, uid) = (&guest.name, guest.uid);
+        let row = |nsm: String, usage: Usage| GuestUsage {
+            guest: id,
+            name: name.clone(),
+            stay: guest.left.get(&nsm).map_or(0, |left| left.times),
+            nsm,
+            tenant: tenant.clone(),
+            uid,
+            usage,
+            over,
+        };
+        let here = row(self.config.nsms[guest.nsm].name.clone(), usage);
+        std::iter::once(here).chain(elsewhere.into_iter().map(|(nsm, usage)| row(nsm, usage))).collect()
     }
 
     pub fn forget(&self, id: u32) {

@@ -21,7 +21,7 @@ use netkernel_agent::ledger::{Books, Ledger};
 use netkernel_service::{journal_format, now_ns, take_descriptor};
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{Command, Registered, Shared, lock};
+use crate::engine::{Command, LeftNsm, Registered, Shared, lock};
 use crate::process::journal::{GuestJournal, Left, Root};
 use crate::process::remote::{LeftRunning, Remote, Still, abandon};
 use crate::process::wire::{self, NewGuest};
@@ -80,8 +80,10 @@ struct Written {
     /// What it used on NSMs before this one, and for how long it is here.
     before: Usage,
     here_ms: u64,
-    /// Of the agent, if it has one.
+    left: HashMap<String, LeftNsm>,
+    /// Of the agent, if it has one; and those of which its programs may have sockets from before.
     agent_nsm: Option<String>,
+    agent_before: Vec<String>,
     region: RawFd,
     doorbell: RawFd,
     journal: Option<RawFd>,
@@ -113,7 +115,9 @@ impl Written {
             age_ms: known.created.elapsed().as_millis() as u64,
             before: known.before,
             here_ms: known.came.elapsed().as_millis() as u64,
+            left: known.left.clone(),
             agent_nsm: known.direct.as_ref().map(|_| shared.nsm(known.agent_nsm).name.clone()),
+            agent_before: known.agent_before.iter().map(|nsm| shared.nsm(*nsm).name.clone()).collect(),
             region,
             doorbell,
             journal: None,
@@ -125,7 +129,7 @@ impl Written {
 /// What is known of a stack's direct sockets, and where the kernel tells of them.
 #[derive(Debug, Serialize, Deserialize)]
 struct LeftLedger {
-    nsm: String,
+    nsms: Vec<String>,
     books: Books,
     netlink: RawFd,
 }
@@ -136,11 +140,13 @@ struct Ledgers(Vec<(Arc<Ledger>, Option<LeftLedger>)>);
 
 impl Ledgers {
     fn stop(&mut self, shared: &Shared) -> Result<(), EngineError> {
-        for (nsm, ledger) in shared.ledgers.all() {
-            let late =
-                || EngineError::Refused(format!("what sockets of stack {nsm} carried is being counted"));
+        for (nsms, ledger) in shared.ledgers.all() {
+            let late = || {
+                let nsms = nsms.join(", ");
+                EngineError::Refused(format!("what sockets of stack {nsms} carried is being counted"))
+            };
             let (books, netlink) = ledger.still(PATIENCE).ok_or_else(late)?;
-            self.0.push((ledger, Some(LeftLedger { nsm, books, netlink })));
+            self.0.push((ledger, Some(LeftLedger { nsms, books, netlink })));
         }
         Ok(())
     }
@@ -214,6 +220,8 @@ impl Engine {
             let why = if guest.worker >= shared.workers.len() {
                 // It does not even notice.
                 continue;
+            } else if guest.has_elders() {
+                "sockets of it stayed on a stack that it was on before"
             } else if guest.direct.as_ref().is_some_and(|direct| direct.relay.is_some()) {
                 "its sockets are relayed"
             } else if nsm.stack != "kernel" || nsm.memory {
@@ -234,7 +242,13 @@ impl Engine {
         let registry = lock(&self.shared.registry);
         let of = |(id, guest): (&u32, &Registered)| {
             let agent = guest.direct.as_ref().map(|_| guest.agent_nsm);
-            [Some(guest.nsm), agent].into_iter().flatten().map(|nsm| (*id, nsm)).collect::<Vec<_>>()
+            let before = guest.agent_before.iter().copied();
+            [Some(guest.nsm), agent]
+                .into_iter()
+                .flatten()
+                .chain(before)
+                .map(|nsm| (*id, nsm))
+                .collect::<Vec<_>>()
         };
         let all = registry.guests.iter().flat_map(of);
         let of = |(id, nsm): (u32, usize)| {
@@ -384,11 +398,11 @@ impl Engine {
             Resumed { guests: 0, lost: Vec::new(), pause: Duration::ZERO, besides: document.besides };
         let since_ns = now_ns().saturating_sub(document.stopped_ns);
         for ledger in document.ledgers {
-            let nsm = shared.config.nsms.iter().find(|nsm| nsm.name == ledger.nsm);
-            let sockets = nsm.and_then(|nsm| shared.config.kinds.direct(nsm)).and_then(Result::ok);
+            let known = shared.config.nsms.iter().filter(|nsm| ledger.nsms.contains(&nsm.name));
+            let sockets = known.filter_map(|nsm| shared.config.kinds.direct(nsm)?.ok()).next();
             if let (Some(sockets), Some(netlink)) = (sockets, take_descriptor(ledger.netlink + 1)) {
                 set_close_on_exec(netlink.as_raw_fd(), true);
-                shared.ledgers.resume(&ledger.nsm, &*sockets, ledger.books, netlink);
+                shared.ledgers.resume(ledger.nsms, &*sockets, ledger.books, netlink);
             }
         }
         for one in document.guests {
@@ -508,6 +522,7 @@ impl Engine {
         };
         let nsm = index(&written.nsm)?;
         let agent_nsm = written.agent_nsm.as_deref().map_or(Ok(nsm), index)?;
+        let agent_before = written.agent_before.iter().map(|name| index(name)).collect::<Result<_, _>>()?;
         let threads = shared.workers.len();
         let seat = written.worker.map_or(threads + nsm, |worker| worker % threads);
         let guest = &written.guest;
@@ -531,6 +546,9 @@ impl Engine {
             before: written.before,
             came: ago(written.here_ms),
             agent_nsm,
+            agent_before,
+            elders: Vec::new(),
+            left: written.left.clone(),
         };
         {
             let mut registry = lock(&shared.registry);

@@ -11,7 +11,7 @@ use std::time::Duration;
 use netkernel_agent::notify::Listener;
 use netkernel_agent::{Counters, Settings};
 use netkernel_capture::{Tap, Taps};
-use netkernel_relay::{Link, Relay, RelaySocket, Start};
+use netkernel_relay::{Link, Relay, RelaySocket, Start, Successor};
 use netkernel_service::{Observed, Policed, RELAYED, Stack, key};
 use netkernel_shm::fds;
 use netkernel_stack_lent::{Lender, lend};
@@ -45,6 +45,7 @@ pub(crate) fn start(
         listener,
         end,
         settings,
+        stack: nsm.name.clone(),
         counters: Arc::clone(&counters),
         privileged: shared.is_privileged(guest),
         spin_ns: shared.config.spin_us.saturating_mul(1000),
@@ -68,7 +69,7 @@ pub(crate) fn start(
         (Some(lender), Some(lent))
     };
     // Of a stack that is lent, the switch thread's own sees all.
-    let taps = lent.is_none().then_some(taps);
+    let taps = lent.is_none().then_some(taps).into_iter().collect();
     let (kinds, nsm, own) = (shared.config.kinds.clone(), nsm.clone(), link.clone());
     std::thread::Builder::new().name("nk-relay".into()).stack_size(512 << 10).spawn(move || {
         // What goes wrong here closes the listener: the guest's sockets fail, and nothing waits.
@@ -87,7 +88,31 @@ pub(crate) fn start(
             Err(reason) => log::error!(guest; "guest {guest}: no relay, so that it has no sockets: {reason}"),
         }
     })?;
-    Ok((ours, Direct { counters, behind_preload, relay: Some(link), taps }, lender))
+    let exchange = Arc::default();
+    Ok((ours, Direct { counters, behind_preload, relay: Some(link), taps, exchange }, lender))
+}
+
+/// What a relay is given when its guest is put on another NSM, and who looks on at it.
+pub(crate) fn successor(
+    shared: &Shared,
+    guest: u32,
+    nsm: usize,
+    stack: Box<dyn Stack>,
+    own: bool,
+) -> (Successor, Option<Taps>) {
+    let config = &shared.config.nsms[nsm];
+    let taps = Taps::of_one(RELAY_SLOT);
+    if let Some((tenant, uid, _)) = shared.whose(guest).filter(|_| own) {
+        for session in shared.captures.running() {
+            if session.target.is(guest, &tenant, uid) {
+                taps.begin(&session, &[(RELAY_SLOT, Vec::new())]);
+            }
+        }
+    }
+    let stack =
+        if own { Box::new(Observed { stack, observer: Tap::new(taps.clone(), nsm as u32) }) } else { stack };
+    let stack = Box::new(Policed::new(stack, shared.limits_on(guest, nsm)));
+    (Successor { name: config.name.clone(), stack, policy: config.congestion_policy }, own.then_some(taps))
 }
 
 /// The sockets of a relay; none when it does not answer in time.
@@ -117,6 +142,7 @@ fn status(guest: u32, socket: RelaySocket, reason: &str) -> SocketStatus {
     };
     SocketStatus {
         guest,
+        stack: socket.stack,
         id: socket.inode as u32,
         attachment: "relay",
         reason: reason.into(),

@@ -38,6 +38,9 @@ pub struct GuestStatus {
     /// All that is metered; the counts above are in it.
     #[serde(default)]
     pub usage: crate::Usage,
+    /// What its direct sockets of other stacks carried, those that it was on before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub elsewhere: Vec<(String, crate::Usage)>,
     pub events: u64,
     pub region_bytes: u64,
     /// Payload memory in the rings of its sockets.

@@ -147,6 +147,9 @@ fn totals(guests: &[GuestStatus], finished: &Finished) -> Vec<Total> {
         total.region_bytes += guest.region_bytes;
         total.ring_bytes += guest.ring_bytes;
         total.usage.add(&Usage { lived_ms: 0, ..guest.usage });
+        for (nsm, usage) in &guest.elsewhere {
+            all.entry((guest.tenant.clone(), nsm.clone())).or_default().usage.add(usage);
+        }
     }
     let all: Vec<Total> =
         all.into_iter().map(|((tenant, nsm), total)| Total { tenant, nsm, ..total }).collect();

@@ -74,6 +74,13 @@ impl Usage {
         }
     }
 
+    /// What direct sockets carried.
+    pub(crate) fn of_carried(carried: &netkernel_agent::Carried) -> Usage {
+        let mut usage = Usage::default();
+        usage.carry(Some(carried));
+        usage
+    }
+
     /// Together with what a stack counted of connections.
     pub(crate) fn with_tcp(mut self, sums: &TcpSums) -> Usage {
         self.tcp_connections += sums.connections;
@@ -104,11 +111,14 @@ pub struct GuestUsage {
     pub guest: u32,
     pub name: String,
     pub nsm: String,
+    /// Which of its stays on that NSM: each begins with counts of 0, and is over when the guest is put on another one.
+    #[serde(default)]
+    pub stay: u32,
     /// `None`: the engine has no tenants configured.
     pub tenant: Option<String>,
     pub uid: u32,
     pub usage: Usage,
-    /// It ended; told once, with its last counts.
+    /// It, or its stay, ended; told once, with the last counts.
     pub over: bool,
 }
 

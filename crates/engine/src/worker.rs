@@ -17,11 +17,11 @@ use std::sync::atomic::{AtomicU32, compiler_fence, fence};
 use netkernel_abi::control::{Message, kind};
 use netkernel_agent::notify::Listener;
 use netkernel_agent::{Counters, Settings};
-use netkernel_capture::{Session, Tap, Taps};
+use netkernel_capture::{Known, Session, Tap, Taps};
 use netkernel_ring::spin::{Polling, Spin};
 use netkernel_service::{
-    Host, Limits, Member, Observed, RELAYED, Readiness, Ready, Service, Stack, Stages, Stays, Table, TcpSums,
-    Violation, now_ns, take_descriptor,
+    Host, Limits, Member, Observed, RELAYED, Readiness, Ready, Service, Several, SocketInfo, Stack, Stages,
+    Table, TcpSums, Violation, now_ns, take_descriptor,
 };
 use netkernel_shm::{Region, Word, fds};
 use netkernel_stack_lent::Lender;
@@ -46,8 +46,10 @@ use crate::usage::Usage;
 use crate::watch::Watch;
 
 mod leave;
+mod moved;
 
 pub(crate) use leave::{Departed, Leaving};
+pub(crate) use moved::Went;
 
 /// Elements of one guest in one turn.
 const GUEST_BATCH: usize = 256;
@@ -99,6 +101,10 @@ pub(crate) struct NewGuest {
 struct Guest {
     id: u32,
     nsm: usize,
+    /// NSMs that it was on before and that have sockets of it, by the place in their handles, from 1 on.
+    elders: Vec<Option<usize>>,
+    /// How many of its sockets had ended when it was looked at last which of these have none any more.
+    seen_ended: u32,
     service: Service,
     ends: Ends,
     channels: Vec<Option<OwnedFd>>,
@@ -121,8 +127,8 @@ struct Guest {
     agent_arguments: [u32; 3],
     /// What its agent did, once it has one.
     agent: Option<Arc<Counters>>,
-    /// What its relay borrows the stack by.
-    lender: Option<Lender>,
+    /// What its relay borrows stacks by, each with its NSM.
+    lenders: Vec<(usize, Lender)>,
     /// Sockets that were handed over.
     handed: Handed,
     /// Captures of it that are under way.
@@ -134,6 +140,26 @@ struct Guest {
 }
 
 impl Guest {
+    /// The NSMs of its sockets, by the place in their handles.
+    fn places(&self) -> impl Iterator<Item = (usize, usize)> {
+        let elders = (1..).zip(&self.elders).filter_map(|(place, nsm)| Some((place, (*nsm)?)));
+        std::iter::once((0, self.nsm)).chain(elders)
+    }
+
+    /// Something of it has ended since the last look at its stacks of before.
+    fn may_leave_elders(&self) -> bool {
+        !self.elders.is_empty() && self.seen_ended != self.service.ended()
+            || self.lenders.len() > 1 && self.lenders.iter().any(|(_, lender)| lender.is_over())
+    }
+
+    fn nsm_at(&self, place: usize) -> Option<usize> {
+        self.places().find(|(at, _)| *at == place).map(|(_, nsm)| nsm)
+    }
+
+    fn nsms(&self) -> Vec<usize> {
+        self.places().map(|(_, nsm)| nsm).collect()
+    }
+
     /// The doorbell of a queue set, or none any more.
     fn set_bell(&mut self, q: u32, bell: Bell) -> Bell {
         let fd = if let Bell::Some(fd) = &bell { Some(fd) } else { None };
@@ -368,9 +394,9 @@ impl Worker {
         }
         for slot in 0..self.guests.len() as u32 {
             if let Some(guest) = &mut self.guests[slot as usize]
-                && let Some(module) = &mut self.modules[guest.nsm]
+                && let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders)
             {
-                guest.service.flush_all(&mut *module.stack);
+                guest.service.flush_all(stacks.get());
             }
             self.remove(slot);
         }
@@ -478,7 +504,7 @@ impl Worker {
 
     fn serve_turn(&mut self, slot: u32, elements: bool) {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
-        let Some(module) = &mut self.modules[guest.nsm] else { return };
+        let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { return };
         guest.last_active_ns = self.now_ns;
         let spent = guest.service.spent();
         // Neither may use up each turn before the other one's time comes.
@@ -493,10 +519,10 @@ impl Worker {
             let mut timed;
             let stack: &mut dyn Stack = match sample.timer() {
                 Some(observer) => {
-                    timed = Observed { stack: &mut *module.stack, observer };
+                    timed = Observed { stack: stacks.get(), observer };
                     &mut timed
                 }
-                None => &mut *module.stack,
+                None => stacks.get(),
             };
             let mut again = false;
             if elements && elements_first {
@@ -587,8 +613,8 @@ impl Worker {
         self.sources = sources;
         self.close_hung(false);
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
-        let Some(module) = &mut self.modules[guest.nsm] else { return };
-        if let Err(violation) = guest.service.drain(&mut *module.stack, 0) {
+        let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { return };
+        if let Err(violation) = guest.service.drain(stacks.get(), 0) {
             self.violation(slot, violation);
         }
     }
@@ -618,7 +644,8 @@ impl Worker {
             let (slot, id) = ((report.key >> 32) as u32, report.key as u32);
             let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { continue };
             if id & RELAYED != 0 {
-                guest.lender.iter().for_each(|lender| lender.report(*report));
+                let of_stack = guest.lenders.iter().filter(|(of, _)| *of == nsm);
+                of_stack.for_each(|(_, lender)| lender.report(*report));
                 continue;
             }
             let piece = self.begin_piece(slot);
@@ -632,9 +659,9 @@ impl Worker {
     /// A stack's report of one socket.
     fn report(&mut self, slot: u32, id: u32, readiness: Readiness) {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
-        let Some(module) = &mut self.modules[guest.nsm] else { return };
+        let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { return };
         let spent = guest.service.spent();
-        let result = guest.service.ready(&mut *module.stack, id, readiness);
+        let result = guest.service.ready(stacks.get(), id, readiness);
         self.done += guest.service.spent() - spent;
         guest.last_active_ns = self.now_ns;
         self.resume_at = self.resume_at.min(guest.service.throttled_until());
@@ -710,8 +737,10 @@ impl Worker {
     /// Does what a guest's relay asks of the stack.
     fn serve_relay(&mut self, slot: u32) {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
-        if let (Some(lender), Some(module)) = (&mut guest.lender, &mut self.modules[guest.nsm]) {
-            lender.serve(&mut *module.stack, RELAY_BATCH);
+        for (nsm, lender) in &mut guest.lenders {
+            if let Some(module) = &mut self.modules[*nsm] {
+                lender.serve(&mut *module.stack, RELAY_BATCH);
+            }
         }
     }
 
@@ -738,7 +767,7 @@ impl Worker {
             }
         }
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
-        let Some(module) = &mut self.modules[guest.nsm] else { return };
+        let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { return };
         let mut result = Ok(());
         for id in std::mem::take(&mut guest.hangups) {
             note(guest.journal.as_mut().map(|j| &mut j.ends), id as usize, None);
@@ -750,7 +779,7 @@ impl Worker {
                 }
                 guest.ends.placeholder_count -= 1;
                 guest.handed.close(id);
-                result = result.and(guest.service.close(&mut *module.stack, id));
+                result = result.and(guest.service.close(stacks.get(), id));
             }
         }
         self.note_throttle(slot);
@@ -841,7 +870,7 @@ impl Worker {
     fn timeout_ms(&self) -> i32 {
         let mut until = self.resume_at;
         for guest in self.guests.iter().flatten() {
-            if guest.service.wants_sweep() || guest.over_since.is_some() {
+            if guest.service.wants_sweep() || guest.over_since.is_some() || guest.may_leave_elders() {
                 until = until.min(self.next_sweep_ns);
             }
             if guest.service.is_starved() {
@@ -884,10 +913,10 @@ impl Worker {
         }
         for slot in 0..self.guests.len() as u32 {
             let Some(guest) = &mut self.guests[slot as usize] else { continue };
-            let Some(module) = &mut self.modules[guest.nsm] else { continue };
+            let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { continue };
             let mut result = Ok(());
             if sweep && guest.service.wants_sweep() {
-                result = guest.service.sweep(&mut *module.stack);
+                result = guest.service.sweep(stacks.get());
             }
             if guest.service.is_starved() {
                 guest.service.retry();
@@ -897,6 +926,9 @@ impl Worker {
             if let Err(violation) = result {
                 self.violation(slot, violation);
                 continue;
+            }
+            if sweep && guest.may_leave_elders() {
+                self.leave_elders(slot);
             }
             if work {
                 self.warm(slot);
@@ -977,8 +1009,8 @@ impl Worker {
             Command::Sockets(id, first, answer) => {
                 let _ = answer.send(self.sockets(id, first));
             }
-            Command::Move(id, nsm, answer) => {
-                let _ = answer.send(self.move_guest(id, nsm));
+            Command::Move(id, nsm, all, answer) => {
+                let _ = answer.send(self.move_guest(id, nsm, all));
             }
             Command::Capture(session, answer) => {
                 self.capture(&session);
@@ -991,8 +1023,8 @@ impl Worker {
     /// Brings all guests' statistics up to date.
     fn count(&mut self) {
         for guest in self.guests.iter_mut().flatten() {
-            if let Some(module) = &mut self.modules[guest.nsm] {
-                guest.service.count(&mut *module.stack);
+            if let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) {
+                guest.service.count(stacks.get());
             }
         }
     }
@@ -1007,9 +1039,9 @@ impl Worker {
             self.tcp_next = if self.tcp_next + 1 < guests { self.tcp_next + 1 } else { 0 };
             if let Some(guest) = &mut self.guests[self.tcp_next]
                 && guest.service.sockets() > 0
-                && let Some(module) = &mut self.modules[guest.nsm]
+                && let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders)
             {
-                left -= guest.service.look_at_tcp(&mut *module.stack, left.min(LOOK_AT_GUEST));
+                left -= guest.service.look_at_tcp(stacks.get(), left.min(LOOK_AT_GUEST));
             }
         }
     }
@@ -1120,6 +1152,8 @@ impl Worker {
         self.guests[slot] = Some(Box::new(Guest {
             id: new.id,
             nsm: new.nsm,
+            elders: Vec::new(),
+            seen_ended: 0,
             service,
             ends: Ends {
                 placeholders: Table::new(limits.sockets),
@@ -1146,7 +1180,7 @@ impl Worker {
             agent_kept: None,
             agent_arguments: [0; 3],
             agent: None,
-            lender: None,
+            lenders: Vec::new(),
             handed: Handed::default(),
             captures,
             journal,
@@ -1156,66 +1190,6 @@ impl Worker {
             module.guests += 1;
         }
         Ok(())
-    }
-
-    /// From now on another NSM serves a guest: it has its sockets, and new ones are opened there. How many it got, and what the
-    /// guest used until now.
-    fn move_guest(&mut self, id: u32, nsm: usize) -> Result<(usize, Usage), EngineError> {
-        let slot = self.slot(id).ok_or(EngineError::UnknownGuest(id))?;
-        self.module(nsm)?;
-        let limits = self.shared.limits_on(id, nsm);
-        let owner = self.shared.who(id).2;
-        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else {
-            return Err(EngineError::UnknownGuest(id));
-        };
-        let refused = |why: String| Err(EngineError::Refused(format!("guest {id} stays: {why}")));
-        if guest.lender.is_some() {
-            return refused("its sockets are lent to a relay".into());
-        }
-        let from = guest.nsm;
-        let Ok([Some(old), Some(new)]) = self.modules.get_disjoint_mut([from, nsm]) else {
-            return refused("it is on this stack".into());
-        };
-        let (tenant, name) = (guest.tenant.number(), guest.tenant.name().into());
-        new.stack.guest(slot, owner);
-        let captures = Arc::clone(&guest.captures);
-        new.stack.member(slot, Member { tenant, name, limits: limits.clone(), captures });
-        let moved = guest.service.move_to(&mut *old.stack, &mut *new.stack, limits);
-        let count = match moved {
-            Ok(Ok(count)) => count,
-            Ok(Err(stays)) => {
-                new.stack.guest_over(slot);
-                return refused(match stays {
-                    Stays::Sockets(1) => "a socket of it exists in its stack only: close it first".into(),
-                    Stays::Sockets(count) => {
-                        format!("{count} of its sockets exist in their stack only: close them first")
-                    }
-                    Stays::Connections(count) => {
-                        format!("there is no room for its {count} connections on the other stack")
-                    }
-                });
-            }
-            Err(violation) => {
-                new.stack.guest_over(slot);
-                self.violation(slot, violation);
-                return Err(EngineError::UnknownGuest(id));
-            }
-        };
-        old.taps.iter().for_each(|taps| taps.guest_over(slot));
-        old.stack.guest_over(slot);
-        old.guests -= 1;
-        new.guests += 1;
-        guest.nsm = nsm;
-        let used = usage(guest);
-        for session in self.captures.iter().filter(|session| !session.is_over()) {
-            if session.target.is(id, &guest.tenant.name(), owner)
-                && let Some(taps) = tapped(&mut self.modules[nsm], nsm)
-            {
-                taps.begin(session, &[(slot, Vec::new())]);
-            }
-        }
-        self.warm(slot);
-        Ok((count, used))
     }
 
     /// Goes on with a guest that a process before this one had.
@@ -1285,6 +1259,8 @@ impl Worker {
         self.guests[slot] = Some(Box::new(Guest {
             id: guest.id,
             nsm,
+            elders: Vec::new(),
+            seen_ended: 0,
             service,
             ends: Ends {
                 placeholders,
@@ -1311,7 +1287,7 @@ impl Worker {
             agent_kept: None,
             agent_arguments: [0; 3],
             agent: None,
-            lender: None,
+            lenders: Vec::new(),
             handed: Handed::default(),
             captures,
             journal: Some(journal),
@@ -1397,22 +1373,24 @@ impl Worker {
 
     /// From now on, what the guests that are meant send and receive is captured.
     fn capture(&mut self, session: &Arc<Session>) {
-        for (nsm, place) in self.modules.iter_mut().enumerate() {
-            let Some(module) = place else { continue };
-            let mut wanted = Vec::new();
-            for (slot, guest) in self.guests.iter().enumerate() {
-                let Some(guest) = guest.as_ref().filter(|guest| guest.nsm == nsm) else { continue };
-                let uid = self.shared.who(guest.id).2;
-                if session.target.is(guest.id, &guest.tenant.name(), uid) {
-                    // First, so that no pair comes up meanwhile that would be missed.
-                    session.mark(&guest.captures);
-                    let (list, _) = guest.service.list(&mut *module.stack, 0, usize::MAX);
-                    wanted.push((slot as u32, list.iter().map(crate::capture::known).collect()));
-                }
+        let mut wanted: Vec<Vec<(u32, Vec<Known>)>> = self.modules.iter().map(|_| Vec::new()).collect();
+        for (slot, guest) in self.guests.iter().enumerate() {
+            let Some(guest) = guest else { continue };
+            let uid = self.shared.who(guest.id).2;
+            if !session.target.is(guest.id, &guest.tenant.name(), uid) {
+                continue;
             }
-            if !wanted.is_empty()
-                && let Some(taps) = tapped(place, nsm)
-            {
+            let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { continue };
+            // First, so that no pair comes up meanwhile that would be missed.
+            session.mark(&guest.captures);
+            let (list, _) = guest.service.list(stacks.get(), 0, usize::MAX);
+            for (place, nsm) in guest.places() {
+                let of_stack = list.iter().filter(|socket| socket.handle.place() == place);
+                wanted[nsm].push((slot as u32, of_stack.map(crate::capture::known).collect()));
+            }
+        }
+        for (nsm, wanted) in wanted.into_iter().enumerate().filter(|(_, wanted)| !wanted.is_empty()) {
+            if let Some(taps) = tapped(&mut self.modules[nsm], nsm) {
                 taps.begin(session, &wanted);
             }
         }
@@ -1424,9 +1402,15 @@ impl Worker {
         let none = (Vec::new(), None);
         let Some(slot) = self.slot(id) else { return none };
         let Some(guest) = &self.guests[slot as usize] else { return none };
-        let Some(module) = &mut self.modules[guest.nsm] else { return none };
-        let (list, next) = guest.service.list(&mut *module.stack, first, LIST_BATCH);
-        (list.into_iter().map(|socket| sockets::queued(id, socket, &mut *module.stack)).collect(), next)
+        let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { return none };
+        let (list, next) = guest.service.list(stacks.get(), first, LIST_BATCH);
+        let nsms = &self.shared.config.nsms;
+        let told = |socket: SocketInfo| {
+            let nsm = guest.nsm_at(socket.handle.place()).unwrap_or(guest.nsm);
+            let status = sockets::queued(id, socket, stacks.get());
+            SocketStatus { stack: nsms[nsm].name.clone(), ..status }
+        };
+        (list.into_iter().map(told).collect(), next)
     }
 
     // ---- channels
@@ -1473,8 +1457,8 @@ impl Worker {
     /// Sent without a descriptor, or this process had no room for it: the other end sees that it is closed.
     fn without_descriptor(&mut self, slot: u32, message: Message) -> Result<(), Violation> {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
-        let Some(module) = &mut self.modules[guest.nsm] else { return Ok(()) };
-        let (stack, id) = (&mut *module.stack, message.a);
+        let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { return Ok(()) };
+        let (stack, id) = (stacks.get(), message.a);
         match message.kind {
             kind::SOCKET => {
                 guest.service.open(stack, id, message.b, message.c, message.d)?;
@@ -1515,25 +1499,27 @@ impl Worker {
             bury(fd);
             return Err(Violation("something was sent into the engine's end of a pair"));
         }
-        let Some(module) = &mut self.modules[guest.nsm] else { return Ok(()) };
+        let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { return Ok(()) };
         match message.kind {
             kind::HAND_OVER => {
                 // Only who may have such sockets of the agent anyway.
                 let fd_of = if guest.has_agent {
                     let service = &mut guest.service;
                     guest.handed.give(message.a, || {
-                        service.hand_over(&mut *module.stack, message.a, message.b, message.c == 1)
+                        service.hand_over(stacks.get(), message.a, message.b, message.c == 1)
                     })?
                 } else {
                     Err(libc::EPERM)
                 };
                 if let Ok(given) = &fd_of {
                     self.shared.direct_tap.gives(&self.shared, given.as_fd(), guest.id);
+                    let nsm = &self.shared.config.nsms[guest.nsm];
+                    self.shared.ledgers.handed().add(given, guest.id, &nsm.name);
                 }
                 handed::answer(&fd, fd_of);
             }
             kind::PAIR => {
-                let memory = module.stack.pair_memory(slot, message.a);
+                let memory = stacks.get().pair_memory(slot, message.a);
                 handed::answer(&fd, memory.ok_or(libc::ENOENT));
             }
             kind::PROCESS => {
@@ -1551,7 +1537,7 @@ impl Worker {
             }
             kind::SOCKET => {
                 let id = message.a;
-                guest.service.open(&mut *module.stack, id, message.b, message.c, message.d)?;
+                guest.service.open(stacks.get(), id, message.b, message.c, message.d)?;
                 self.keep_placeholder(slot, id, fd)?;
             }
             kind::ACCEPTED => {
@@ -1611,8 +1597,11 @@ impl Worker {
             guest.has_agent = true;
             guest.keep_agent([message.a, message.b, message.c], kept);
             // Without the bell the relay would wait for ever: its half is told with the other one's end.
-            guest.lender =
-                lender.filter(|lender| self.poller.add_readable(lender.bell(), Source::Relay(slot)).is_ok());
+            guest.lenders.extend(
+                lender
+                    .filter(|lender| self.poller.add_readable(lender.bell(), Source::Relay(slot)).is_ok())
+                    .map(|lender| (stack, lender)),
+            );
             if message.c != 1 && self.shared.config.kinds.has_direct(nsm) {
                 guest.service.prepare_hand_over();
             }
@@ -1633,10 +1622,10 @@ impl Worker {
             self.hand_over(slot, id, &fd).map_or(End::None, End::Kept)
         };
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
-        let Some(module) = &mut self.modules[guest.nsm] else { return Ok(()) };
+        let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { return Ok(()) };
         match (end, guest.ends.placeholders.make(id)) {
             // No memory or no descriptor for one more.
-            (End::None, _) | (_, None) => guest.service.refuse(&mut *module.stack, id),
+            (End::None, _) | (_, None) => guest.service.refuse(stacks.get(), id),
             (end, Some(place)) => {
                 if let End::Here(fd) = &end {
                     self.ends_here += 1;
@@ -1691,8 +1680,8 @@ impl Worker {
                 *end = End::None;
                 guest.ends.placeholder_count -= 1;
             }
-            let Some(module) = &mut self.modules[guest.nsm] else { continue };
-            match guest.service.refuse(&mut *module.stack, hangup.id) {
+            let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { continue };
+            match guest.service.refuse(stacks.get(), hangup.id) {
                 Ok(()) => {
                     self.warm(hangup.slot);
                     self.maybe_over(hangup.slot);
@@ -1710,8 +1699,8 @@ impl Worker {
             self.shared.heirs.answer(guest.id);
             guest.keep_agent([0; 3], None);
         }
-        let Some(module) = &mut self.modules[guest.nsm] else { return };
-        if let Err(violation) = guest.service.end_process(&mut *module.stack, process.tag) {
+        let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { return };
+        if let Err(violation) = guest.service.end_process(stacks.get(), process.tag) {
             return self.violation(slot, violation);
         }
         for q in guest.service.take_released() {
@@ -1733,13 +1722,13 @@ impl Worker {
         if held {
             return;
         }
-        let Some(module) = &mut self.modules[guest.nsm] else { return };
+        let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { return };
         if guest.over_since.is_none() {
             guest.over_since = Some(self.now_ns);
             let (id, name) = (guest.id, self.shared.name(guest.id));
             log::info!(guest = id, name:%; "guest {id} ({name}) is over: nobody holds it any more");
             // Accepted connections that nobody took.
-            if let Err(violation) = guest.service.close_all(&mut *module.stack) {
+            if let Err(violation) = guest.service.close_all(stacks.get()) {
                 return self.violation(slot, violation);
             }
         }
@@ -1770,15 +1759,17 @@ impl Worker {
         if let Some(root) = &self.shared.root {
             root.remove(guest.id);
         }
-        if let Some(module) = &mut self.modules[guest.nsm] {
-            if let Some(lender) = &mut guest.lender {
-                self.poller.remove(lender.bell());
+        for (nsm, lender) in &mut guest.lenders {
+            self.poller.remove(lender.bell());
+            if let Some(module) = &mut self.modules[*nsm] {
                 lender.end(&mut *module.stack);
             }
-            guest.service.end(&mut *module.stack);
-            module.taps.iter().for_each(|taps| taps.guest_over(slot));
-            module.stack.guest_over(slot);
-            module.guests -= 1;
+        }
+        if let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) {
+            guest.service.end(stacks.get());
+        }
+        for nsm in guest.nsms() {
+            guest_leaves(&mut self.modules[nsm], slot);
         }
         guest.service.say_gone(&mut guest.ends);
         let (mut here, mut kept) = (0, false);
@@ -1802,6 +1793,48 @@ impl Worker {
         // Unmaps the region and closes every end.
         drop(guest);
         self.shared.guest_over(id, usage);
+    }
+}
+
+/// The stacks that a guest's sockets are of.
+enum Stacks<'a> {
+    One(&'a mut dyn Stack),
+    More(Several<&'a mut dyn Stack>),
+}
+
+impl Stacks<'_> {
+    #[inline]
+    fn get(&mut self) -> &mut dyn Stack {
+        match self {
+            Stacks::One(stack) => &mut **stack,
+            Stacks::More(stacks) => stacks,
+        }
+    }
+}
+
+#[inline]
+fn stacks<'a>(modules: &'a mut [Option<Module>], nsm: usize, elders: &[Option<usize>]) -> Option<Stacks<'a>> {
+    if elders.is_empty() {
+        let module = modules.get_mut(nsm)?.as_mut()?;
+        return Some(Stacks::One(&mut *module.stack));
+    }
+    let places: Vec<Option<usize>> = std::iter::once(Some(nsm)).chain(elders.iter().copied()).collect();
+    let mut all: Vec<Option<&mut dyn Stack>> = places.iter().map(|_| None).collect();
+    for (nsm, module) in modules.iter_mut().enumerate() {
+        let place = places.iter().position(|place| *place == Some(nsm));
+        if let (Some(place), Some(module)) = (place, module) {
+            all[place] = Some(&mut *module.stack);
+        }
+    }
+    Some(Stacks::More(Several::new(all)))
+}
+
+/// A guest has no sockets of this stack any more.
+fn guest_leaves(module: &mut Option<Module>, slot: u32) {
+    if let Some(module) = module {
+        module.taps.iter().for_each(|taps| taps.guest_over(slot));
+        module.stack.guest_over(slot);
+        module.guests -= 1;
     }
 }
 
@@ -1856,7 +1889,7 @@ fn besides(guest: &Guest) -> Usage {
         usage = usage.with_tcp(&relayed_tcp(counters));
     }
     usage.cpu_ns += guest.cpu.spent_ns();
-    usage.with_tcp(&guest.lender.as_ref().map(Lender::tcp).unwrap_or_default())
+    guest.lenders.iter().fold(usage, |usage, (_, lender)| usage.with_tcp(&lender.tcp()))
 }
 
 /// What the relay's own stack counted.

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use netkernel_agent::Policy;
 use netkernel_agent::notify::Notification;
-use netkernel_service::{Close, Connect, Errno, Handle, Shutdown, SocketAddress, now_ns};
+use netkernel_service::{Close, Connect, Errno, Handle, Shutdown, SocketAddress, Stack, now_ns};
 
 use crate::caller::{self, MessageHeader};
 use crate::relay::{Answer, Answered, CHUNK, PROGRAM_BUFFER, Relay};
@@ -615,7 +615,7 @@ impl Relay {
         if congestion && length == 0 {
             return Err(INVALID);
         }
-        if congestion && self.start.settings.policy == Policy::Ignore {
+        if congestion && self.rules.get(handle.place()).is_some_and(|rules| rules.policy == Policy::Ignore) {
             return Ok(Answer::Value(0));
         }
         self.stack.set_option(handle, level, name, &value)?;

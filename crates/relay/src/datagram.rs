@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use netkernel_abi::ancillary::{self, Fate};
 use netkernel_agent::notify::Notification;
-use netkernel_service::{Close, Datagram, Errno, SocketAddress};
+use netkernel_service::{Close, Datagram, Errno, SocketAddress, Stack};
 use netkernel_shm::fds;
 
 use crate::caller::{self, MAX_PAYLOAD, MessageHeader};

@@ -14,6 +14,7 @@
 //! | `bulk` | large ones, by splice |
 //! | `datagram` | datagrams, and who sent them |
 //! | `asked` | what a stack says of a socket |
+//! | `succession` | another stack for new sockets |
 //! | `caller` | memory and descriptors of the thread that asks |
 //!
 //! Everything here is driven by what a guest does: numbers, addresses and lengths are read once and checked, descriptors
@@ -28,10 +29,12 @@ mod datagram;
 mod relay;
 mod socket;
 mod stream;
+mod succession;
 mod sys;
 mod tune;
 
 pub use asked::{Asked, ask};
 pub use relay::{Link, Relay, Start};
 pub use socket::RelaySocket;
+pub use succession::Successor;
 pub use sys::{duplicate_of, open_thread};

@@ -10,13 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use netkernel_agent::notify::{Listener, Notification};
 use netkernel_agent::{Counters, Settings};
 use netkernel_ring::spin::{Polling, Spin};
-use netkernel_service::{Close, Errno, Handle, Readiness, Ready, Stack, TcpSums, key, now_ns};
+use netkernel_service::{Close, Errno, Handle, Readiness, Ready, Several, Stack, TcpSums, key, now_ns};
 use netkernel_shm::fds;
 
 use crate::asked::ask;
 use crate::bulk::Pipes;
 use crate::caller::Threads;
 use crate::socket::{RelaySocket, Socket, State};
+use crate::succession::{Rules, Succession};
 use crate::sys::{self, Poll};
 
 /// Calls that are answered between two looks at the sockets.
@@ -40,7 +41,7 @@ const SLOT: u32 = 1;
 // What epoll events are about; sockets have their generation in the upper half, which is never this large.
 const LISTENER: u64 = u64::MAX;
 const END: u64 = u64::MAX - 1;
-const STACK: u64 = u64::MAX - 2;
+pub(crate) const STACK: u64 = u64::MAX - 2;
 const REQUEST: u64 = u64::MAX - 3;
 /// Of an end; EPOLLOUT is added when it is full.
 const INTEREST: i32 = libc::EPOLLIN | libc::EPOLLPRI | libc::EPOLLRDHUP | libc::EPOLLET;
@@ -63,6 +64,8 @@ pub struct Start {
     /// One end of a pair; the engine holds the other. When either end is closed, it is over.
     pub end: OwnedFd,
     pub settings: Settings,
+    /// Name of its stack.
+    pub stack: String,
     pub counters: Arc<Counters>,
     /// May bind to ports below 1024.
     pub privileged: bool,
@@ -74,12 +77,13 @@ pub struct Start {
 #[derive(Clone)]
 pub struct Link {
     requests: Arc<Mutex<VecDeque<Sender<Vec<RelaySocket>>>>>,
-    wake: Arc<OwnedFd>,
+    pub(crate) wake: Arc<OwnedFd>,
+    pub(crate) succession: Arc<Succession>,
 }
 
 impl Link {
     pub fn new() -> io::Result<Link> {
-        Ok(Link { requests: Arc::default(), wake: Arc::new(fds::eventfd()?) })
+        Ok(Link { requests: Arc::default(), wake: Arc::new(fds::eventfd()?), succession: Arc::default() })
     }
 
     /// Asks for the sockets; nothing comes when the relay is over.
@@ -119,9 +123,11 @@ pub(crate) struct Waiting {
 
 pub struct Relay {
     pub(crate) start: Start,
-    pub(crate) stack: Box<dyn Stack>,
-    link: Link,
-    poll: Poll,
+    pub(crate) stack: Several<Box<dyn Stack>>,
+    /// Of the stacks, by their places.
+    pub(crate) rules: Vec<Rules>,
+    pub(crate) link: Link,
+    pub(crate) poll: Poll,
     events: Vec<(u64, i32)>,
     ready: Vec<Ready>,
     pub(crate) sockets: Vec<Option<Box<Socket>>>,
@@ -139,7 +145,7 @@ pub struct Relay {
     /// Nobody has the filter any more; since when.
     over_since_ns: Option<u64>,
     next_sweep_ns: u64,
-    stack_wakes: bool,
+    pub(crate) stack_wakes: bool,
     /// What went on last goes on when the program has run.
     pub(crate) program_next: bool,
     spin: Spin,
@@ -161,8 +167,9 @@ impl Relay {
         };
         Ok(Relay {
             spin: Spin::new(start.spin_ns),
+            rules: vec![Rules { name: start.stack.clone(), policy: start.settings.policy }],
             start,
-            stack,
+            stack: Several::new(vec![Some(stack)]),
             link,
             poll,
             events: Vec::new(),
@@ -250,7 +257,10 @@ impl Relay {
                     self.sockets.clear();
                 }
                 STACK => stack = true,
-                REQUEST => self.requests(),
+                REQUEST => {
+                    self.requests();
+                    self.succeed_all();
+                }
                 token => self.end_event(token, bits),
             }
         }
@@ -603,7 +613,7 @@ impl Relay {
         }
         let mut list = Vec::new();
         for socket in self.sockets.iter_mut().flatten() {
-            list.push(describe(&mut *self.stack, socket));
+            list.push(describe(&mut self.stack, &self.rules, socket));
         }
         for request in requests {
             let _ = request.send(list.clone());
@@ -635,7 +645,7 @@ impl Relay {
             until = self.waiting.values().map(|w| w.deadline_ns).min().unwrap_or(u64::MAX);
             until = until.min(self.next_sweep_ns);
         }
-        if !self.over.is_empty() || self.over_since_ns.is_some() {
+        if !self.over.is_empty() || self.over_since_ns.is_some() || self.stack.stacks.len() > 1 {
             until = until.min(self.next_sweep_ns);
         }
         match self.stack.deadline_ns() {
@@ -674,6 +684,9 @@ impl Relay {
             .collect();
         gone.into_iter().for_each(|pid| self.forget_waiting(pid));
         self.sweep_over();
+        if self.stack.stacks.len() > 1 {
+            self.leave_elders();
+        }
     }
 
     /// The socket is answered for as long as somebody holds it.
@@ -714,7 +727,7 @@ fn token(generation: u32, id: u32) -> u64 {
     u64::from(generation) << 32 | u64::from(id)
 }
 
-fn describe(stack: &mut dyn Stack, socket: &mut Socket) -> RelaySocket {
+fn describe(stack: &mut dyn Stack, rules: &[Rules], socket: &mut Socket) -> RelaySocket {
     let kind = match socket.state {
         State::Listening => "listener",
         _ if socket.is_stream() => "stream",
@@ -740,6 +753,7 @@ fn describe(stack: &mut dyn Stack, socket: &mut Socket) -> RelaySocket {
         send_queue += socket.up.len() as u32 + written;
     }
     RelaySocket {
+        stack: rules.get(socket.handle.place()).map(|rules| rules.name.clone()).unwrap_or_default(),
         inode: socket.inode,
         pid: socket.holder.0,
         fd: socket.holder.1,

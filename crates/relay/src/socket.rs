@@ -224,6 +224,8 @@ impl Socket {
 /// One socket, for `netkernel explain`.
 #[derive(Clone, Debug, Default)]
 pub struct RelaySocket {
+    /// Name of the stack that it is of.
+    pub stack: String,
     pub inode: u64,
     pub pid: u32,
     pub fd: u32,

@@ -47,7 +47,7 @@ impl Relay {
             return self.remove(id, Close::Graceful);
         }
         let mut budget = BUDGET;
-        let stack = &mut *self.stack;
+        let stack: &mut dyn Stack = &mut self.stack;
         let mut moved = Moved::AsFarAsItGoes;
         if socket.broken.is_none() {
             moved = up(socket, stack, &mut self.pipes, &mut self.scratch, &mut budget);

@@ -21,6 +21,7 @@ mod observed;
 mod police;
 mod policed;
 mod service;
+mod several;
 mod shared;
 mod stack;
 mod stages;
@@ -36,7 +37,8 @@ pub use namespace::namespace_path;
 pub use observed::{Event, Held, Observed, Observer, Payload, Timer};
 pub use police::{Bucket, Limits, Places, Police, Quota, Seats, UNLIMITED};
 pub use policed::Policed;
-pub use service::{Drained, Host, Service, SocketInfo, Stats, Stays, Violation, journal_format};
+pub use service::{Drained, Host, Service, SocketInfo, Stats, Stays, Violation, Went, journal_format};
+pub use several::{MOST_STACKS, Several};
 pub use shared::{MAX_PLACES, TenantMemory, Terms, Told};
 pub use stack::{
     Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, Progress, RELAYED, Readiness,

@@ -351,6 +351,20 @@ impl<S: Held, O: Observer> Stack for Observed<S, O> {
         self.stack.see().lasting(handle)
     }
 
+    fn takes(&self) -> bool {
+        self.stack.see().takes()
+    }
+
+    fn movable(&self, handle: Handle) -> bool {
+        self.stack.see().movable(handle)
+    }
+
+    fn part(&mut self, handle: Handle) -> Result<OwnedFd, Errno> {
+        let fd = self.stack.get().part(handle)?;
+        self.tell(handle, Event::Giving);
+        Ok(fd)
+    }
+
     fn adopt(&mut self, key: u64, fd: OwnedFd, tells: bool) -> Result<Handle, Errno> {
         let handle = self.stack.get().adopt(key, fd, tells)?;
         self.tell(handle, Event::Opened(key));

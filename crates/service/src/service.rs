@@ -24,7 +24,7 @@ mod moved;
 mod receive;
 mod recover;
 mod send;
-pub use moved::Stays;
+pub use moved::{Stays, Went};
 pub use recover::journal_format;
 
 use crate::blocks::{Block, Blocks, CLASSES};
@@ -280,6 +280,8 @@ struct Core {
     limit: u32,
     socks: Table<Sock>,
     sockets: u32,
+    /// How many have ended, modulo 2^32.
+    ended: u32,
     events: Events,
     blocks: Blocks,
     run: VecDeque<u32>,
@@ -337,6 +339,7 @@ impl Service {
                 limit: layout.limits.sockets,
                 socks: Table::new(layout.limits.sockets),
                 sockets: 0,
+                ended: 0,
                 events: Events::new(layout.limits.queue_sets),
                 blocks: Blocks::new(layout.payload_offset, layout.payload_bytes),
                 run: VecDeque::new(),
@@ -658,6 +661,11 @@ impl Service {
     /// Sockets that are not over, those that only flush included.
     pub fn sockets(&self) -> u32 {
         self.core.sockets
+    }
+
+    /// How many sockets have ended, modulo 2^32.
+    pub fn ended(&self) -> u32 {
+        self.core.ended
     }
 
     /// Queue sets that the guest used so far and did not give back.

@@ -22,7 +22,7 @@ impl Errno {
     }
 }
 
-/// The stack's own name for a socket: an index that it chose, so that no operation needs a look-up by key.
+/// The stack's own name for a socket: an index that it chose, below 2^24, so that no operation needs a look-up by key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Handle(pub u32);
 
@@ -388,6 +388,22 @@ pub trait Stack: Send {
     /// and its readiness must be reported; all of it counts as not reported yet.
     fn adopt(&mut self, _key: u64, _fd: OwnedFd, _tells: bool) -> Result<Handle, Errno> {
         Err(Errno(libc::EOPNOTSUPP))
+    }
+
+    /// Whether [`adopt`](Stack::adopt) takes sockets.
+    fn takes(&self) -> bool {
+        false
+    }
+
+    /// Whether a socket is a descriptor of the kernel and nothing else, so that another stack can adopt it.
+    fn movable(&self, handle: Handle) -> bool {
+        self.lasting(handle).is_some()
+    }
+
+    /// As [`give`](Stack::give), for another stack to adopt. Errors: it stays, and is as it was: something of it is not in the
+    /// descriptor.
+    fn part(&mut self, handle: Handle) -> Result<OwnedFd, Errno> {
+        if self.movable(handle) { self.give(handle) } else { Err(Errno(libc::EOPNOTSUPP)) }
     }
 
     /// How far an adopted connection came. `connected`: it was made by `connect`. `None`: it cannot be known.

@@ -660,6 +660,10 @@ impl Stack for KernelStack {
         self.fd(handle).ok()
     }
 
+    fn takes(&self) -> bool {
+        true
+    }
+
     fn adopt(&mut self, key: u64, fd: OwnedFd, tells: bool) -> Result<Handle, Errno> {
         let tcp = recover::is_inet(fd.as_raw_fd())?;
         if tcp && let Some(name) = &self.config.congestion_control {

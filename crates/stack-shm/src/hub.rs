@@ -226,6 +226,18 @@ impl Listener {
         Some(waiting)
     }
 
+    /// Nobody waits.
+    pub fn is_idle(&self) -> bool {
+        lock(&self.queue).waiting.is_empty()
+    }
+
+    /// Nobody can come any more. False: somebody has, and nothing has changed.
+    pub fn close_if_idle(&self) -> bool {
+        let mut queue = lock(&self.queue);
+        queue.closed |= queue.waiting.is_empty();
+        queue.closed
+    }
+
     /// Nobody accepts any more.
     pub fn close(&self) {
         let mut queue = lock(&self.queue);

@@ -72,6 +72,8 @@ struct Socket {
     options: Vec<(i32, i32, Vec<u8>)>,
     joined: Option<Joined>,
     listener: Option<Arc<Listener>>,
+    /// It came from another stack: what was set so far is not known, and it is never joined.
+    adopted: bool,
     /// Of a link that was dissolved.
     error: Option<Errno>,
     way: Option<String>,
@@ -166,7 +168,8 @@ impl ShmStack {
     /// Connects in memory. `Ok(None)`: the fallback's affair, and why stands in `way`.
     fn join(&mut self, handle: Handle, address: &SocketAddress) -> Result<Option<Connect>, Errno> {
         let socket = self.socket(handle)?;
-        if socket.kind != libc::SOCK_STREAM || i32::from(address.family()) != socket.domain {
+        if socket.adopted || socket.kind != libc::SOCK_STREAM || i32::from(address.family()) != socket.domain
+        {
             return Ok(None);
         }
         let (key, domain, inline) = (socket.key, socket.domain, inline(&socket.options));
@@ -324,6 +327,7 @@ impl ShmStack {
             options,
             joined: Some(joined),
             listener: None,
+            adopted: false,
             error: None,
             way: Some(way.into()),
             mail: None,
@@ -345,6 +349,7 @@ impl ShmStack {
             options: Vec::new(),
             joined: None,
             listener: None,
+            adopted: false,
             error: None,
             way: Some(
                 "by the fallback stack: the peer is no guest of this engine, or was not to be joined".into(),
@@ -369,6 +374,7 @@ impl Stack for ShmStack {
             options: Vec::new(),
             joined: None,
             listener: None,
+            adopted: false,
             error: None,
             way: None,
             mail,
@@ -413,6 +419,9 @@ impl Stack for ShmStack {
         let socket = self.socket(handle)?;
         if let Some(listener) = &socket.listener {
             listener.set_backlog(backlog);
+            return Ok(());
+        }
+        if socket.adopted {
             return Ok(());
         }
         if is_set(&socket.options, DEFER_ACCEPT.0, DEFER_ACCEPT.1) {
@@ -731,6 +740,49 @@ impl Stack for ShmStack {
         }
         self.free.push(handle.0);
         Ok(fd)
+    }
+
+    fn takes(&self) -> bool {
+        self.fallback.takes()
+    }
+
+    fn movable(&self, handle: Handle) -> bool {
+        let Some(Some(socket)) = self.sockets.get(handle.0 as usize) else { return false };
+        let shadow = socket.shadow.filter(|_| socket.joined.is_none());
+        shadow.is_some_and(|shadow| self.fallback.movable(shadow))
+            && socket.listener.as_ref().is_none_or(|listener| listener.is_idle())
+    }
+
+    fn part(&mut self, handle: Handle) -> Result<OwnedFd, Errno> {
+        if !self.movable(handle) {
+            return Err(Errno(libc::EOPNOTSUPP));
+        }
+        // Who comes from now on finds the descriptor's own queue.
+        if let Some(listener) = &self.socket(handle)?.listener
+            && !listener.close_if_idle()
+        {
+            return Err(Errno(libc::EBUSY));
+        }
+        self.give(handle)
+    }
+
+    fn adopt(&mut self, key: u64, fd: OwnedFd, tells: bool) -> Result<Handle, Errno> {
+        let shadow = self.fallback.adopt(key, fd, tells)?;
+        Ok(self.insert(Socket {
+            key,
+            domain: 0,
+            kind: 0,
+            protocol: 0,
+            shadow: Some(shadow),
+            options: Vec::new(),
+            joined: None,
+            listener: None,
+            adopted: true,
+            error: None,
+            // What options it was given is not known: its datagrams are the fallback's.
+            mail: None,
+            way: Some("by the fallback stack: it was opened on another stack".into()),
+        }))
     }
 
     fn deadline_ns(&self) -> Option<u64> {

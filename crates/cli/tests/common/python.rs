@@ -34,6 +34,15 @@ impl Python {
         Python { child, out }
     }
 
+    /// Another program that answers each line with one.
+    pub fn start_program(place: &Place, arguments: &[&str], program: &str) -> Python {
+        let mut command = place.netkernel(&["run"]);
+        command.args(arguments).args(["--", program]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let out = super::lines(child.stdout.take().unwrap());
+        Python { child, out }
+    }
+
     /// Runs a line that says one thing.
     #[track_caller]
     pub fn run(&mut self, line: &str) -> String {
@@ -43,7 +52,7 @@ impl Python {
 
     pub fn ends(mut self) {
         drop(self.child.stdin.take());
-        assert_eq!(wait(&mut self.child, "python").code(), Some(0));
+        assert_eq!(wait(&mut self.child, "the guest").code(), Some(0));
     }
 }
 

@@ -87,11 +87,14 @@ impl Worker {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else {
             return Err(EngineError::UnknownGuest(id));
         };
+        if !guest.elders.is_empty() {
+            return stays("sockets of it stayed on a stack that it was on before");
+        }
         let Some(module) = &mut self.modules[guest.nsm] else { return Err(EngineError::Stopped) };
         if self.shared.root.is_some() || guest.over_since.is_some() {
             return stays("it is over, or its stack is a process");
         }
-        if guest.lender.is_some() {
+        if !guest.lenders.is_empty() {
             return stays("its sockets are lent to a relay");
         }
         if guest.captures.load(Relaxed) != 0 {

@@ -93,6 +93,7 @@ impl Core {
         let counted = sock.bits & COUNTED != 0;
         *sock = Sock { generation, bits: queued, ..Sock::default() };
         self.sockets -= 1;
+        self.ended = self.ended.wrapping_add(1);
         self.uncount(counted);
         clear_engine_lines(entry);
         entry.inode.store(0, Relaxed);

@@ -5,9 +5,9 @@ use std::os::fd::IntoRawFd as _;
 use netkernel_abi::socket::state;
 
 use super::bit::{COUNTED, RX_READY};
-use super::{Cx, Kind, Service, Violation};
+use super::{Ahead, Cx, Kind, Service, Violation};
 use crate::police::Limits;
-use crate::stack::{Handle, Stack, key};
+use crate::stack::{Close, Errno, Handle, Stack, key};
 
 /// Why nothing was moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,45 +18,114 @@ pub enum Stays {
     Connections(usize),
 }
 
+/// What became of the open sockets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Went {
+    /// So many are of the new stack.
+    pub sockets: usize,
+    /// So many stay with each of the stacks, by its place.
+    pub stayed: Vec<usize>,
+}
+
+fn is_open(sock: &super::Sock) -> bool {
+    sock.kind != Kind::Free && sock.handle != Handle::NONE
+}
+
 impl Service {
-    /// Takes all sockets from one stack to another; from now on the second one must be given to every call. Both drive
-    /// descriptors of the kernel, as far as sockets are open: these keep their names, their peers, and the namespace that they
-    /// were made in. `limits`: what the guest may use there. How many sockets went over.
+    /// Takes what waits at listeners, as far ahead as they accept: it is no descriptor that could go over.
+    pub fn accept_all(&mut self, stack: &mut dyn Stack) -> Result<(), Violation> {
+        let cx = &mut Cx { region: &self.region, stack };
+        let mut at = Some(0);
+        while let Some(id) = at {
+            at = self.core.socks.next_id(id);
+            let Some(sock) = self.core.socks.get_mut(id) else { continue };
+            if sock.kind == Kind::Listener && is_open(sock) && sock.state & state::ON_DEMAND == 0 {
+                sock.bits |= RX_READY;
+                self.core.accept_ahead(cx, id, Ahead::Usual)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the guest on the first of these stacks; from now on they must be given to every call as [`Several`](crate::Several).
+    /// `place`: where in the list the stack is that was at a place until now. Sockets that are descriptors of the kernel go over, and
+    /// keep their names, their peers, and the namespace that they were made in. What cannot go over stays, or nothing goes if
+    /// `all` must. `limits`: what the guest may use from now on.
     pub fn move_to(
         &mut self,
-        from: &mut dyn Stack,
-        to: &mut dyn Stack,
+        stacks: &mut [&mut dyn Stack],
+        place: &dyn Fn(usize) -> usize,
         limits: Limits,
-    ) -> Result<Result<usize, Stays>, Violation> {
+        all: bool,
+    ) -> Result<Result<Went, Stays>, Violation> {
         let core = &mut self.core;
-        let open = |sock: &super::Sock| sock.kind != Kind::Free && sock.handle != Handle::NONE;
-        let ids: Vec<u32> = core.socks.iter().filter(|(_, sock)| open(sock)).map(|(id, _)| id).collect();
-        let fleeting =
-            core.socks.iter().filter(|(_, sock)| open(sock) && from.lasting(sock.handle).is_none());
-        let fleeting = fleeting.count();
-        if fleeting > 0 {
-            return Ok(Err(Stays::Sockets(fleeting)));
+        let [first, ..] = &*stacks else { return Ok(Err(Stays::Sockets(0))) };
+        let takes = first.takes();
+        let ids: Vec<u32> = core.socks.iter().filter(|(_, sock)| is_open(sock)).map(|(id, _)| id).collect();
+        let goes = |handle: Handle| {
+            let at = place(handle.place());
+            at == 0 || takes && stacks.get(at).is_some_and(|stack| stack.movable(handle.own()))
+        };
+        let left = ids.iter().filter_map(|id| core.socks.get(*id)).filter(|sock| !goes(sock.handle)).count();
+        if all && left > 0 {
+            return Ok(Err(Stays::Sockets(left)));
         }
         let counted = core.socks.iter().filter(|(_, sock)| sock.bits & COUNTED != 0).count();
         if !exchange(&core.limits, &limits, counted) {
             return Ok(Err(Stays::Connections(counted)));
         }
         core.limits = limits;
-        let cx = &mut Cx { region: &self.region, stack: to };
+        let mut went = Went { sockets: 0, stayed: vec![0; stacks.len()] };
         for &id in &ids {
             let Some(sock) = core.socks.get_mut(id) else { continue };
+            let (at, own) = (place(sock.handle.place()), sock.handle.own());
+            if at == 0 {
+                sock.handle = own;
+                went.sockets += 1;
+                continue;
+            }
+            let given = match stacks.get_mut(at) {
+                Some(stack) if takes => stack.part(own),
+                _ => Err(Errno(libc::EOPNOTSUPP)),
+            };
+            let Ok(fd) = given else {
+                sock.handle = own.at(at).unwrap_or(Handle::NONE);
+                went.stayed[at] += 1;
+                continue;
+            };
             let tells = sock.kind != Kind::Stream || sock.state & (state::CONNECTED | state::CONNECTING) != 0;
-            let given = from.give(sock.handle);
-            let adopted = given.and_then(|fd| cx.stack.adopt(key(core.guest, id), fd, tells));
+            let cx = &mut Cx { region: &self.region, stack: &mut *stacks[0] };
+            let adopted = cx.stack.adopt(key(core.guest, id), fd, tells);
+            // What a handle cannot tell from one of another stack is of no use.
+            let adopted = adopted.and_then(|handle| match handle.place() {
+                0 => Ok(handle),
+                _ => {
+                    cx.stack.close(handle, Close::Abort);
+                    Err(Errno(libc::ENFILE))
+                }
+            });
             sock.handle = adopted.unwrap_or(Handle::NONE);
+            sock.fd = adopted.map_or(0, |handle| super::lasting(cx.stack, handle));
             sock.bits |= RX_READY;
+            went.sockets += 1;
             if adopted.is_err() {
                 sock.error = libc::ECONNRESET;
                 core.fail(cx, id, libc::ECONNRESET)?;
             }
             core.enqueue(id);
         }
-        Ok(Ok(ids.len()))
+        Ok(Ok(went))
+    }
+
+    /// So many sockets the stack at each place has, of so many.
+    pub fn sockets_at(&self, places: usize) -> Vec<usize> {
+        let mut counts = vec![0; places];
+        for (_, sock) in self.core.socks.iter().filter(|(_, sock)| is_open(sock)) {
+            if let Some(count) = counts.get_mut(sock.handle.place()) {
+                *count += 1;
+            }
+        }
+        counts
     }
 }
 
