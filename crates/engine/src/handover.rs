@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, PoisonError};
@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use netkernel_abi::Limits;
 use netkernel_agent::Counters;
 use netkernel_agent::ledger::{Books, Ledger};
+use netkernel_relay::left_descriptors;
 use netkernel_service::{journal_format, now_ns, take_descriptor};
 use serde::{Deserialize, Serialize};
 
@@ -27,10 +28,13 @@ use crate::process::remote::{LeftRunning, Remote, Still, abandon};
 use crate::process::wire::{self, NewGuest};
 use crate::tenants::{Tenant, Tenants};
 use crate::worker::Leaving;
+use self::relays::Relays;
 use crate::{Engine, EngineConfig, EngineError, Form, GuestUsage, NsmConfig, Usage};
 
+mod relays;
+
 /// Changes with what the document's fields mean.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// How long a switch thread may take to write its guests down.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -39,7 +43,8 @@ pub fn format() -> String {
     let journal = netkernel_service::Service::journal_bytes(Limits::default());
     let of_guests = (Root::slot_bytes(), journal_format(), journal);
     format!(
-        "{VERSION}/{}/{}/{}/{:x}/{}",
+        "{VERSION}.{}/{}/{}/{}/{:x}/{}",
+        netkernel_relay::FORMAT,
         wire::VERSION,
         netkernel_abi::ABI_VERSION,
         of_guests.0,
@@ -163,6 +168,7 @@ pub struct Stopped<'a> {
     /// Told to go on, or closed for the same.
     _go_on: Vec<Sender<()>>,
     _gates: Gates,
+    _relays: Relays,
     _processes: Vec<Still<'a>>,
     _ledgers: Ledgers,
 }
@@ -212,7 +218,7 @@ impl Engine {
             let why = if guest.worker >= shared.workers.len() {
                 // It does not even notice.
                 continue;
-            } else if guest.direct.as_ref().is_some_and(|direct| direct.relay.is_some()) {
+            } else if !relays::can_go_on(shared, guest) {
                 "its sockets are relayed"
             } else if nsm.stack != "kernel" || nsm.memory {
                 "the state of its stack is in this process"
@@ -252,6 +258,8 @@ impl Engine {
         // Agents may need switch threads: they stop first.
         let mut gates = Gates::default();
         self.close_gates(&mut gates)?;
+        let mut relays = Relays::default();
+        relays.stop(self)?;
         let resource = |e: io::Error| EngineError::Resource(format!("the state cannot be written down: {e}"));
         let shared = &self.shared;
         let stopped_ns = now_ns();
@@ -269,13 +277,16 @@ impl Engine {
         // Guests, and agents, that came after the first look.
         self.can_be_exchanged()?;
         self.close_gates(&mut gates)?;
+        relays.stop(self)?;
         let mut ledgers = Ledgers::default();
         ledgers.stop(shared)?;
         let registry = lock(&shared.registry);
         let mut keep = Vec::new();
         let mut guests = Vec::new();
-        for one in &leaving {
+        keep.extend(relays.descriptors());
+        for one in &mut leaving {
             let Some(known) = registry.guests.get(&one.id) else { continue };
+            relays.note(one)?;
             keep.extend(one.journal.descriptors(one.limits).into_iter().filter(|fd| *fd >= 0));
             let written = Written {
                 journal: Some(one.journal.memory.fd()),
@@ -316,6 +327,7 @@ impl Engine {
             _guests: leaving,
             _go_on: go_on,
             _gates: gates,
+            _relays: relays,
             _processes: processes,
             _ledgers: ledgers,
         })
@@ -352,11 +364,11 @@ impl Engine {
         if document.format != format() {
             return Err(bad(&format_args!("it is of format {}, not {}", document.format, format())));
         }
-        for one in &document.guests {
-            // Nothing else may inherit them.
-            let all = [Some(one.region), Some(one.doorbell), one.journal, one.kept];
-            all.into_iter().flatten().for_each(|fd| set_close_on_exec(fd, true));
-        }
+        // Nothing else may inherit them: the first guest's agent starts a process.
+        let controls = document.processes.iter().map(|process| process.control);
+        let controls = controls.chain(document.ledgers.iter().map(|ledger| ledger.netlink));
+        controls.for_each(|fd| set_close_on_exec(fd, true));
+        let left_open: Vec<LeftOpen> = document.guests.iter().map(LeftOpen::of).collect();
         let engine = Engine::start(config)?;
         let shared = &engine.shared;
         lock(&shared.registry).last_id = document.last_id;
@@ -371,16 +383,16 @@ impl Engine {
             let nsm = shared.config.nsms.iter().find(|nsm| nsm.name == ledger.nsm);
             let sockets = nsm.and_then(|nsm| shared.config.kinds.direct(nsm)).and_then(Result::ok);
             if let (Some(sockets), Some(netlink)) = (sockets, take_descriptor(ledger.netlink + 1)) {
-                set_close_on_exec(netlink.as_raw_fd(), true);
                 shared.ledgers.resume(&ledger.nsm, &*sockets, ledger.books, netlink);
             }
         }
-        for one in document.guests {
+        for (one, left_open) in document.guests.into_iter().zip(left_open) {
             let (id, name) = (one.guest.id, one.guest.name.clone());
             match engine.go_on(one, since_ns / 1_000_000) {
                 Ok(()) => resumed.guests += 1,
                 Err(error) => {
                     log::error!(guest = id; "guest {id} ({name}) is lost: {error}");
+                    left_open.reset();
                     shared.forget(id);
                     resumed.lost.push(id);
                 }
@@ -405,12 +417,7 @@ impl Engine {
         let memory = written.journal.and_then(|fd| take_descriptor(fd + 1));
         let memory = memory.ok_or_else(|| no_descriptors(io::Error::other("there is no journal")))?;
         let journal = GuestJournal::open(memory, limits).map_err(no_descriptors)?;
-        let left_open = LeftOpen::of(&journal, limits);
-        let result = self.rebuild(written, region, doorbell, journal, since_ms);
-        if result.is_err() {
-            left_open.reset();
-        }
-        result
+        self.rebuild(written, region, doorbell, journal, since_ms)
     }
 
     fn rebuild(
@@ -439,7 +446,6 @@ impl Engine {
             log::error!("stack {name}: its process cannot be reached any more");
             return;
         };
-        set_close_on_exec(control.as_raw_fd(), true);
         let nsms = &shared.config.nsms;
         let index = nsms.iter().position(|nsm| nsm.name == name && nsm.form == Form::Process);
         let Some((index, remote)) = index.and_then(|index| Some((index, shared.remote(index)?))) else {
@@ -539,14 +545,25 @@ fn set_close_on_exec(fd: RawFd, on: bool) {
     unsafe { libc::fcntl(fd, libc::F_SETFD, if on { libc::FD_CLOEXEC } else { 0 }) };
 }
 
-/// The sockets that a guest's journal names, each with what tells that its number is not another's by now.
+/// The sockets that a guest's journal names, and its relay's, each with what tells that its number is not another's by now.
 struct LeftOpen(Vec<(RawFd, (u64, u64))>);
 
 impl LeftOpen {
-    fn of(journal: &GuestJournal, limits: Limits) -> LeftOpen {
-        let all = journal.descriptors(limits).into_iter();
-        let all = all.inspect(|fd| set_close_on_exec(*fd, true));
-        LeftOpen(all.filter_map(|fd| Some((fd, socket_inode(fd)?))).collect())
+    /// From now on, no process that is started has any of them.
+    fn of(one: &Written) -> LeftOpen {
+        let limits = one.guest.sizes();
+        let own = [Some(one.region), Some(one.doorbell), one.journal, one.kept];
+        own.into_iter().flatten().for_each(|fd| set_close_on_exec(fd, true));
+        let journal = one.journal.and_then(|fd| GuestJournal::reopen(fd, limits).ok());
+        let Some(journal) = journal else { return LeftOpen(Vec::new()) };
+        let mut all = journal.descriptors(limits);
+        let relay = journal.agent[0].relay - 1;
+        if relay >= 0 {
+            // SAFETY: open: the journal names what was kept so, and nobody has taken it over yet.
+            all.extend(left_descriptors(unsafe { BorrowedFd::borrow_raw(relay) }));
+        }
+        all.iter().for_each(|fd| set_close_on_exec(*fd, true));
+        LeftOpen(all.into_iter().filter_map(|fd| Some((fd, socket_inode(fd)?))).collect())
     }
 
     /// Closes what is still open of them: peers see a reset, the guest's programs that nobody is there.

@@ -1,7 +1,7 @@
 //! A stack with a tenant's limits, for what drives a stack without ServiceLib's rings (the relay).
 
 use std::collections::HashMap;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 
 use crate::memory::now_ns;
 use crate::police::Limits;
@@ -251,6 +251,19 @@ impl Stack for Policed {
 
     fn take_error(&mut self, handle: Handle) -> Result<(), Errno> {
         self.inner.take_error(handle)
+    }
+
+    fn lasting(&self, handle: Handle) -> Option<RawFd> {
+        self.inner.lasting(handle)
+    }
+
+    fn adopt(&mut self, key: u64, fd: OwnedFd, tells: bool) -> Result<Handle, Errno> {
+        let handle = self.inner.adopt(key, fd, tells)?;
+        // As many as the tenant may have are counted again.
+        let counts = self.inner.peer_name(handle).is_ok() || tells && self.inner.connecting(handle);
+        let counted = counts && self.take_connection();
+        self.sockets.insert(handle.0, Socket { key, counted });
+        Ok(handle)
     }
 
     fn descriptor(&self, handle: Handle) -> Option<RawFd> {

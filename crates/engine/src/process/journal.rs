@@ -290,6 +290,8 @@ pub struct AgentNote {
     pub listener: i32,
     /// Where the number of the call stands that was received last.
     pub last: i32,
+    /// What its relay stands still with.
+    pub relay: i32,
     /// Of the guest's message.
     pub arguments: [u32; 3],
 }
@@ -308,7 +310,7 @@ impl GuestJournal {
     }
 
     /// By a number that stays somebody else's.
-    fn reopen(memory: RawFd, limits: Limits) -> io::Result<GuestJournal> {
+    pub fn reopen(memory: RawFd, limits: Limits) -> io::Result<GuestJournal> {
         // SAFETY: a number that is not open is an error of the call that copies it; the borrow ends with this statement.
         let copy = unsafe { std::os::fd::BorrowedFd::borrow_raw(memory.max(0)) }.try_clone_to_owned()?;
         GuestJournal::open(copy, limits)
@@ -319,7 +321,7 @@ impl GuestJournal {
         let mut all = Service::journal_descriptors(&self.memory, limits);
         let processes = self.processes.iter().map(|process| process[1] as i32);
         let lists = [&self.channels, &self.bells, &self.ends];
-        all.extend(self.agent.iter().flat_map(|agent| [agent.listener - 1, agent.last - 1]));
+        all.extend(self.agent.iter().flat_map(|agent| [agent.listener - 1, agent.last - 1, agent.relay - 1]));
         all.extend(lists.into_iter().flat_map(|list| list.iter().copied()).chain(processes).map(|n| n - 1));
         all
     }

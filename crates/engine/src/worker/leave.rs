@@ -23,6 +23,8 @@ pub(crate) struct Leaving {
     pub journal: GuestJournal,
     /// Its ends that the keeper has.
     pub kept: Option<OwnedFd>,
+    /// What its agent did is not in the journal: it may not stand still yet.
+    pub agent: Option<Arc<Counters>>,
 }
 
 /// What a guest has in this process only, on the way to another switch thread.
@@ -65,12 +67,14 @@ impl Worker {
                     listener: listener.as_raw_fd() + 1,
                     last: last.as_raw_fd() + 1,
                     arguments: guest.agent_arguments,
+                    ..AgentNote::default()
                 };
             }
-            journal.carried[0] = super::besides(guest);
+            journal.carried[0] = super::without_agent(guest);
             let limits = guest.service.region().layout().limits;
             let descriptors = (guest.service.region().fd(), guest.doorbell.as_raw_fd());
-            all.push(Leaving { id: guest.id, limits, descriptors, journal, kept });
+            let agent = guest.agent.clone();
+            all.push(Leaving { id: guest.id, limits, descriptors, journal, kept, agent });
         }
         Ok(all)
     }
