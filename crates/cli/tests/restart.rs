@@ -120,7 +120,7 @@ fn guests_that_could_not_go_on_are_named_and_go_on() {
     let engine = place.up(&["--config", config.to_str().unwrap()]);
     for (arguments, why) in [
         (&["--stack", "joined"][..], "stack joined would be lost: the state of its stack is in this process"),
-        (&["--attach", "relay"], "stack kernel would be lost: its sockets are relayed"),
+        (&["--stack", "joined", "--attach", "relay"], "stack joined would be lost: its sockets are relayed"),
     ] {
         let mut guest = Guest::start(&place, arguments, STREAMS);
         assert_eq!(guest.line(), "up");

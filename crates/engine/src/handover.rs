@@ -22,13 +22,13 @@ use netkernel_relay::left_descriptors;
 use netkernel_service::{journal_format, now_ns, take_descriptor};
 use serde::{Deserialize, Serialize};
 
+use self::relays::Relays;
 use crate::engine::{Command, Registered, Shared, lock};
 use crate::process::journal::{GuestJournal, Left, Root};
 use crate::process::remote::{LeftRunning, Remote, Still, abandon};
 use crate::process::wire::{self, NewGuest};
 use crate::tenants::{Tenant, Tenants};
 use crate::worker::Leaving;
-use self::relays::Relays;
 use crate::{Engine, EngineConfig, EngineError, Form, GuestUsage, NsmConfig, Usage};
 
 mod relays;

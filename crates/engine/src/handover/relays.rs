@@ -52,7 +52,8 @@ impl Relays {
         let note = &mut one.journal.agent[0];
         if note.listener == 0 {
             // There was no descriptor for its duplicate.
-            let text = format!("guest {} would lose its relayed sockets: its calls cannot be passed on", one.id);
+            let text =
+                format!("guest {} would lose its relayed sockets: its calls cannot be passed on", one.id);
             return Err(EngineError::Refused(text));
         }
         note.relay = still.left.memory.as_raw_fd() + 1;
