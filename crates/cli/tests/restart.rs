@@ -113,30 +113,6 @@ fn a_restart_that_cannot_be_changes_nothing() {
 }
 
 #[test]
-fn guests_that_could_not_go_on_are_named_and_go_on() {
-    let place = Place::new("restart-named");
-    let config =
-        place.file("nk.toml", "[[nsm]]\nname = \"kernel\"\n[[nsm]]\nname = \"joined\"\nstack = \"shm\"\n");
-    let engine = place.up(&["--config", config.to_str().unwrap()]);
-    for (arguments, why) in [
-        (&["--stack", "joined"][..], "stack joined would be lost: the state of its stack is in this process"),
-        (&["--stack", "joined", "--attach", "relay"], "stack joined would be lost: its sockets are relayed"),
-    ] {
-        let mut guest = Guest::start(&place, arguments, STREAMS);
-        assert_eq!(guest.line(), "up");
-        place.run(&["restart"]).fails(125, &[why]);
-        guest.tell();
-        let said = guest.line();
-        assert!(said.starts_with(RIGHT), "{why}: {said}");
-        guest.ends();
-        until("it is over", || guests(&place) == 0);
-    }
-    place.run(&["restart"]).succeeds();
-    assert_eq!(restarts(&place), 1);
-    engine.end();
-}
-
-#[test]
 fn guests_of_processes_do_not_notice_and_their_processes_stay() {
     let place = Place::new("restart-apart");
     let database = place.dir.join("usage.db");

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use self::relays::Relays;
 use crate::engine::{Command, Registered, Shared, lock};
-use crate::process::journal::{GuestJournal, Left, Root};
+use crate::process::journal::{GuestJournal, Left, OfStack, Root};
 use crate::process::remote::{LeftRunning, Remote, Still, abandon};
 use crate::process::wire::{self, NewGuest};
 use crate::tenants::{Tenant, Tenants};
@@ -63,6 +63,10 @@ struct Document {
     guests_over: u64,
     violations: u64,
     guests: Vec<Written>,
+    /// All descriptors that are named anywhere.
+    descriptors: Vec<RawFd>,
+    /// What joins guests in memory, beside what each of them has.
+    hub: Option<String>,
     processes: Vec<LeftRunning>,
     ledgers: Vec<LeftLedger>,
     /// Guests that are over and whose usage nobody has asked for.
@@ -88,6 +92,7 @@ struct Written {
     region: RawFd,
     doorbell: RawFd,
     journal: Option<RawFd>,
+    of_stack: OfStack,
     /// Where ends of placeholders are under way.
     kept: Option<RawFd>,
 }
@@ -120,6 +125,7 @@ impl Written {
             region,
             doorbell,
             journal: None,
+            of_stack: OfStack::default(),
             kept: None,
         }
     }
@@ -220,7 +226,7 @@ impl Engine {
                 continue;
             } else if !relays::can_go_on(shared, guest) {
                 "its sockets are relayed"
-            } else if nsm.stack != "kernel" || nsm.memory {
+            } else if !shared.config.kinds.lasts(&nsm) {
                 "the state of its stack is in this process"
             } else {
                 continue;
@@ -288,7 +294,12 @@ impl Engine {
             let Some(known) = registry.guests.get(&one.id) else { continue };
             relays.note(one)?;
             keep.extend(one.journal.descriptors(one.limits).into_iter().filter(|fd| *fd >= 0));
+            let remains = one.remains.as_ref().map(|remains| remains.written());
+            let (left, descriptors) = remains.unzip();
+            let descriptors = descriptors.unwrap_or_default();
+            keep.extend(&descriptors);
             let written = Written {
+                of_stack: OfStack { left, descriptors, counted: std::mem::take(&mut one.counted) },
                 journal: Some(one.journal.memory.fd()),
                 kept: one.kept.as_ref().map(AsRawFd::as_raw_fd),
                 ..Written::of(shared, one.id, known, one.limits, one.descriptors)
@@ -302,6 +313,8 @@ impl Engine {
         }
         keep.extend(guests.iter().flat_map(|one| [one.region, one.doorbell]));
         keep.extend(guests.iter().flat_map(|one| [one.journal, one.kept]).flatten());
+        let (hub, memories) = shared.config.kinds.hub().map(|hub| hub.written()).unzip();
+        keep.extend(memories.into_iter().flatten());
         let left: Vec<LeftRunning> = processes.iter().filter_map(|process| process.left(shared)).collect();
         keep.extend(left.iter().map(|process| process.control));
         let left_ledgers = ledgers.take();
@@ -314,6 +327,8 @@ impl Engine {
             guests_over: shared.counters.over.load(Relaxed),
             violations: shared.counters.violations.load(Relaxed),
             guests,
+            descriptors: keep.clone(),
+            hub,
             processes: left,
             ledgers: left_ledgers,
             over: lock(&shared.over).iter().cloned().collect(),
@@ -365,9 +380,7 @@ impl Engine {
             return Err(bad(&format_args!("it is of format {}, not {}", document.format, format())));
         }
         // Nothing else may inherit them: the first guest's agent starts a process.
-        let controls = document.processes.iter().map(|process| process.control);
-        let controls = controls.chain(document.ledgers.iter().map(|ledger| ledger.netlink));
-        controls.for_each(|fd| set_close_on_exec(fd, true));
+        document.descriptors.iter().for_each(|fd| set_close_on_exec(*fd, true));
         let left_open: Vec<LeftOpen> = document.guests.iter().map(LeftOpen::of).collect();
         let engine = Engine::start(config)?;
         let shared = &engine.shared;
@@ -386,18 +399,27 @@ impl Engine {
                 shared.ledgers.resume(&ledger.nsm, &*sockets, ledger.books, netlink);
             }
         }
+        let hub = shared.config.kinds.hub();
+        if let (Some(hub), Some(left)) = (hub, &document.hub) {
+            hub.take_up(left);
+        }
         for (one, left_open) in document.guests.into_iter().zip(left_open) {
             let (id, name) = (one.guest.id, one.guest.name.clone());
+            let of_stack = one.of_stack.left.clone();
             match engine.go_on(one, since_ns / 1_000_000) {
                 Ok(()) => resumed.guests += 1,
                 Err(error) => {
                     log::error!(guest = id; "guest {id} ({name}) is lost: {error}");
                     left_open.reset();
+                    if let (Some(hub), Some(left)) = (hub, of_stack) {
+                        hub.lose(&left);
+                    }
                     shared.forget(id);
                     resumed.lost.push(id);
                 }
             }
         }
+        hub.iter().for_each(|hub| hub.settle());
         for process in document.processes {
             engine.go_on_with(process);
         }
@@ -433,8 +455,17 @@ impl Engine {
         let (nsm, seat, tenant) = self.place(&written, copies.0, copies.1, since_ms)?;
         let kept = written.kept.and_then(|fd| take_descriptor(fd + 1));
         let may_use = tenant.limits(nsm);
-        let left =
-            Left { guest: written.guest, nsm, may_use, region, doorbell, journal, kept, departed: None };
+        let left = Left {
+            guest: written.guest,
+            nsm,
+            may_use,
+            region,
+            doorbell,
+            journal,
+            kept,
+            departed: None,
+            of_stack: written.of_stack,
+        };
         self.ask(seat, |answer| Command::Recover(Box::new(left), tenant, true, answer))?
     }
 
@@ -549,11 +580,8 @@ fn set_close_on_exec(fd: RawFd, on: bool) {
 struct LeftOpen(Vec<(RawFd, (u64, u64))>);
 
 impl LeftOpen {
-    /// From now on, no process that is started has any of them.
     fn of(one: &Written) -> LeftOpen {
         let limits = one.guest.sizes();
-        let own = [Some(one.region), Some(one.doorbell), one.journal, one.kept];
-        own.into_iter().flatten().for_each(|fd| set_close_on_exec(fd, true));
         let journal = one.journal.and_then(|fd| GuestJournal::reopen(fd, limits).ok());
         let Some(journal) = journal else { return LeftOpen(Vec::new()) };
         let mut all = journal.descriptors(limits);
@@ -562,7 +590,7 @@ impl LeftOpen {
             // SAFETY: open: the journal names what was kept so, and nobody has taken it over yet.
             all.extend(left_descriptors(unsafe { BorrowedFd::borrow_raw(relay) }));
         }
-        all.iter().for_each(|fd| set_close_on_exec(*fd, true));
+        all.extend(&one.of_stack.descriptors);
         LeftOpen(all.into_iter().filter_map(|fd| Some((fd, socket_inode(fd)?))).collect())
     }
 

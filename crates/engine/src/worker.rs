@@ -1220,7 +1220,7 @@ impl Worker {
     /// Goes on with a guest that a process before this one had.
     fn recover(&mut self, left: Left, tenant: Arc<Tenant>, exact: bool) -> Result<(), EngineError> {
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
-        let Left { guest, nsm, may_use, region, doorbell, journal, kept, departed } = left;
+        let Left { guest, nsm, may_use, region, doorbell, journal, kept, departed, of_stack } = left;
         self.module(nsm)?;
         let limits = guest.sizes();
         let region = Region::open(region, limits).map_err(|e| EngineError::Resource(e.to_string()))?;
@@ -1232,8 +1232,11 @@ impl Worker {
         let member =
             Member { tenant: tenant.number(), limits: may_use.clone(), captures: Arc::clone(&captures) };
         module.stack.member(slot as u32, member);
+        if let Some(left) = &of_stack.left {
+            module.stack.take_up(slot as u32, left);
+        }
         let held = |id: u32| journal.ends.get(id as usize).is_some_and(|end| *end != 0);
-        let service = Service::recover(
+        let recovered = Service::recover(
             region,
             slot as u32,
             guest.privileged,
@@ -1242,8 +1245,15 @@ impl Worker {
             &held,
             exact,
             may_use,
-        )
-        .map_err(|violation| EngineError::Resource(violation.0.into()))?;
+        );
+        let mut service = match recovered {
+            Ok(service) => service,
+            Err(violation) => {
+                module.stack.guest_over(slot as u32);
+                return Err(EngineError::Resource(violation.0.into()));
+            }
+        };
+        service.resume_counts(&of_stack.counted);
         module.guests += 1;
         self.poller.add_doorbell(doorbell.as_raw_fd(), Source::Doorbell(slot as u32)).map_err(resource)?;
         let mut channels = Vec::new();

@@ -82,6 +82,7 @@ struct Call {
 struct Entry {
     id: u32,
     generation: u32,
+    /// The stack's descriptor; -1: the stack knows it by its key.
     stack: RawFd,
     end: Option<RawFd>,
     inode: u64,
@@ -177,10 +178,9 @@ impl Writer {
         }
     }
 
-    /// `None`: the socket exists in its stack only.
-    fn entry(&mut self, id: u32, known: bool, socket: &mut Socket, stack: &mut dyn Stack) -> Option<Entry> {
-        let own = stack.lasting(socket.handle)?;
-        self.descriptors.push(own);
+    fn entry(&mut self, id: u32, known: bool, socket: &mut Socket, stack: &mut dyn Stack) -> Entry {
+        let own = stack.lasting(socket.handle);
+        self.descriptors.extend(own);
         let mut bits = 0;
         for (n, flag) in flags(socket).into_iter().enumerate() {
             bits |= u32::from(*flag) << n;
@@ -189,10 +189,10 @@ impl Writer {
         let kept = stack.option(socket.handle, libc::SOL_SOCKET, libc::SO_LINGER, &mut linger);
         let held = socket.down_datagram.as_ref();
         let held = held.map(|held| (self.bytes(&held.bytes), held.note.as_ref().map(|fd| self.note(fd))));
-        Some(Entry {
+        Entry {
             id,
             generation: socket.generation,
-            stack: own,
+            stack: own.unwrap_or(-1),
             end: socket.end.as_ref().map(|end| self.note(end)),
             inode: socket.inode,
             known,
@@ -216,7 +216,7 @@ impl Writer {
             bytes: (socket.bytes_in, socket.bytes_out),
             counted: socket.counted,
             linger: (kept == Ok(LINGER) && linger[0] != 0).then_some(linger),
-        })
+        }
     }
 
     /// All of it, in memory that the next program reads.
@@ -364,8 +364,7 @@ impl Relay {
             self.count(id);
             let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { continue };
             let known = self.ids.get(&socket.inode) == Some(&id);
-            let entry = writer.entry(id, known, socket, &mut *self.stack);
-            sockets.push(entry.ok_or("the state of its stack is in this process")?);
+            sockets.push(writer.entry(id, known, socket, &mut *self.stack));
         }
         let waiting = self.waiting.values().map(|waiting| Call {
             call: waiting.call,
@@ -438,11 +437,12 @@ impl Relay {
     fn resume_socket(&mut self, found: &Found, entry: &Entry) -> bool {
         let (id, mut socket) = (entry.id, found.socket(entry));
         let tells = entry.kind != libc::SOCK_STREAM || entry.state != State::Fresh;
-        let own = take_descriptor(entry.stack + 1);
-        let adopted = own.map(|own| self.stack.adopt(Relay::key(id), own, tells));
-        if let Some(Ok(handle)) = adopted {
-            socket.handle = handle;
-        }
+        let key = Relay::key(id);
+        let handle = match take_descriptor(entry.stack + 1) {
+            Some(own) => self.stack.adopt(key, own, tells),
+            None => self.stack.resume(key, tells),
+        };
+        socket.handle = handle.unwrap_or(Handle::NONE);
         if let Some(linger) = entry.linger {
             let _ = self.stack.set_option(socket.handle, libc::SOL_SOCKET, libc::SO_LINGER, &linger);
         }

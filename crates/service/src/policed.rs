@@ -42,6 +42,13 @@ impl Policed {
         Errno::AGAIN
     }
 
+    /// Of another program's connections, as many are counted as the tenant may have.
+    fn count_again(&mut self, handle: Handle, key: u64, tells: bool) {
+        let counts = self.inner.peer_name(handle).is_ok() || tells && self.inner.connecting(handle);
+        let counted = counts && self.take_connection();
+        self.sockets.insert(handle.0, Socket { key, counted });
+    }
+
     fn take_connection(&self) -> bool {
         self.limits.connections.as_ref().is_none_or(|quota| quota.take())
     }
@@ -259,10 +266,13 @@ impl Stack for Policed {
 
     fn adopt(&mut self, key: u64, fd: OwnedFd, tells: bool) -> Result<Handle, Errno> {
         let handle = self.inner.adopt(key, fd, tells)?;
-        // As many as the tenant may have are counted again.
-        let counts = self.inner.peer_name(handle).is_ok() || tells && self.inner.connecting(handle);
-        let counted = counts && self.take_connection();
-        self.sockets.insert(handle.0, Socket { key, counted });
+        self.count_again(handle, key, tells);
+        Ok(handle)
+    }
+
+    fn resume(&mut self, key: u64, tells: bool) -> Result<Handle, Errno> {
+        let handle = self.inner.resume(key, tells)?;
+        self.count_again(handle, key, tells);
         Ok(handle)
     }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use netkernel_service::{Close, Limits, Readiness, SocketAddress};
 
 use crate::inbox::{Inbox, lock};
+use crate::left::Remade;
 use crate::link::{Link, Side};
 use crate::pairs::{Pairs, Serial, Slot};
 
@@ -21,6 +22,7 @@ pub(crate) const NOBODY: u32 = u32::MAX;
 pub struct Hub {
     listeners: Mutex<Listeners>,
     pub(crate) pairs: Pairs,
+    pub(crate) remade: Remade,
 }
 
 /// A guest, as the policy sees it.
@@ -88,11 +90,11 @@ pub(crate) struct Listener {
 
 #[derive(Default)]
 pub(crate) struct Queue {
-    backlog: usize,
+    pub backlog: usize,
     closed: bool,
-    waiting: VecDeque<Waiting>,
+    pub waiting: VecDeque<Waiting>,
     /// So many of them, the oldest, are established.
-    established: usize,
+    pub established: usize,
     /// Length at which those whose client left before they were established are taken out.
     tidy_at: usize,
 }

@@ -10,6 +10,7 @@
 
 mod hub;
 mod inbox;
+mod left;
 mod link;
 mod pairs;
 mod stack;

@@ -18,7 +18,7 @@ pub(super) struct Relays(HashMap<u32, Still>);
 /// Whether a guest's relay has sockets that another program can go on with.
 pub(super) fn can_go_on(shared: &Shared, guest: &Registered) -> bool {
     let relayed = guest.direct.as_ref().is_some_and(|direct| direct.relay.is_some());
-    !relayed || shared.config.kinds.has_many(&shared.nsm(guest.agent_nsm))
+    !relayed || shared.config.kinds.lasts(&shared.nsm(guest.agent_nsm))
 }
 
 impl Relays {

@@ -103,6 +103,18 @@ pub struct Left {
     pub kept: Option<OwnedFd>,
     /// It comes from another switch thread of this process.
     pub departed: Option<Box<Departed>>,
+    pub of_stack: OfStack,
+}
+
+/// What of a guest's sockets stood in its stack only, in a program before this one.
+#[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct OfStack {
+    /// For its stack; `None`: nothing.
+    pub left: Option<String>,
+    /// That the text names.
+    pub descriptors: Vec<RawFd>,
+    /// What was counted of its pairs.
+    pub counted: Vec<(u32, u64, u64)>,
 }
 
 impl Root {
@@ -237,6 +249,7 @@ impl Root {
                         journal,
                         kept: None,
                         departed: None,
+                        of_stack: OfStack::default(),
                     });
                 }
                 Err(_) => slot.used = 0,

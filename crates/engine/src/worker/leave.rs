@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use netkernel_agent::Counters;
-use netkernel_service::{Stages, Violation};
+use netkernel_service::{Remains, Stages, Violation};
 
 use super::{Bell, End, Guest, Process, Source, Worker, note, stages, vacancy};
 use crate::EngineError;
 use crate::handed::Handed;
-use crate::process::journal::{AgentNote, GuestJournal, Left};
+use crate::process::journal::{AgentNote, GuestJournal, Left, OfStack};
 use crate::process::wire::NewGuest;
 
 /// A guest as it is written down.
@@ -25,6 +25,10 @@ pub(crate) struct Leaving {
     pub kept: Option<OwnedFd>,
     /// What its agent did is not in the journal: it may not stand still yet.
     pub agent: Option<Arc<Counters>>,
+    /// What its stack has of it, to be written when all threads stand still.
+    pub remains: Option<Box<dyn Remains>>,
+    /// What was counted of its pairs.
+    pub counted: Vec<(u32, u64, u64)>,
 }
 
 /// What a guest has in this process only, on the way to another switch thread.
@@ -59,8 +63,15 @@ impl Worker {
         self.keeper_reports();
         self.close_hung(true);
         let mut all = Vec::new();
-        for (guest, kept) in self.guests.iter().zip(kept) {
+        for (slot, (guest, kept)) in self.guests.iter_mut().zip(kept).enumerate() {
             let Some(guest) = guest else { continue };
+            let mut remains = None;
+            if let Some(module) = &mut self.modules[guest.nsm] {
+                // Its relay stands still.
+                guest.lender.iter_mut().for_each(|lender| lender.serve_all(&mut *module.stack));
+                guest.service.count(&mut *module.stack);
+                remains = module.stack.leave(slot as u32);
+            }
             let mut journal = written_down(guest)?;
             if let Some((listener, last)) = &guest.agent_kept {
                 journal.agent[0] = AgentNote {
@@ -74,7 +85,8 @@ impl Worker {
             let limits = guest.service.region().layout().limits;
             let descriptors = (guest.service.region().fd(), guest.doorbell.as_raw_fd());
             let agent = guest.agent.clone();
-            all.push(Leaving { id: guest.id, limits, descriptors, journal, kept, agent });
+            let counted = guest.service.counted_pairs();
+            all.push(Leaving { id: guest.id, limits, descriptors, journal, kept, agent, remains, counted });
         }
         Ok(all)
     }
@@ -182,6 +194,7 @@ impl Worker {
             journal,
             kept,
             departed: Some(Box::new(departed)),
+            of_stack: OfStack::default(),
         }))
     }
 

@@ -1,0 +1,367 @@
+//! Connections in memory, when the program of their process is exchanged under them.
+//!
+//! All threads stand still, then everything is written down: each guest's sockets with what travels to them, and the memories
+//! that guests map. A link is written with each of its two ends; the first that comes makes it again, and it is forgotten
+//! here with the second. What stands in a sender's ring only is offered anew by its next `send`.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::net::IpAddr;
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::{Arc, Mutex};
+
+use netkernel_service::{Close, Errno, Handle, Readiness, Remains, SocketAddress, take_descriptor};
+use serde::{Deserialize, Serialize};
+
+use crate::hub::{Hub, Listener, Waiting};
+use crate::inbox::lock;
+use crate::link::{Link, Side};
+use crate::pairs::{LeftMemory, Serial};
+use crate::stack::{Joined, ShmStack, Socket};
+
+/// What the hub itself leaves.
+#[derive(Debug, Serialize, Deserialize)]
+struct LeftHub {
+    serials: u64,
+    numbers: u32,
+    memories: Vec<LeftMemory>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct LeftGuest {
+    serial: u64,
+    sockets: Vec<LeftSocket>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct LeftSocket {
+    /// The lower half.
+    key: u32,
+    domain: i32,
+    kind: i32,
+    protocol: i32,
+    shadow: Option<RawFd>,
+    options: Vec<(i32, i32, Vec<u8>)>,
+    joined: Option<LeftJoined>,
+    listener: Option<LeftListener>,
+    error: Option<i32>,
+    way: Option<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct LeftJoined {
+    link: LeftLink,
+    server: bool,
+    local: Vec<u8>,
+    peer: Vec<u8>,
+    bound_here: bool,
+    connecting: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct LeftListener {
+    backlog: usize,
+    established: usize,
+    waiting: Vec<LeftWaiting>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct LeftWaiting {
+    link: LeftLink,
+    client: (IpAddr, u16),
+    server: (IpAddr, u16),
+}
+
+/// A link, by where it stood in the memory of the program that left it.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct LeftLink {
+    pub id: u64,
+    pub established: bool,
+    /// The client's and the server's.
+    pub ends: [LeftEnd; 2],
+    /// Number of the memory, and slot.
+    pub pair: Option<(u32, u32)>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct LeftEnd {
+    /// Bytes as text.
+    pub queue: String,
+    pub taken: usize,
+    pub received: u64,
+    /// Position, byte, and whether it was asked for.
+    pub urgent: Option<(u64, Option<u8>, bool)>,
+    pub inline: bool,
+    pub fin: bool,
+    pub shut: bool,
+    pub shut_read: bool,
+    pub over: bool,
+    pub error: Option<i32>,
+    pub closed: bool,
+    pub wants_read: bool,
+    pub wants_write: bool,
+}
+
+pub(crate) fn to_text(bytes: impl Iterator<Item = u8>) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    bytes.flat_map(|b| [b >> 4, b & 15]).map(|n| char::from(DIGITS[usize::from(n)])).collect()
+}
+
+pub(crate) fn from_text(text: &str) -> VecDeque<u8> {
+    let digit = |c: u8| char::from(c).to_digit(16).unwrap_or(0) as u8;
+    text.as_bytes().chunks_exact(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect()
+}
+
+/// What has come so far.
+#[derive(Default)]
+pub(crate) struct Remade {
+    /// Links that were made again, and whose other end has not come.
+    links: Mutex<HashMap<u64, Arc<Link>>>,
+    /// Guests, by serial.
+    guests: Mutex<HashSet<u64>>,
+}
+
+impl Hub {
+    /// What the next program needs besides what each guest leaves, and the descriptors that it names.
+    pub fn written(&self) -> (String, Vec<RawFd>) {
+        let (serials, numbers, memories) = self.pairs.written();
+        let descriptors = memories.iter().map(|memory| memory.fd).collect();
+        let left = LeftHub { serials, numbers, memories };
+        (serde_json::to_string(&left).unwrap_or_default(), descriptors)
+    }
+
+    /// Before the first guest that was left comes.
+    pub fn take_up(&self, left: &str) {
+        if let Ok(left) = serde_json::from_str::<LeftHub>(left) {
+            self.pairs.take_up(left.serials, left.numbers, left.memories);
+        }
+    }
+
+    /// All guests that were left have come, or are lost.
+    pub fn settle(&self) {
+        self.pairs.settle();
+        lock(&self.remade.guests).clear();
+    }
+
+    /// A guest is lost: if no stack took up what it left, its connections are reset.
+    pub fn lose(&self, left: &str) {
+        let Ok(left) = serde_json::from_str::<LeftGuest>(left) else { return };
+        if !lock(&self.remade.guests).insert(left.serial) {
+            return;
+        }
+        for socket in left.sockets {
+            if let Some(joined) = &socket.joined {
+                self.lose_link(&joined.link, if joined.server { Side::Server } else { Side::Client });
+            }
+            let waiting = socket.listener.into_iter().flat_map(|listener| listener.waiting);
+            waiting.for_each(|waiting| self.lose_link(&waiting.link, Side::Server));
+            // Nobody has it yet.
+            drop(socket.shadow.and_then(|fd| take_descriptor(fd + 1)));
+        }
+        self.pairs.over(Serial(left.serial));
+    }
+
+    fn lose_link(&self, left: &LeftLink, side: Side) {
+        if let Some(link) = self.link(left) {
+            link.close(side, Close::Abort);
+        }
+    }
+
+    /// The link of one of its ends. `None`: the memory of its payload is not there.
+    fn link(&self, left: &LeftLink) -> Option<Arc<Link>> {
+        let mut remade = lock(&self.remade.links);
+        if let Some(link) = remade.remove(&left.id) {
+            return Some(link);
+        }
+        let slot = match left.pair {
+            Some((number, index)) => Some(self.pairs.slot(number, index)?),
+            None => None,
+        };
+        let link = Arc::new(Link::remake(left, slot));
+        if left.ends.iter().all(|end| !end.closed) {
+            remade.insert(left.id, Arc::clone(&link));
+        }
+        Some(link)
+    }
+}
+
+/// What one guest leaves.
+struct Guest {
+    serial: Serial,
+    sockets: Vec<Found>,
+}
+
+/// A socket as it is, without what other threads may change still.
+struct Found {
+    left: LeftSocket,
+    joined: Option<(Arc<Link>, Side)>,
+    listener: Option<Arc<Listener>>,
+}
+
+impl Remains for Guest {
+    fn written(&self) -> (String, Vec<RawFd>) {
+        let mut sockets = Vec::new();
+        for found in &self.sockets {
+            let left = &found.left;
+            let link = found.joined.as_ref().map(|(link, _)| link.written());
+            let joined = left.joined.as_ref().zip(link).map(|(joined, link)| LeftJoined {
+                link,
+                server: joined.server,
+                local: joined.local.clone(),
+                peer: joined.peer.clone(),
+                bound_here: joined.bound_here,
+                connecting: joined.connecting,
+            });
+            sockets.push(LeftSocket {
+                joined,
+                listener: found.listener.as_ref().map(|listener| listener.written()),
+                options: left.options.clone(),
+                way: left.way.clone(),
+                ..*left
+            });
+        }
+        let descriptors = sockets.iter().filter_map(|socket| socket.shadow).collect();
+        let left = LeftGuest { serial: self.serial.0, sockets };
+        (serde_json::to_string(&left).unwrap_or_default(), descriptors)
+    }
+}
+
+/// Sockets that a stack before this one left, by guest and lower half of their keys.
+#[derive(Default)]
+pub(crate) struct LeftSockets(HashMap<(u32, u32), (LeftSocket, Option<OwnedFd>)>);
+
+impl ShmStack {
+    pub(crate) fn remains(&self, guest: u32) -> Option<Box<dyn Remains>> {
+        let person = self.people.get(guest as usize)?;
+        let sockets = self.sockets.iter().flatten().filter(|socket| (socket.key >> 32) as u32 == guest);
+        let sockets = sockets.map(|socket| self.found(socket)).collect();
+        Some(Box::new(Guest { serial: person.serial, sockets }))
+    }
+
+    fn found(&self, socket: &Socket) -> Found {
+        let bytes = |name: &SocketAddress| name.as_bytes().to_vec();
+        let joined = socket.joined.as_ref();
+        Found {
+            left: LeftSocket {
+                key: socket.key as u32,
+                domain: socket.domain,
+                kind: socket.kind,
+                protocol: socket.protocol,
+                shadow: socket.shadow.and_then(|shadow| self.fallback.lasting(shadow)),
+                options: socket.options.clone(),
+                joined: joined.map(|joined| LeftJoined {
+                    // Known when all stand still.
+                    link: LeftLink::default(),
+                    server: joined.side == Side::Server,
+                    local: bytes(&joined.local),
+                    peer: bytes(&joined.peer),
+                    bound_here: joined.bound_here,
+                    connecting: joined.connecting,
+                }),
+                listener: None,
+                error: socket.error.map(|errno| errno.0),
+                way: socket.way.clone(),
+            },
+            joined: joined.map(|joined| (Arc::clone(&joined.link), joined.side)),
+            listener: socket.listener.clone(),
+        }
+    }
+
+    pub(crate) fn take_up_guest(&mut self, guest: u32, left: &str) {
+        let Ok(left) = serde_json::from_str::<LeftGuest>(left) else { return };
+        if let Some(person) = self.people.get_mut(guest as usize) {
+            // The memories that it is part of know it by this.
+            person.serial = Serial(left.serial);
+        }
+        lock(&self.hub.remade.guests).insert(left.serial);
+        for socket in left.sockets {
+            let shadow = socket.shadow.and_then(|fd| take_descriptor(fd + 1));
+            self.left.0.insert((guest, socket.key), (socket, shadow));
+        }
+    }
+
+    /// What nobody went on with.
+    pub(crate) fn drop_left(&mut self, guest: u32) {
+        let all = self.left.0.extract_if(|(of, _), _| *of == guest);
+        for (_, (socket, _)) in all {
+            if let Some(joined) = &socket.joined {
+                self.hub.lose_link(&joined.link, if joined.server { Side::Server } else { Side::Client });
+            }
+            let waiting = socket.listener.into_iter().flat_map(|listener| listener.waiting);
+            waiting.for_each(|waiting| self.hub.lose_link(&waiting.link, Side::Server));
+        }
+    }
+
+    pub(crate) fn resume_socket(&mut self, key: u64, tells: bool) -> Result<Handle, Errno> {
+        const LOST: Errno = Errno(libc::ECONNRESET);
+        let at = ((key >> 32) as u32, key as u32);
+        let (left, shadow) = self.left.0.remove(&at).ok_or(LOST)?;
+        // Beside a connection in memory it stands for a port only.
+        let tells = tells && left.joined.is_none();
+        let shadow = shadow.map(|fd| self.fallback.adopt(key, fd, tells));
+        if left.shadow.is_some() && !matches!(shadow, Some(Ok(_))) {
+            return Err(LOST);
+        }
+        let mut joined = None;
+        if let Some(one) = &left.joined {
+            let side = if one.server { Side::Server } else { Side::Client };
+            let link = self.hub.link(&one.link).ok_or(LOST)?;
+            link.attach(side, Arc::clone(&self.inbox), key);
+            let [local, peer] = [&one.local, &one.peer].map(|name| SocketAddress::from_bytes(name));
+            let (bound_here, connecting) = (one.bound_here, one.connecting);
+            joined = Some(Joined { link, side, local, peer, bound_here, connecting });
+        }
+        let handle = self.insert(Socket {
+            key,
+            domain: left.domain,
+            kind: left.kind,
+            protocol: left.protocol,
+            shadow: shadow.and_then(Result::ok),
+            options: left.options,
+            joined,
+            listener: None,
+            error: left.error.map(Errno),
+            way: left.way,
+        });
+        if let Some(one) = left.listener {
+            self.resume_listener(handle, one);
+        }
+        Ok(handle)
+    }
+
+    fn resume_listener(&mut self, handle: Handle, left: LeftListener) {
+        let mut waiting = VecDeque::new();
+        let mut established = left.established;
+        for (n, one) in left.waiting.into_iter().enumerate() {
+            match self.hub.link(&one.link) {
+                Some(link) => waiting.push_back(Waiting { link, client: one.client, server: one.server }),
+                None => established -= usize::from(n < left.established),
+            }
+        }
+        match self.make_listener(handle) {
+            Ok(Some(listener)) => {
+                listener.resume((left.backlog, established, waiting));
+                self.publish(handle, listener);
+            }
+            _ => waiting.iter().for_each(|waiting| waiting.link.close(Side::Server, Close::Abort)),
+        }
+    }
+}
+
+impl Listener {
+    fn written(&self) -> LeftListener {
+        let queue = lock(&self.queue);
+        let waiting = queue.waiting.iter().map(|one| LeftWaiting {
+            link: one.link.written(),
+            client: one.client,
+            server: one.server,
+        });
+        LeftListener { backlog: queue.backlog, established: queue.established, waiting: waiting.collect() }
+    }
+
+    fn resume(&self, (backlog, established, waiting): (usize, usize, VecDeque<Waiting>)) {
+        let mut queue = lock(&self.queue);
+        (queue.backlog, queue.established, queue.waiting) = (backlog, established, waiting);
+        drop(queue);
+        self.inbox.report(self.key, Readiness::READ);
+    }
+}
