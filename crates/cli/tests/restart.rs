@@ -92,6 +92,10 @@ fn a_restart_that_cannot_be_changes_nothing() {
     place.run(&["restart"]).fails(125, &["nk.toml", "stack"]);
     place.file("nk.toml", "[[nsm]]\nname = \"other\"\n");
     place.run(&["restart"]).fails(125, &["nk.toml", "stack 'kernel'", "guest 1"]);
+    place.file("nk.toml", "[[nsm]]\nname = \"kernel\"\nmemory = true\n");
+    place
+        .run(&["restart"])
+        .fails(125, &["nk.toml", "stack 'kernel' is of another kind", "--lose", "guest 1"]);
     place.file("nk.toml", "[[nsm]]\nname = \"kernel\"\n");
     place.run(&["restart", "--binary", "/bin/false"]).fails(125, &["/bin/false"]);
     place.run(&["restart", "--binary", "/nowhere"]).fails(125, &["/nowhere"]);

@@ -211,3 +211,71 @@ fn connections_that_come_and_go_and_bulk_go_on_with_and_without_limits() {
         engine.end();
     }
 }
+
+/// A program that ended has sent more than its peer took: the relay goes on sending.
+#[test]
+fn what_a_dead_program_sent_arrives_behind_a_restart() {
+    let place = Place::new("restart-relay-linger");
+    let engine = place.up(&[]);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let program = format!(
+        "import socket
+s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192); s.connect(('127.0.0.1', {}))
+s.settimeout(1); n = 0
+try:
+    while True: n += s.send(bytes([n // 1000 % 251]) * 1000 if n % 1000 == 0 else bytes([n // 1000 % 251]) * (1000 - n % 1000))
+except TimeoutError: print(n, flush=True)",
+        listener.local_addr().unwrap().port()
+    );
+    let guest = Guest::start(&place, &["--attach", "relay"], &program);
+    let (mut peer, _) = listener.accept().unwrap();
+    let sent: usize = guest.line().parse().unwrap();
+    until("the program has ended", || {
+        std::fs::read_to_string(format!("/proc/{}/stat", guest.0.id()))
+            .is_ok_and(|stat| stat.contains(") Z "))
+    });
+    for _ in 0..3 {
+        place.run(&["restart"]).succeeds();
+    }
+    assert_eq!(guests(&place), 1, "its relay is there");
+    let mut got = Vec::new();
+    std::io::Read::read_to_end(&mut peer, &mut got).unwrap();
+    assert_eq!(got.len(), sent);
+    assert!(got.iter().enumerate().all(|(n, byte)| usize::from(*byte) == n / 1000 % 251));
+    until("the guest is over", || guests(&place) == 0);
+    engine.end();
+}
+
+/// Connections of before a restart count against what the tenant may have.
+#[test]
+fn connections_are_counted_again() {
+    let place = Place::new("restart-relay-counted");
+    let text =
+        "[[nsm]]\nname = \"kernel\"\n[[tenant]]\nname = \"capped\"\nusers = [\"*\"]\nmax_connections = 6\n";
+    let config = place.file("nk.toml", text);
+    let engine = place.up(&["--config", config.to_str().unwrap()]);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let program = format!(
+        "import socket, sys
+def connect(): return socket.create_connection(('127.0.0.1', {}))
+def more():
+    new = []
+    try:
+        while len(new) < 20: new.append(connect())
+    except OSError: return len(new)
+all = [connect() for _ in range(4)]; print('up', flush=True); sys.stdin.readline()
+first = more(); all.clear(); print(first, more(), flush=True); sys.stdin.readline()",
+        listener.local_addr().unwrap().port()
+    );
+    for attach in ["relay", "queued"] {
+        let mut guest = Guest::start(&place, &["--attach", attach], &program);
+        assert_eq!(guest.line(), "up");
+        place.run(&["restart"]).succeeds();
+        place.run(&["restart"]).succeeds();
+        guest.tell();
+        assert_eq!(guest.line(), "2 6", "{attach}");
+        guest.ends();
+        until("the guest is over", || guests(&place) == 0);
+    }
+    engine.end();
+}

@@ -5,8 +5,8 @@
 //! by their numbers; a *document* in a memfd lists the guests. The program reads it, checks that both understand
 //! the same memory, and goes on. What cannot be written down is found out before anything stops.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
@@ -43,8 +43,9 @@ pub fn format() -> String {
     let journal = netkernel_service::Service::journal_bytes(Limits::default());
     let of_guests = (Root::slot_bytes(), journal_format(), journal);
     format!(
-        "{VERSION}.{}/{}/{}/{}/{:x}/{}",
+        "{VERSION}.{}.{}/{}/{}/{}/{:x}/{}",
         netkernel_relay::FORMAT,
+        netkernel_stack_shm::FORMAT,
         wire::VERSION,
         netkernel_abi::ABI_VERSION,
         of_guests.0,
@@ -73,6 +74,8 @@ struct Document {
     over: Vec<GuestUsage>,
     /// The caller's own.
     besides: serde_json::Value,
+    /// Guests that lose sockets.
+    losing: Vec<u32>,
 }
 
 /// A guest of the document. Descriptors are numbers of this very process.
@@ -181,11 +184,15 @@ pub struct Stopped<'a> {
 
 /// Of agents that stand still, by guest. Opened when this is dropped.
 #[derive(Default)]
-struct Gates(HashMap<u32, Arc<Counters>>);
+struct Gates {
+    closed: HashMap<u32, Arc<Counters>>,
+    /// Agents that do not stop; what they were asked fails, as if they had died.
+    given_up: HashSet<u32>,
+}
 
 impl Drop for Gates {
     fn drop(&mut self) {
-        self.0.values().for_each(|agent| agent.gate.open());
+        self.closed.values().for_each(|agent| agent.gate.open());
     }
 }
 
@@ -209,6 +216,8 @@ pub struct Resumed {
     pub guests: usize,
     /// Guests that could not be gone on with; what they had was reset.
     pub lost: Vec<u32>,
+    /// Guests that lost sockets, as was allowed.
+    pub reset: Vec<u32>,
     /// For how long nobody served guests.
     pub pause: Duration,
     /// As it was given to [`Engine::stop_for`].
@@ -216,56 +225,63 @@ pub struct Resumed {
 }
 
 impl Engine {
-    /// Whether all guests can go on in another program; the error says which one cannot, and why.
-    pub fn can_be_exchanged(&self) -> Result<(), EngineError> {
+    /// Whether all guests can go on in another program; the error says which one cannot, and why. `lose`: sockets that cannot are
+    /// given up.
+    pub fn can_be_exchanged(&self, lose: bool) -> Result<(), EngineError> {
+        match self.fleeting().into_iter().next() {
+            Some((id, name, what)) if !lose => Err(relays::would_lose(id, &name, &what)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Guests with sockets that cannot go on, and what these are.
+    fn fleeting(&self) -> Vec<(u32, String, String)> {
+        let mut found = Vec::new();
         let (shared, registry) = (&self.shared, lock(&self.shared.registry));
         for (id, guest) in &registry.guests {
             let nsm = shared.nsm(guest.nsm);
-            let why = if guest.worker >= shared.workers.len() {
+            let what = if guest.worker >= shared.workers.len() {
                 // It does not even notice.
                 continue;
-            } else if !relays::can_go_on(shared, guest) {
-                "its sockets are relayed"
-            } else if !shared.config.kinds.lasts(&nsm) {
-                "the state of its stack is in this process"
+            } else if !shared.config.kinds.lasts(&nsm) || !relays::can_go_on(shared, guest) {
+                format!("its sockets of stack {}, whose state is in this process", nsm.name)
             } else {
                 continue;
             };
-            return Err(EngineError::Refused(format!(
-                "guest {id} ({}) of stack {} would be lost: {why}",
-                guest.name, nsm.name
-            )));
+            found.push((*id, guest.name.clone(), what));
         }
-        Ok(())
+        found
     }
 
-    /// Names and forms of the stacks that guests have, or that their agents give sockets of.
-    pub fn stacks_in_use(&self) -> Vec<(u32, String, Form)> {
+    /// The stacks that guests have, or that their agents give sockets of.
+    pub fn stacks_in_use(&self) -> Vec<(u32, NsmConfig)> {
         let registry = lock(&self.shared.registry);
         let of = |(id, guest): (&u32, &Registered)| {
             let agent = guest.direct.as_ref().map(|_| guest.agent_nsm);
             [Some(guest.nsm), agent].into_iter().flatten().map(|nsm| (*id, nsm)).collect::<Vec<_>>()
         };
         let all = registry.guests.iter().flat_map(of);
-        let of = |(id, nsm): (u32, usize)| {
-            let nsm = self.shared.nsm(nsm);
-            (id, nsm.name.clone(), nsm.form)
-        };
-        all.map(of).collect()
+        all.map(|(id, nsm)| (id, NsmConfig::clone(&self.shared.nsm(nsm)))).collect()
     }
 
     /// Stops all switch threads between two turns, and writes everything down. On error all go on.
-    pub fn stop_for(&self, besides: impl FnOnce() -> serde_json::Value) -> Result<Stopped<'_>, EngineError> {
-        self.can_be_exchanged()?;
+    /// `lose`: see [`Engine::can_be_exchanged`].
+    pub fn stop_for(
+        &self,
+        lose: bool,
+        besides: impl FnOnce() -> serde_json::Value,
+    ) -> Result<Stopped<'_>, EngineError> {
+        self.can_be_exchanged(lose)?;
         // These wait for nobody, and nobody waits for them.
         let remotes = self.shared.remotes.iter().flatten();
         let processes = remotes.map(Remote::still).collect::<Result<Vec<_>, _>>()?;
         let _stay = self.shared.seats.write().unwrap_or_else(PoisonError::into_inner);
         // Agents may need switch threads: they stop first.
         let mut gates = Gates::default();
-        self.close_gates(&mut gates)?;
+        self.close_gates(&mut gates, lose)?;
         let mut relays = Relays::default();
-        relays.stop(self)?;
+        relays.look(self, lose)?;
+        relays.stop(self, lose)?;
         let resource = |e: io::Error| EngineError::Resource(format!("the state cannot be written down: {e}"));
         let shared = &self.shared;
         let stopped_ns = now_ns();
@@ -281,18 +297,19 @@ impl Engine {
             leaving.extend(answered.recv_timeout(PATIENCE).map_err(|_| EngineError::Stopped)??);
         }
         // Guests, and agents, that came after the first look.
-        self.can_be_exchanged()?;
-        self.close_gates(&mut gates)?;
-        relays.stop(self)?;
+        self.can_be_exchanged(lose)?;
+        self.close_gates(&mut gates, lose)?;
+        relays.stop(self, lose)?;
         let mut ledgers = Ledgers::default();
         ledgers.stop(shared)?;
+        let mut losing = self.fleeting();
         let registry = lock(&shared.registry);
         let mut keep = Vec::new();
         let mut guests = Vec::new();
         keep.extend(relays.descriptors());
         for one in &mut leaving {
             let Some(known) = registry.guests.get(&one.id) else { continue };
-            relays.note(one)?;
+            relays.note(one, &known.name, lose)?;
             keep.extend(one.journal.descriptors(one.limits).into_iter().filter(|fd| *fd >= 0));
             let remains = one.remains.as_ref().map(|remains| remains.written());
             let (left, descriptors) = remains.unzip();
@@ -313,6 +330,10 @@ impl Engine {
         }
         keep.extend(guests.iter().flat_map(|one| [one.region, one.doorbell]));
         keep.extend(guests.iter().flat_map(|one| [one.journal, one.kept]).flatten());
+        losing.extend(relays.lost.iter().map(|(id, what)| (*id, String::new(), what.clone())));
+        for (guest, _, what) in &losing {
+            log::warn!(guest; "guest {guest} loses {what}");
+        }
         let (hub, memories) = shared.config.kinds.hub().map(|hub| hub.written()).unzip();
         keep.extend(memories.into_iter().flatten());
         let left: Vec<LeftRunning> = processes.iter().filter_map(|process| process.left(shared)).collect();
@@ -333,6 +354,7 @@ impl Engine {
             ledgers: left_ledgers,
             over: lock(&shared.over).iter().cloned().collect(),
             besides: besides(),
+            losing: losing.into_iter().map(|(id, ..)| id).collect(),
         };
         drop(registry);
         let document = written(&document).map_err(resource)?;
@@ -349,14 +371,21 @@ impl Engine {
     }
 
     /// Stops the agents between two calls.
-    fn close_gates(&self, gates: &mut Gates) -> Result<(), EngineError> {
+    fn close_gates(&self, gates: &mut Gates, lose: bool) -> Result<(), EngineError> {
         let registry = lock(&self.shared.registry);
         let agents = registry.guests.iter().filter_map(|(id, guest)| Some((*id, guest.direct.as_ref()?)));
         let agents: Vec<_> = agents.map(|(id, agent)| (id, Arc::clone(&agent.counters))).collect();
         drop(registry);
         for (id, counters) in agents {
-            if let Entry::Vacant(place) = gates.0.entry(id) {
+            if gates.given_up.contains(&id) {
+                continue;
+            }
+            if let Entry::Vacant(place) = gates.closed.entry(id) {
                 if !counters.gate.close(PATIENCE) {
+                    if lose {
+                        gates.given_up.insert(id);
+                        continue;
+                    }
                     return Err(EngineError::Refused(format!("a call of guest {id} is not answered yet")));
                 }
                 place.insert(counters);
@@ -389,8 +418,13 @@ impl Engine {
         shared.counters.created.store(document.guests_created, Relaxed);
         shared.counters.over.store(document.guests_over, Relaxed);
         shared.counters.violations.store(document.violations, Relaxed);
-        let mut resumed =
-            Resumed { guests: 0, lost: Vec::new(), pause: Duration::ZERO, besides: document.besides };
+        let mut resumed = Resumed {
+            guests: 0,
+            lost: Vec::new(),
+            reset: document.losing,
+            pause: Duration::ZERO,
+            besides: document.besides,
+        };
         let since_ns = now_ns().saturating_sub(document.stopped_ns);
         for ledger in document.ledgers {
             let nsm = shared.config.nsms.iter().find(|nsm| nsm.name == ledger.nsm);

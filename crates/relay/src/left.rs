@@ -398,12 +398,7 @@ impl Relay {
         let found = Found::read(left)?;
         let table = &found.table;
         relay.generation = table.generation;
-        let mut lost = 0;
-        for entry in &table.sockets {
-            lost += usize::from(!relay.resume_socket(&found, entry));
-        }
-        let holes = (0..relay.sockets.len() as u32).rev();
-        relay.free = holes.filter(|id| relay.sockets[*id as usize].is_none()).collect();
+        // Before the sockets: one that is lost fails the calls that wait for it.
         for one in &table.waiting {
             let waiting = Waiting {
                 call: one.call,
@@ -414,6 +409,12 @@ impl Relay {
             };
             relay.waiting.insert(one.call.pid, waiting);
         }
+        let mut lost = 0;
+        for entry in &table.sockets {
+            lost += usize::from(!relay.resume_socket(&found, entry));
+        }
+        let holes = (0..relay.sockets.len() as u32).rev();
+        relay.free = holes.filter(|id| relay.sockets[*id as usize].is_none()).collect();
         relay.over.extend(&table.over);
         if table.over_since_ns.is_some() {
             relay.filter_is_gone();

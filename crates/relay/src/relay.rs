@@ -88,6 +88,8 @@ struct Requests {
 /// What other threads ask of a relay.
 pub(crate) enum Request {
     Sockets(Sender<Vec<RelaySocket>>),
+    /// Whether it listens.
+    Here(Sender<()>),
     /// To stand still until the other end of the second channel is closed.
     Stop(Sender<Result<Left, String>>, Receiver<()>),
 }
@@ -101,6 +103,13 @@ impl Link {
     pub fn sockets(&self) -> Receiver<Vec<RelaySocket>> {
         let (answer, receiver) = channel();
         self.ask(Request::Sockets(answer));
+        receiver
+    }
+
+    /// Asks whether the relay listens; its guest may have stopped it.
+    pub fn is_here(&self) -> Receiver<()> {
+        let (answer, receiver) = channel();
+        self.ask(Request::Here(answer));
         receiver
     }
 
@@ -654,6 +663,7 @@ impl Relay {
                     let all = || sockets.iter_mut().flatten().map(describe).collect();
                     let _ = answer.send(list.get_or_insert_with(all).clone());
                 }
+                Request::Here(answer) => _ = answer.send(()),
                 // Not amid the events of a look.
                 Request::Stop(answer, go_on) => self.stops.push_back((answer, go_on)),
             }

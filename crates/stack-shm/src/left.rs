@@ -18,6 +18,9 @@ use crate::link::{Link, Side};
 use crate::pairs::{LeftMemory, Serial};
 use crate::stack::{Joined, ShmStack, Socket};
 
+/// Changes with what the fields of these texts mean.
+pub const FORMAT: u32 = 1;
+
 /// What the hub itself leaves.
 #[derive(Debug, Serialize, Deserialize)]
 struct LeftHub {
@@ -363,5 +366,78 @@ impl Listener {
         (queue.backlog, queue.established, queue.waiting) = (backlog, established, waiting);
         drop(queue);
         self.inbox.report(self.key, Readiness::READ);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inbox::Inbox;
+    use netkernel_service::{GuestBytes, Segments};
+
+    fn segments(bytes: &mut [u8]) -> Segments {
+        // SAFETY: valid for as long as the caller's vector, which outlives the link's use of it in these tests.
+        let first = unsafe { GuestBytes::new(bytes.as_mut_ptr(), bytes.len()) };
+        Segments { first, second: GuestBytes::EMPTY }
+    }
+
+    #[test]
+    fn a_link_that_is_made_again_gives_each_byte_once() {
+        let inbox = Arc::new(Inbox::new().unwrap());
+        let link = Arc::new(Link::new(Arc::clone(&inbox), 1, false, None));
+        assert!(link.establish());
+        link.accepted(Arc::clone(&inbox), 2, false);
+        let mut data: Vec<u8> = (0..20_100u32).map(|n| (n % 251) as u8).collect();
+        let mut got = vec![0; data.len()];
+        let (queued, offered) = data.split_at_mut(100);
+        assert_eq!(link.send(Side::Client, &segments(queued), false), Ok(100));
+        assert_eq!(link.send(Side::Client, &segments(offered), false), Err(Errno::AGAIN));
+        // All of the queue, and the first of what stands in the sender's memory.
+        assert_eq!(link.recv(Side::Server, &segments(&mut got[..150])).unwrap().bytes, 150);
+        assert_eq!(link.shutdown(Side::Server, netkernel_service::Shutdown::Write), Ok(()));
+        let text = serde_json::to_string(&link.written()).unwrap();
+        drop(link);
+        let link = Arc::new(Link::remake(&serde_json::from_str(&text).unwrap(), None));
+        let mut ready = Vec::new();
+        inbox.take(&mut ready, 100);
+        ready.clear();
+        link.attach(Side::Client, Arc::clone(&inbox), 1);
+        link.attach(Side::Server, Arc::clone(&inbox), 2);
+        inbox.take(&mut ready, 100);
+        let told =
+            |key: u64, what| ready.iter().any(|report| report.key == key && report.readiness.has(what));
+        assert!(told(1, Readiness::WRITE) && told(1, Readiness::END) && told(2, Readiness::READ));
+        assert_eq!(link.recv(Side::Server, &segments(&mut got[150..])), Err(Errno::AGAIN), "nothing twice");
+        assert_eq!(link.send(Side::Client, &segments(offered), false), Ok(50), "what was taken before");
+        assert_eq!(link.recv(Side::Server, &segments(&mut got[150..])).unwrap().bytes, 19_950);
+        assert_eq!(link.recv(Side::Client, &segments(&mut [0; 1])).unwrap().bytes, 0);
+        assert!(got == data);
+    }
+
+    #[test]
+    fn bytes_survive_as_text() {
+        let bytes: VecDeque<u8> = (0..=255).collect();
+        assert_eq!(from_text(&to_text(bytes.iter().copied())), bytes);
+    }
+
+    /// The second of two ends finds what the first one made, and what it did meanwhile.
+    #[test]
+    fn an_end_that_comes_late_finds_what_the_other_one_did() {
+        let inbox = Arc::new(Inbox::new().unwrap());
+        let link = Arc::new(Link::new(Arc::clone(&inbox), 1, false, None));
+        assert!(link.establish());
+        link.accepted(Arc::clone(&inbox), 2, false);
+        let left = link.written();
+        let hub = Hub::default();
+        let first = hub.link(&left).unwrap();
+        assert_eq!(first.send(Side::Client, &segments(&mut [7]), false), Ok(1));
+        first.close(Side::Client, Close::Graceful);
+        drop(first);
+        let second = hub.link(&left).unwrap();
+        let mut byte = [0; 2];
+        assert_eq!(second.recv(Side::Server, &segments(&mut byte)).unwrap().bytes, 1);
+        assert_eq!(byte[0], 7);
+        assert_eq!(second.recv(Side::Server, &segments(&mut byte)).unwrap().bytes, 0);
+        assert!(lock(&hub.remade.links).is_empty());
     }
 }

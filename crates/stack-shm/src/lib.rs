@@ -16,4 +16,5 @@ mod pairs;
 mod stack;
 
 pub use hub::{Hub, Network};
+pub use left::FORMAT;
 pub use stack::{Settings, ShmStack};

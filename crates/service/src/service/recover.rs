@@ -176,15 +176,17 @@ impl Core {
             }
             let gone = fd != 0 && sock.handle == Handle::NONE;
             if gone || !exact && sock.kind == Kind::Stream && !self.settle(cx, id) {
+                let mut errno = libc::ECONNRESET;
                 if let Some(sock) = self.socks.get_mut(id) {
                     sock.fd = 0;
                     let handle = std::mem::replace(&mut sock.handle, Handle::NONE);
                     if handle != Handle::NONE {
                         cx.stack.close(handle, Close::Abort);
                     }
-                    sock.error = libc::ECONNRESET;
+                    errno = if sock.kind == Kind::Listener { libc::ENETDOWN } else { errno };
+                    sock.error = errno;
                 }
-                self.fail(cx, id, libc::ECONNRESET)?;
+                self.fail(cx, id, errno)?;
             }
             self.events.wake(id, u32::MAX);
             self.enqueue(id);
