@@ -16,6 +16,13 @@ fn descriptors(pid: i32) -> Vec<String> {
     all
 }
 
+/// One stack, and a tenant of everybody here, whose limits follow.
+fn capped() -> String {
+    // SAFETY: cannot fail and touches no memory.
+    let uid = unsafe { libc::geteuid() };
+    format!("[[nsm]]\nname = \"kernel\"\n[[tenant]]\nname = \"capped\"\nusers = [{uid}]\n")
+}
+
 #[test]
 fn relayed_sockets_go_on_through_ten_restarts_and_each_byte_is_metered_once() {
     let place = Place::new("restart-relay");
@@ -191,7 +198,7 @@ print(equal, wrong[:3], made[0] > 20, flush=True); sys.stdin.readline()
 #[test]
 fn connections_that_come_and_go_and_bulk_go_on_with_and_without_limits() {
     let place = Place::new("restart-relay-churn");
-    let text = "[[nsm]]\nname = \"kernel\"\n[[tenant]]\nname = \"capped\"\nusers = [\"*\"]\n";
+    let text = capped();
     let caps = "max_send = \"400 Mbit/s\"\nmax_receive = \"400 Mbit/s\"\nmax_connections = 100\n";
     for (attach, caps) in [("relay", ""), ("relay", caps), ("auto", caps)] {
         let config = place.file("nk.toml", &format!("{text}{caps}"));
@@ -250,9 +257,8 @@ except TimeoutError: print(n, flush=True)",
 #[test]
 fn connections_are_counted_again() {
     let place = Place::new("restart-relay-counted");
-    let text =
-        "[[nsm]]\nname = \"kernel\"\n[[tenant]]\nname = \"capped\"\nusers = [\"*\"]\nmax_connections = 6\n";
-    let config = place.file("nk.toml", text);
+    let text = capped() + "max_connections = 6\n";
+    let config = place.file("nk.toml", &text);
     let engine = place.up(&["--config", config.to_str().unwrap()]);
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let program = format!(
