@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Instant;
 
 use netkernel_agent::notify::Notification;
@@ -17,7 +17,7 @@ use netkernel_service::{Close, Errno, Handle, SocketAddress, Stack, TcpCounts, t
 use serde::{Deserialize, Serialize};
 
 use crate::bulk::Piped;
-use crate::relay::{Link, Relay, Start, Waiting};
+use crate::relay::{Link, Relay, Request, Start, Stop, Waiting};
 use crate::socket::{Buffer, Held, Socket, State};
 
 /// Changes with what the fields mean.
@@ -342,18 +342,18 @@ impl Found {
 impl Link {
     /// Asks the relay to write everything down between two pieces of work, and to stand still.
     pub fn stop(&self) -> Stopping {
-        let ((answer, answered), (go_on, told)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
-        self.ask(crate::relay::Request::Stop(answer, told));
+        let ((answer, answered), (go_on, told)) = (channel(), channel());
+        self.ask(Request::Stop(Stop { answer, go_on: told }));
         Stopping { answered, go_on }
     }
 }
 
 impl Relay {
     /// Answers with all that there is, and waits until it is to go on.
-    pub(crate) fn stand_still(&mut self, answer: &Sender<Result<Left, String>>, go_on: &Receiver<()>) {
+    pub(crate) fn stand_still(&mut self, stop: &Stop) {
         // Who asked may not wait any more, then nobody holds the other end of this either.
-        if answer.send(self.write_down()).is_ok() {
-            let _ = go_on.recv();
+        if stop.answer.send(self.write_down()).is_ok() {
+            let _ = stop.go_on.recv();
         }
     }
 

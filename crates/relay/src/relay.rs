@@ -85,13 +85,18 @@ struct Requests {
     over: bool,
 }
 
+/// To write everything down, and to stand still until the other end of the second channel is closed.
+pub(crate) struct Stop {
+    pub answer: Sender<Result<Left, String>>,
+    pub go_on: Receiver<()>,
+}
+
 /// What other threads ask of a relay.
 pub(crate) enum Request {
     Sockets(Sender<Vec<RelaySocket>>),
     /// Whether it listens.
     Here(Sender<()>),
-    /// To stand still until the other end of the second channel is closed.
-    Stop(Sender<Result<Left, String>>, Receiver<()>),
+    Stop(Stop),
 }
 
 impl Link {
@@ -181,7 +186,7 @@ pub struct Relay {
     /// Nobody has the filter any more; since when.
     pub(crate) over_since_ns: Option<u64>,
     /// Somebody wants it to stand still.
-    stops: VecDeque<(Sender<Result<Left, String>>, Receiver<()>)>,
+    stops: VecDeque<Stop>,
     next_sweep_ns: u64,
     stack_wakes: bool,
     /// What went on last goes on when the program has run.
@@ -304,8 +309,8 @@ impl Relay {
         if stack || self.stack.deadline_ns().is_some_and(|deadline| deadline <= now_ns()) {
             worked |= self.poll_stack();
         }
-        while let Some((answer, go_on)) = self.stops.pop_front() {
-            self.stand_still(&answer, &go_on);
+        while let Some(stop) = self.stops.pop_front() {
+            self.stand_still(&stop);
         }
         self.program_next &= self.run.is_empty();
         for _ in 0..RUN_BATCH {
@@ -665,7 +670,7 @@ impl Relay {
                 }
                 Request::Here(answer) => _ = answer.send(()),
                 // Not amid the events of a look.
-                Request::Stop(answer, go_on) => self.stops.push_back((answer, go_on)),
+                Request::Stop(stop) => self.stops.push_back(stop),
             }
         }
     }
