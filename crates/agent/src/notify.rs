@@ -8,7 +8,7 @@ use netkernel_shm::Word;
 
 /// One call that waits for its answer.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct Notification {
     pub id: u64,
     /// Thread that made the call, as this process sees it; 0: not visible from here.
@@ -87,6 +87,13 @@ impl Listener {
         let (word, fd) = Word::create()?;
         self.last = Some(word);
         Ok(fd)
+    }
+
+    /// Calls that were received before, up to this number, may not be answered yet. After [`Listener::share`].
+    pub fn received(&self, last: u64) {
+        if let Some(word) = &self.last {
+            word.store(last, Relaxed);
+        }
     }
 
     /// The next call. ENOENT: its thread died meanwhile.

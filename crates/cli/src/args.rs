@@ -413,6 +413,9 @@ pub struct RestartArgs {
     /// The program to go on with [default: what is now where the engine was started from]
     #[arg(long, value_name = "PATH")]
     pub binary: Option<PathBuf>,
+    /// Go on although some guests have sockets that cannot: these sockets are reset, the guests and their other sockets go on
+    #[arg(long)]
+    pub lose: bool,
     /// Print how long guests waited, as JSON
     #[arg(long)]
     pub json: bool,

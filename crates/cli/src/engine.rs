@@ -14,7 +14,7 @@ use netkernel_control::{
     NewGuest, NsmInfo, PROTOCOL_VERSION, Peer, Restarted, SocketInfo, StackChange, Status, Stayed,
     TenantChange, TenantInfo, UsageQuery, VersionInfo,
 };
-use netkernel_engine::{Attach, Engine, EngineError, GuestFds, GuestSpec, NsmChange, Policy, Target};
+use netkernel_engine::{Attach, Engine, EngineError, Form, GuestFds, GuestSpec, NsmChange, Policy, Target};
 
 use netkernel_meter::{Grouping, Row};
 use serde::{Deserialize, Serialize};
@@ -43,7 +43,7 @@ pub struct Adapter {
     stop: File,
     /// Another program is to go on; readable once somebody asked for that.
     again: File,
-    program: Mutex<Option<PathBuf>>,
+    program: Mutex<Option<(PathBuf, bool)>>,
     /// Where this program was started from.
     own_program: Option<PathBuf>,
     told: Mutex<Told>,
@@ -75,9 +75,9 @@ impl Adapter {
             .unwrap_or_default();
         let mut told = besides.told;
         if let Some(resumed) = &resumed {
-            let (guests, lost, pause_us) =
-                (resumed.guests, resumed.lost.clone(), resumed.pause.as_micros() as u64);
-            told = Told { count: told.count + 1, pause_us, guests, lost, ..told };
+            let (guests, pause_us) = (resumed.guests, resumed.pause.as_micros() as u64);
+            let (lost, reset) = (resumed.lost.clone(), resumed.reset.clone());
+            told = Told { count: told.count + 1, pause_us, guests, lost, reset, ..told };
             log::info!(guests, pause_us; "goes on with {guests} guests, which waited {:.1} ms", pause_us as f64 / 1000.0);
         }
         let lived = Duration::from_millis(besides.lived_ms);
@@ -147,8 +147,8 @@ impl Adapter {
     pub fn restart(&self, listening: (RawFd, Option<RawFd>)) {
         let mut count = [0; 8];
         let _ = (&self.again).read(&mut count);
-        let Some(program) = lock(&self.program).take() else { return };
-        if let Err(error) = self.exchange(&program, listening) {
+        let Some((program, lose)) = lock(&self.program).take() else { return };
+        if let Err(error) = self.exchange(&program, lose, listening) {
             log::error!("this program goes on: {error:#}");
             let mut told = lock(&self.told);
             told.failures += 1;
@@ -156,7 +156,12 @@ impl Adapter {
         }
     }
 
-    fn exchange(&self, program: &Path, (listener, socket_lock): (RawFd, Option<RawFd>)) -> Result<()> {
+    fn exchange(
+        &self,
+        program: &Path,
+        lose: bool,
+        (listener, socket_lock): (RawFd, Option<RawFd>),
+    ) -> Result<()> {
         let _nobody_comes = self.gate.write().unwrap_or_else(|e| e.into_inner());
         let counted = match &self.meter {
             Some(meter) => {
@@ -174,7 +179,7 @@ impl Adapter {
             };
             serde_json::to_value(besides).unwrap_or_default()
         };
-        let stopped = self.engine.stop_for(besides).map_err(|e| anyhow!("{}", refusal(e)))?;
+        let stopped = self.engine.stop_for(lose, besides).map_err(|e| anyhow!("{}", refusal(e)))?;
         let left =
             Left { document: stopped.document(), listener, lock: socket_lock, path: self.socket.clone() };
         stopped.keep(true);
@@ -222,7 +227,7 @@ impl EngineApi for Adapter {
         if self.private {
             return Err(bad("a private engine is not exchanged: it ends with its program".into()));
         }
-        let program = change.binary.map(PathBuf::from).or_else(|| self.own_program.clone());
+        let program = change.binary.clone().map(PathBuf::from).or_else(|| self.own_program.clone());
         let program = program.filter(|path| path.is_absolute() && path.is_file());
         let program = program.ok_or_else(|| bad("binary: is no file, or its path is not absolute".into()))?;
         crate::restart::check(&program).map_err(|e| bad(format!("{e:#}")))?;
@@ -230,18 +235,21 @@ impl EngineApi for Adapter {
             let config = Config::read(file).map_err(|e| bad(format!("{e:#}")))?;
             crate::restart::check_config(&program, file).map_err(|e| bad(format!("{e:#}")))?;
             let offered = catalog::of(&config).map_err(|e| bad(format!("{e:#}")))?.nsms;
-            for (guest, stack, form) in self.engine.stacks_in_use() {
-                let now = offered.iter().find(|nsm| nsm.name == stack).map(|nsm| nsm.form);
-                let why = match now {
-                    Some(now) if now == form => continue,
-                    Some(_) => "has another form, and",
+            for (guest, used) in self.engine.stacks_in_use() {
+                let stack = &used.name;
+                let why = match offered.iter().find(|nsm| nsm.name == *stack) {
                     None => "is not there, and",
+                    Some(now) if now.form != used.form => "has another form, and",
+                    // A process goes on as it is.
+                    Some(_) if used.form == Form::Process || change.lose => continue,
+                    Some(now) if now.is_same_kind(&used) => continue,
+                    Some(_) => "is of another kind (--lose resets sockets of it), and",
                 };
                 return Err(bad(format!("{}: stack '{stack}' {why} guest {guest} has it", file.display())));
             }
         }
-        self.engine.can_be_exchanged().map_err(refusal)?;
-        *lock(&self.program) = Some(program);
+        self.engine.can_be_exchanged(change.lose).map_err(refusal)?;
+        *lock(&self.program) = Some((program, change.lose));
         Ok(())
     }
 

@@ -41,6 +41,9 @@ pub struct Told {
     /// Guests that went on, and those that could not.
     pub guests: usize,
     pub lost: Vec<u32>,
+    /// Guests that lost sockets, as was allowed (`--lose`).
+    #[serde(default)]
+    pub reset: Vec<u32>,
     /// Times that it was begun and did not come about; why, the last time.
     pub failures: u64,
     pub error: Option<String>,
@@ -59,7 +62,7 @@ pub fn restart(args: &RestartArgs) -> Result<()> {
     let mut client = locate::require(args.socket.as_deref())?;
     let socket = client.path().to_owned();
     let before = told(&mut client)?;
-    client.restart_engine(EngineChange { binary })?;
+    client.restart_engine(EngineChange { binary, lose: args.lose })?;
     let deadline = Instant::now() + WAIT;
     let after = loop {
         // The old program's connection ends with it; the socket stays.
@@ -79,10 +82,16 @@ pub fn restart(args: &RestartArgs) -> Result<()> {
     }
     if args.json {
         return crate::show::print_json(&serde_json::json!({
-            "pause_us": after.pause_us, "guests": after.guests, "lost": after.lost,
+            "pause_us": after.pause_us, "guests": after.guests, "lost": after.lost, "reset": after.reset,
         }));
     }
     println!("restarted; {} guests waited {:.1} ms", after.guests, after.pause_us as f64 / 1000.0);
+    if !after.reset.is_empty() {
+        println!(
+            "sockets of guests {:?} could not go on and were reset; the engine's log says why",
+            after.reset
+        );
+    }
     if !after.lost.is_empty() {
         bail!("guests that could not go on: {:?}; the engine's log says why", after.lost);
     }

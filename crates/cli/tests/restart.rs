@@ -2,106 +2,11 @@
 
 mod common;
 
-use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
-use std::process::{Child, Stdio};
-use std::sync::mpsc::Receiver;
+use std::process::Stdio;
 
-use common::{Engine, Place, WATCHDOG, children, finish, lines, until, wait};
-
-/// Two streams of numbered blocks between two sockets, both ways, until a line comes in; then what was sent and received.
-/// Beside them: an idle connection, a half-closed one, a UDP socket, an epoll set, and a call that blocks all the time.
-const STREAMS: &str = r#"
-import socket, select, sys, threading
-BLOCK = 4096
-def pair():
-    c = socket.create_connection(l.getsockname())
-    return c, l.accept()[0]
-l = socket.create_server(('127.0.0.1', 0))
-c, a = pair()
-idle, idle_peer = pair()
-half, half_peer = pair()
-half.shutdown(socket.SHUT_WR)
-late, late_peer = pair()
-watched, watched_peer = pair()
-u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(('127.0.0.1', 0))
-ep = select.epoll(); ep.register(watched, select.EPOLLIN)
-over = threading.Event()
-sent, got, wrong = [0, 0], [0, 0], []
-def put(s, way):
-    while not over.is_set():
-        s.sendall(sent[way].to_bytes(8, 'big') * (BLOCK // 8))
-        sent[way] += 1
-    s.shutdown(socket.SHUT_WR)
-def take(s, way):
-    rest = b''
-    while True:
-        data = s.recv(1 << 16)
-        if not data: break
-        rest += data
-        while len(rest) >= BLOCK:
-            if rest[:BLOCK] != got[way].to_bytes(8, 'big') * (BLOCK // 8): wrong.append((way, got[way])); return
-            got[way] += 1; rest = rest[BLOCK:]
-    if rest: wrong.append((way, 'a part of a block'))
-blocked = []
-def block(): blocked.append(late.recv(10))
-threads = [threading.Thread(target=f, args=args) for f, args in
-           ((put, (c, 0)), (take, (a, 0)), (put, (a, 1)), (take, (c, 1)), (block, ()))]
-for t in threads: t.start()
-print('up', flush=True)
-sys.stdin.readline()
-over.set()
-idle.sendall(b'still'); still = idle_peer.recv(10)
-half_peer.sendall(b'half'); ends = (half.recv(10), half_peer.recv(10))
-late_peer.sendall(b'late')
-v = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); v.sendto(b'dgram', u.getsockname())
-u.settimeout(20); dgram = u.recv(10)
-nothing = ep.poll(0); watched_peer.sendall(b'x'); event = ep.poll(20)
-n, m = pair(); n.sendall(b'new'); new = m.recv(10)
-for t in threads: t.join(20)
-print(sent == got, min(sent) > 0, wrong, still, ends, blocked, dgram, nothing, len(event), new, sum(sent) * BLOCK, flush=True)
-sys.stdin.readline()
-"#;
-
-const RIGHT: &str = "True True [] b'still' (b'half', b'') [b'late'] b'dgram' [] 1 b'new' ";
-
-struct Guest(Child, Receiver<String>);
-
-impl Guest {
-    fn start(place: &Place, arguments: &[&str], program: &str) -> Guest {
-        let mut command = place.netkernel(&["run"]);
-        command.args(arguments).args(["--", "python3", "-c", program]);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let out = lines(child.stdout.take().unwrap());
-        Guest(child, out)
-    }
-
-    #[track_caller]
-    fn line(&self) -> String {
-        self.1.recv_timeout(WATCHDOG).expect("the guest says something")
-    }
-
-    fn tell(&mut self) {
-        writeln!(self.0.stdin.as_mut().unwrap()).unwrap();
-    }
-
-    fn ends(mut self) {
-        self.tell();
-        assert_eq!(wait(&mut self.0, "the guest").code(), Some(0));
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Guests that there are.
-fn guests(place: &Place) -> usize {
-    place.run(&["ps", "--json"]).json()["engines"][0]["guests"].as_array().unwrap().len()
-}
+use common::streams::{Guest, RIGHT, STREAMS, guests, restarts};
+use common::{Engine, Place, children, finish, until};
 
 /// Processes of NSMs.
 fn holders(engine: &Engine) -> Vec<i32> {
@@ -109,12 +14,6 @@ fn holders(engine: &Engine) -> Vec<i32> {
     let command = |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     all.retain(|pid| command(pid).contains("nsm-process"));
     all
-}
-
-/// Restarts that came about.
-fn restarts(place: &Place) -> u64 {
-    let ps = place.run(&["ps", "--json"]).json();
-    ps["engines"][0]["restart"]["count"].as_u64().unwrap_or(0)
 }
 
 #[test]
@@ -193,6 +92,10 @@ fn a_restart_that_cannot_be_changes_nothing() {
     place.run(&["restart"]).fails(125, &["nk.toml", "stack"]);
     place.file("nk.toml", "[[nsm]]\nname = \"other\"\n");
     place.run(&["restart"]).fails(125, &["nk.toml", "stack 'kernel'", "guest 1"]);
+    place.file("nk.toml", "[[nsm]]\nname = \"kernel\"\nmemory = true\n");
+    place
+        .run(&["restart"])
+        .fails(125, &["nk.toml", "stack 'kernel' is of another kind", "--lose", "guest 1"]);
     place.file("nk.toml", "[[nsm]]\nname = \"kernel\"\n");
     place.run(&["restart", "--binary", "/bin/false"]).fails(125, &["/bin/false"]);
     place.run(&["restart", "--binary", "/nowhere"]).fails(125, &["/nowhere"]);
@@ -210,30 +113,6 @@ fn a_restart_that_cannot_be_changes_nothing() {
     let said = guest.line();
     assert!(said.starts_with(RIGHT), "{said}");
     guest.ends();
-    engine.end();
-}
-
-#[test]
-fn guests_that_could_not_go_on_are_named_and_go_on() {
-    let place = Place::new("restart-named");
-    let config =
-        place.file("nk.toml", "[[nsm]]\nname = \"kernel\"\n[[nsm]]\nname = \"joined\"\nstack = \"shm\"\n");
-    let engine = place.up(&["--config", config.to_str().unwrap()]);
-    for (arguments, why) in [
-        (&["--stack", "joined"][..], "stack joined would be lost: the state of its stack is in this process"),
-        (&["--attach", "relay"], "stack kernel would be lost: its sockets are relayed"),
-    ] {
-        let mut guest = Guest::start(&place, arguments, STREAMS);
-        assert_eq!(guest.line(), "up");
-        place.run(&["restart"]).fails(125, &[why]);
-        guest.tell();
-        let said = guest.line();
-        assert!(said.starts_with(RIGHT), "{why}: {said}");
-        guest.ends();
-        until("it is over", || guests(&place) == 0);
-    }
-    place.run(&["restart"]).succeeds();
-    assert_eq!(restarts(&place), 1);
     engine.end();
 }
 

@@ -143,6 +143,9 @@ pub struct EngineChange {
     /// Absolute path of the program; without it, what is now at the path that this one was started from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub binary: Option<String>,
+    /// Goes on although some guests have sockets that cannot: these are reset.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lose: bool,
 }
 
 /// Which sockets: those for which all that is given is true.
@@ -720,7 +723,8 @@ mod tests {
                 change: TenantChange { weight: Some(2), ..TenantChange::default() },
             },
             Request::Reload,
-            Request::RestartEngine(EngineChange { binary: Some("/bin/x".into()) }),
+            Request::RestartEngine(EngineChange { binary: Some("/bin/x".into()), lose: true }),
+            Request::RestartEngine(EngineChange::default()),
             Request::Usage(UsageQuery::default()),
             Request::Usage(UsageQuery { from: Some(1), to: Some(2), by: Some("a b,&=%".into()) }),
             Request::Metrics,

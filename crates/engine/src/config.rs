@@ -59,6 +59,16 @@ pub enum Attach {
 }
 
 impl NsmConfig {
+    /// Whether a stack made from the one can go on with sockets of the other.
+    pub fn is_same_kind(&self, other: &NsmConfig) -> bool {
+        // With memory, `kernel` is what `shm` is.
+        let kind = |nsm: &NsmConfig| match nsm.stack.as_str() {
+            "shm" => ("kernel".to_owned(), true),
+            stack => (stack.to_owned(), nsm.memory),
+        };
+        kind(self) == kind(other)
+    }
+
     /// The host's kernel as it is.
     pub fn kernel(name: &str, congestion_control: Option<&str>) -> NsmConfig {
         NsmConfig {

@@ -5,11 +5,11 @@
 //! by their numbers; a *document* in a memfd lists the guests. The program reads it, checks that both understand
 //! the same memory, and goes on. What cannot be written down is found out before anything stops.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, PoisonError};
@@ -18,16 +18,20 @@ use std::time::{Duration, Instant};
 use netkernel_abi::Limits;
 use netkernel_agent::Counters;
 use netkernel_agent::ledger::{Books, Ledger};
+use netkernel_relay::left_descriptors;
 use netkernel_service::{journal_format, now_ns, take_descriptor};
 use serde::{Deserialize, Serialize};
 
+use self::relays::Relays;
 use crate::engine::{Command, LeftNsm, Registered, Shared, lock};
-use crate::process::journal::{GuestJournal, Left, Root};
+use crate::process::journal::{GuestJournal, Left, OfStack, Root};
 use crate::process::remote::{LeftRunning, Remote, Still, abandon};
 use crate::process::wire::{self, NewGuest};
 use crate::tenants::{Tenant, Tenants};
 use crate::worker::Leaving;
 use crate::{Engine, EngineConfig, EngineError, Form, GuestUsage, NsmConfig, Usage};
+
+mod relays;
 
 /// Changes with what the document's fields mean.
 const VERSION: u32 = 2;
@@ -39,7 +43,9 @@ pub fn format() -> String {
     let journal = netkernel_service::Service::journal_bytes(Limits::default());
     let of_guests = (Root::slot_bytes(), journal_format(), journal);
     format!(
-        "{VERSION}/{}/{}/{}/{:x}/{}",
+        "{VERSION}.{}.{}/{}/{}/{}/{:x}/{}",
+        netkernel_relay::FORMAT,
+        netkernel_stack_shm::FORMAT,
         wire::VERSION,
         netkernel_abi::ABI_VERSION,
         of_guests.0,
@@ -58,6 +64,10 @@ struct Document {
     guests_over: u64,
     violations: u64,
     guests: Vec<Written>,
+    /// All descriptors that are named anywhere.
+    descriptors: Vec<RawFd>,
+    /// What joins guests in memory, beside what each of them has.
+    hub: Option<String>,
     processes: Vec<LeftRunning>,
     /// What tenants share with these: their names, and descriptors of this very process.
     memories: Vec<(String, RawFd)>,
@@ -66,6 +76,8 @@ struct Document {
     over: Vec<GuestUsage>,
     /// The caller's own.
     besides: serde_json::Value,
+    /// Guests that lose sockets.
+    losing: Vec<u32>,
 }
 
 /// A guest of the document. Descriptors are numbers of this very process.
@@ -87,6 +99,7 @@ struct Written {
     region: RawFd,
     doorbell: RawFd,
     journal: Option<RawFd>,
+    of_stack: OfStack,
     /// Where ends of placeholders are under way.
     kept: Option<RawFd>,
 }
@@ -121,6 +134,7 @@ impl Written {
             region,
             doorbell,
             journal: None,
+            of_stack: OfStack::default(),
             kept: None,
         }
     }
@@ -171,17 +185,22 @@ pub struct Stopped<'a> {
     /// Told to go on, or closed for the same.
     _go_on: Vec<Sender<()>>,
     _gates: Gates,
+    _relays: Relays,
     _processes: Vec<Still<'a>>,
     _ledgers: Ledgers,
 }
 
 /// Of agents that stand still, by guest. Opened when this is dropped.
 #[derive(Default)]
-struct Gates(HashMap<u32, Arc<Counters>>);
+struct Gates {
+    closed: HashMap<u32, Arc<Counters>>,
+    /// Agents that do not stop; what they were asked fails, as if they had died.
+    given_up: HashSet<u32>,
+}
 
 impl Drop for Gates {
     fn drop(&mut self) {
-        self.0.values().for_each(|agent| agent.gate.open());
+        self.closed.values().for_each(|agent| agent.gate.open());
     }
 }
 
@@ -205,6 +224,8 @@ pub struct Resumed {
     pub guests: usize,
     /// Guests that could not be gone on with; what they had was reset.
     pub lost: Vec<u32>,
+    /// Guests that lost sockets, as was allowed.
+    pub reset: Vec<u32>,
     /// For how long nobody served guests.
     pub pause: Duration,
     /// As it was given to [`Engine::stop_for`].
@@ -212,33 +233,38 @@ pub struct Resumed {
 }
 
 impl Engine {
-    /// Whether all guests can go on in another program; the error says which one cannot, and why.
-    pub fn can_be_exchanged(&self) -> Result<(), EngineError> {
+    /// Whether all guests can go on in another program; the error says which one cannot, and why. `lose`: sockets that cannot are
+    /// given up.
+    pub fn can_be_exchanged(&self, lose: bool) -> Result<(), EngineError> {
+        match self.fleeting().into_iter().next() {
+            Some((id, name, what)) if !lose => Err(relays::would_lose(id, &name, &what)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Guests with sockets that cannot go on, and what these are.
+    fn fleeting(&self) -> Vec<(u32, String, String)> {
+        let mut found = Vec::new();
         let (shared, registry) = (&self.shared, lock(&self.shared.registry));
         for (id, guest) in &registry.guests {
             let nsm = shared.nsm(guest.nsm);
-            let why = if guest.worker >= shared.workers.len() {
+            let what = if guest.worker >= shared.workers.len() {
                 // It does not even notice.
                 continue;
             } else if guest.has_elders() {
-                "sockets of it stayed on a stack that it was on before"
-            } else if guest.direct.as_ref().is_some_and(|direct| direct.relay.is_some()) {
-                "its sockets are relayed"
-            } else if nsm.stack != "kernel" || nsm.memory {
-                "the state of its stack is in this process"
+                "sockets of it, which stayed on a stack that it was on before".into()
+            } else if !shared.config.kinds.lasts(&nsm) || !relays::can_go_on(shared, guest) {
+                format!("its sockets of stack {}, whose state is in this process", nsm.name)
             } else {
                 continue;
             };
-            return Err(EngineError::Refused(format!(
-                "guest {id} ({}) of stack {} would be lost: {why}",
-                guest.name, nsm.name
-            )));
+            found.push((*id, guest.name.clone(), what));
         }
-        Ok(())
+        found
     }
 
-    /// Names and forms of the stacks that guests have, or that their agents give sockets of.
-    pub fn stacks_in_use(&self) -> Vec<(u32, String, Form)> {
+    /// The stacks that guests have, or that their agents give sockets of.
+    pub fn stacks_in_use(&self) -> Vec<(u32, NsmConfig)> {
         let registry = lock(&self.shared.registry);
         let of = |(id, guest): (&u32, &Registered)| {
             let agent = guest.direct.as_ref().map(|_| guest.agent_nsm);
@@ -251,23 +277,27 @@ impl Engine {
                 .collect::<Vec<_>>()
         };
         let all = registry.guests.iter().flat_map(of);
-        let of = |(id, nsm): (u32, usize)| {
-            let nsm = self.shared.nsm(nsm);
-            (id, nsm.name.clone(), nsm.form)
-        };
-        all.map(of).collect()
+        all.map(|(id, nsm)| (id, NsmConfig::clone(&self.shared.nsm(nsm)))).collect()
     }
 
     /// Stops all switch threads between two turns, and writes everything down. On error all go on.
-    pub fn stop_for(&self, besides: impl FnOnce() -> serde_json::Value) -> Result<Stopped<'_>, EngineError> {
-        self.can_be_exchanged()?;
+    /// `lose`: see [`Engine::can_be_exchanged`].
+    pub fn stop_for(
+        &self,
+        lose: bool,
+        besides: impl FnOnce() -> serde_json::Value,
+    ) -> Result<Stopped<'_>, EngineError> {
+        self.can_be_exchanged(lose)?;
         // These wait for nobody, and nobody waits for them.
         let remotes = self.shared.remotes.iter().flatten();
         let processes = remotes.map(Remote::still).collect::<Result<Vec<_>, _>>()?;
         let _stay = self.shared.seats.write().unwrap_or_else(PoisonError::into_inner);
         // Agents may need switch threads: they stop first.
         let mut gates = Gates::default();
-        self.close_gates(&mut gates)?;
+        self.close_gates(&mut gates, lose)?;
+        let mut relays = Relays::default();
+        relays.look(self, lose)?;
+        relays.stop(self, lose)?;
         let resource = |e: io::Error| EngineError::Resource(format!("the state cannot be written down: {e}"));
         let shared = &self.shared;
         let stopped_ns = now_ns();
@@ -283,17 +313,26 @@ impl Engine {
             leaving.extend(answered.recv_timeout(PATIENCE).map_err(|_| EngineError::Stopped)??);
         }
         // Guests, and agents, that came after the first look.
-        self.can_be_exchanged()?;
-        self.close_gates(&mut gates)?;
+        self.can_be_exchanged(lose)?;
+        self.close_gates(&mut gates, lose)?;
+        relays.stop(self, lose)?;
         let mut ledgers = Ledgers::default();
         ledgers.stop(shared)?;
+        let mut losing = self.fleeting();
         let registry = lock(&shared.registry);
         let mut keep = Vec::new();
         let mut guests = Vec::new();
-        for one in &leaving {
+        keep.extend(relays.descriptors());
+        for one in &mut leaving {
             let Some(known) = registry.guests.get(&one.id) else { continue };
+            relays.note(one, &known.name, lose)?;
             keep.extend(one.journal.descriptors(one.limits).into_iter().filter(|fd| *fd >= 0));
+            let remains = one.remains.as_ref().map(|remains| remains.written());
+            let (left, descriptors) = remains.unzip();
+            let descriptors = descriptors.unwrap_or_default();
+            keep.extend(&descriptors);
             let written = Written {
+                of_stack: OfStack { left, descriptors, counted: std::mem::take(&mut one.counted) },
                 journal: Some(one.journal.memory.fd()),
                 kept: one.kept.as_ref().map(AsRawFd::as_raw_fd),
                 ..Written::of(shared, one.id, known, one.limits, one.descriptors)
@@ -307,6 +346,12 @@ impl Engine {
         }
         keep.extend(guests.iter().flat_map(|one| [one.region, one.doorbell]));
         keep.extend(guests.iter().flat_map(|one| [one.journal, one.kept]).flatten());
+        losing.extend(relays.lost.iter().map(|(id, what)| (*id, String::new(), what.clone())));
+        for (guest, _, what) in &losing {
+            log::warn!(guest; "guest {guest} loses {what}");
+        }
+        let (hub, joined) = shared.config.kinds.hub().map(|hub| hub.written()).unzip();
+        keep.extend(joined.into_iter().flatten());
         let left: Vec<LeftRunning> = processes.iter().filter_map(|process| process.left(shared)).collect();
         keep.extend(left.iter().map(|process| process.control));
         let memories = shared.tenants.memories();
@@ -321,11 +366,14 @@ impl Engine {
             guests_over: shared.counters.over.load(Relaxed),
             violations: shared.counters.violations.load(Relaxed),
             guests,
+            descriptors: keep.clone(),
+            hub,
             processes: left,
             memories,
             ledgers: left_ledgers,
             over: lock(&shared.over).iter().cloned().collect(),
             besides: besides(),
+            losing: losing.into_iter().map(|(id, ..)| id).collect(),
         };
         drop(registry);
         let document = written(&document).map_err(resource)?;
@@ -335,20 +383,28 @@ impl Engine {
             _guests: leaving,
             _go_on: go_on,
             _gates: gates,
+            _relays: relays,
             _processes: processes,
             _ledgers: ledgers,
         })
     }
 
     /// Stops the agents between two calls.
-    fn close_gates(&self, gates: &mut Gates) -> Result<(), EngineError> {
+    fn close_gates(&self, gates: &mut Gates, lose: bool) -> Result<(), EngineError> {
         let registry = lock(&self.shared.registry);
         let agents = registry.guests.iter().filter_map(|(id, guest)| Some((*id, guest.direct.as_ref()?)));
         let agents: Vec<_> = agents.map(|(id, agent)| (id, Arc::clone(&agent.counters))).collect();
         drop(registry);
         for (id, counters) in agents {
-            if let Entry::Vacant(place) = gates.0.entry(id) {
+            if gates.given_up.contains(&id) {
+                continue;
+            }
+            if let Entry::Vacant(place) = gates.closed.entry(id) {
                 if !counters.gate.close(PATIENCE) {
+                    if lose {
+                        gates.given_up.insert(id);
+                        continue;
+                    }
                     return Err(EngineError::Refused(format!("a call of guest {id} is not answered yet")));
                 }
                 place.insert(counters);
@@ -371,17 +427,14 @@ impl Engine {
         if document.format != format() {
             return Err(bad(&format_args!("it is of format {}, not {}", document.format, format())));
         }
-        for one in &document.guests {
-            // Nothing else may inherit them.
-            let all = [Some(one.region), Some(one.doorbell), one.journal, one.kept];
-            all.into_iter().flatten().for_each(|fd| set_close_on_exec(fd, true));
-        }
+        // Nothing else may inherit them: the first guest's agent starts a process.
+        document.descriptors.iter().for_each(|fd| set_close_on_exec(*fd, true));
+        let left_open: Vec<LeftOpen> = document.guests.iter().map(LeftOpen::of).collect();
         let taken: Vec<(String, usize)> =
             document.processes.iter().map(|process| (process.nsm.name.clone(), process.place)).collect();
         let engine = Engine::start_with(config, None, None, &taken)?;
         let shared = &engine.shared;
         for (tenant, memory) in document.memories {
-            set_close_on_exec(memory, true);
             let memory = take_descriptor(memory + 1).ok_or_else(|| io::Error::other("it is not there"));
             let resumed =
                 memory.and_then(|fd| shared.tenants.resume(&tenant, fd, &shared.config.nsms, &taken));
@@ -394,29 +447,43 @@ impl Engine {
         shared.counters.created.store(document.guests_created, Relaxed);
         shared.counters.over.store(document.guests_over, Relaxed);
         shared.counters.violations.store(document.violations, Relaxed);
-        let mut resumed =
-            Resumed { guests: 0, lost: Vec::new(), pause: Duration::ZERO, besides: document.besides };
+        let mut resumed = Resumed {
+            guests: 0,
+            lost: Vec::new(),
+            reset: document.losing,
+            pause: Duration::ZERO,
+            besides: document.besides,
+        };
         let since_ns = now_ns().saturating_sub(document.stopped_ns);
         for ledger in document.ledgers {
             let known = shared.config.nsms.iter().filter(|nsm| ledger.nsms.contains(&nsm.name));
             let sockets = known.filter_map(|nsm| shared.config.kinds.direct(nsm)?.ok()).next();
             if let (Some(sockets), Some(netlink)) = (sockets, take_descriptor(ledger.netlink + 1)) {
-                set_close_on_exec(netlink.as_raw_fd(), true);
                 shared.ledgers.resume(ledger.nsms, &*sockets, ledger.books, netlink);
             }
         }
-        for one in document.guests {
+        let hub = shared.config.kinds.hub();
+        if let (Some(hub), Some(left)) = (hub, &document.hub) {
+            hub.take_up(left);
+        }
+        for (one, left_open) in document.guests.into_iter().zip(left_open) {
             let (id, name) = (one.guest.id, one.guest.name.clone());
+            let of_stack = one.of_stack.left.clone();
             match engine.go_on(one, since_ns / 1_000_000) {
                 Ok(()) => resumed.guests += 1,
                 Err(error) => {
                     log::error!(guest = id; "guest {id} ({name}) is lost: {error}");
+                    left_open.reset();
+                    if let (Some(hub), Some(left)) = (hub, of_stack) {
+                        hub.lose(&left);
+                    }
                     shared.forget(id);
                     resumed.lost.push(id);
                 }
             }
         }
         shared.tenants.settle();
+        hub.iter().for_each(|hub| hub.settle());
         for process in document.processes {
             engine.go_on_with(process);
         }
@@ -436,12 +503,7 @@ impl Engine {
         let memory = written.journal.and_then(|fd| take_descriptor(fd + 1));
         let memory = memory.ok_or_else(|| no_descriptors(io::Error::other("there is no journal")))?;
         let journal = GuestJournal::open(memory, limits).map_err(no_descriptors)?;
-        let left_open = LeftOpen::of(&journal, limits);
-        let result = self.rebuild(written, region, doorbell, journal, since_ms);
-        if result.is_err() {
-            left_open.reset();
-        }
-        result
+        self.rebuild(written, region, doorbell, journal, since_ms)
     }
 
     fn rebuild(
@@ -467,6 +529,7 @@ impl Engine {
             journal,
             kept,
             departed: None,
+            of_stack: written.of_stack,
         };
         self.ask(seat, |answer| Command::Recover(Box::new(left), tenant, true, answer))?
     }
@@ -479,7 +542,6 @@ impl Engine {
             log::error!("stack {name}: its process cannot be reached any more");
             return;
         };
-        set_close_on_exec(control.as_raw_fd(), true);
         let nsms = &shared.config.nsms;
         let index = nsms.iter().position(|nsm| nsm.name == name && nsm.form == Form::Process);
         let Some((index, remote)) = index.and_then(|index| Some((index, shared.remote(index)?))) else {
@@ -584,14 +646,22 @@ fn set_close_on_exec(fd: RawFd, on: bool) {
     unsafe { libc::fcntl(fd, libc::F_SETFD, if on { libc::FD_CLOEXEC } else { 0 }) };
 }
 
-/// The sockets that a guest's journal names, each with what tells that its number is not another's by now.
+/// The sockets that a guest's journal names, and its relay's, each with what tells that its number is not another's by now.
 struct LeftOpen(Vec<(RawFd, (u64, u64))>);
 
 impl LeftOpen {
-    fn of(journal: &GuestJournal, limits: Limits) -> LeftOpen {
-        let all = journal.descriptors(limits).into_iter();
-        let all = all.inspect(|fd| set_close_on_exec(*fd, true));
-        LeftOpen(all.filter_map(|fd| Some((fd, socket_inode(fd)?))).collect())
+    fn of(one: &Written) -> LeftOpen {
+        let limits = one.guest.sizes();
+        let journal = one.journal.and_then(|fd| GuestJournal::reopen(fd, limits).ok());
+        let Some(journal) = journal else { return LeftOpen(Vec::new()) };
+        let mut all = journal.descriptors(limits);
+        let relay = journal.agent[0].relay - 1;
+        if relay >= 0 {
+            // SAFETY: open: the journal names what was kept so, and nobody has taken it over yet.
+            all.extend(left_descriptors(unsafe { BorrowedFd::borrow_raw(relay) }));
+        }
+        all.extend(&one.of_stack.descriptors);
+        LeftOpen(all.into_iter().filter_map(|fd| Some((fd, socket_inode(fd)?))).collect())
     }
 
     /// Closes what is still open of them: peers see a reset, the guest's programs that nobody is there.

@@ -19,6 +19,7 @@ struct Kind {
     direct: Option<Box<Direct>>,
     /// Which NSMs of the kind may have more instances than one for each switch thread.
     many: fn(&NsmConfig) -> bool,
+    lasts: bool,
 }
 
 /// How a stack of each kind is checked and made: the place where concrete stacks are registered. The error texts are one
@@ -26,12 +27,14 @@ struct Kind {
 #[derive(Clone)]
 pub struct StackKinds {
     kinds: BTreeMap<String, Arc<Kind>>,
+    /// What joins guests in memory.
+    hub: Option<Arc<Hub>>,
 }
 
 impl StackKinds {
     /// No kinds at all.
     pub fn none() -> StackKinds {
-        StackKinds { kinds: BTreeMap::new() }
+        StackKinds { kinds: BTreeMap::new(), hub: None }
     }
 
     /// Adds a kind. `check` is called from control threads when a guest asks for such an NSM; `make` once per switch
@@ -42,7 +45,13 @@ impl StackKinds {
         check: impl Fn(&NsmConfig) -> Result<(), String> + Send + Sync + 'static,
         make: impl Fn(&NsmConfig) -> Result<Box<dyn Stack>, String> + Send + Sync + 'static,
     ) {
-        let kind_of = Kind { check: Box::new(check), make: Box::new(make), direct: None, many: |_| false };
+        let kind_of = Kind {
+            check: Box::new(check),
+            make: Box::new(make),
+            direct: None,
+            many: |_| false,
+            lasts: false,
+        };
         self.kinds.insert(kind.into(), Arc::new(kind_of));
     }
 
@@ -64,6 +73,21 @@ impl StackKinds {
         if let Some(kind) = self.kinds.get_mut(kind).and_then(Arc::get_mut) {
             kind.many = many;
         }
+    }
+
+    /// Sockets of this kind, registered before, go on when the engine's program is exchanged.
+    pub fn register_lasting(&mut self, kind: &str) {
+        if let Some(kind) = self.kinds.get_mut(kind).and_then(Arc::get_mut) {
+            kind.lasts = true;
+        }
+    }
+
+    pub(crate) fn lasts(&self, nsm: &NsmConfig) -> bool {
+        self.kind(nsm).is_ok_and(|kind| kind.lasts)
+    }
+
+    pub(crate) fn hub(&self) -> Option<&Hub> {
+        self.hub.as_deref()
     }
 
     pub(crate) fn has_many(&self, nsm: &NsmConfig) -> bool {
@@ -134,7 +158,9 @@ impl Default for StackKinds {
             kinds.register_direct(kind, |nsm| {
                 Ok(Box::new(DirectSockets::new(kernel(nsm))?) as Box<dyn Sockets>)
             });
+            kinds.register_lasting(kind);
         }
+        kinds.hub = Some(hub);
         // Guests that are joined in memory are known by the switch thread's stack.
         kinds.register_many("kernel", |nsm| !nsm.memory);
         fn smoltcp(nsm: &NsmConfig) -> SmoltcpConfig {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use netkernel_agent::notify::Listener;
 use netkernel_agent::{Counters, Settings};
 use netkernel_capture::{Tap, Taps};
-use netkernel_relay::{Link, Relay, RelaySocket, Start, Successor};
+use netkernel_relay::{Link, Relay, RelaySocket, Start, Successor, reset_left};
 use netkernel_service::{Observed, Policed, RELAYED, Stack, key};
 use netkernel_shm::fds;
 use netkernel_stack_lent::{Lender, lend};
@@ -28,6 +28,8 @@ const ANSWER: Duration = Duration::from_secs(1);
 
 /// Starts the relay's thread, which is the guest's agent too. Returns the end of a pair that hangs up when the thread
 /// ends; closing it ends the thread and resets the guest's connections. A lender is what the calling switch thread serves.
+/// `left`: what a relay of the program before stood still with.
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn start(
     shared: &Arc<Shared>,
     guest: u32,
@@ -36,6 +38,7 @@ pub(crate) fn start(
     listener: Listener,
     settings: Settings,
     behind_preload: bool,
+    left: Option<OwnedFd>,
 ) -> io::Result<(OwnedFd, Direct, Option<Lender>)> {
     let (ours, end) = fds::pair(libc::SOCK_STREAM | libc::SOCK_CLOEXEC)?;
     let counters = Arc::new(Counters::default());
@@ -79,14 +82,25 @@ pub(crate) fn start(
                 kinds.make(&nsm).map(|stack| Box::new(Observed { stack, observer: tap }) as Box<dyn Stack>)
             }
         };
-        let relay = stack.and_then(|stack| {
-            let stack = Box::new(Policed::new(stack, limits));
-            Relay::new(start, stack, own).map_err(|error| format!("no descriptors: {error}"))
-        });
+        let relay = match (stack, left) {
+            (Ok(stack), left) => {
+                let (stack, link) = (Box::new(Policed::new(stack, limits)), own.clone());
+                let relay = match left {
+                    Some(left) => Relay::resume(start, stack, link, left),
+                    None => Relay::new(start, stack, link),
+                };
+                relay.map_err(|error| format!("no descriptors: {error}"))
+            }
+            (Err(reason), left) => {
+                left.iter().for_each(reset_left);
+                Err(reason)
+            }
+        };
         match relay {
             Ok(relay) => relay.run(),
             Err(reason) => log::error!(guest; "guest {guest}: no relay, so that it has no sockets: {reason}"),
         }
+        own.over();
     })?;
     let exchange = Arc::default();
     Ok((ours, Direct { counters, behind_preload, relay: Some(link), taps, exchange }, lender))

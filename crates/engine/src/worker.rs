@@ -18,6 +18,7 @@ use netkernel_abi::control::{Message, kind};
 use netkernel_agent::notify::Listener;
 use netkernel_agent::{Counters, Settings};
 use netkernel_capture::{Known, Session, Tap, Taps};
+use netkernel_relay::reset_left;
 use netkernel_ring::spin::{Polling, Spin};
 use netkernel_service::{
     Host, Limits, Member, Observed, RELAYED, Readiness, Ready, Service, Several, SocketInfo, Stack, Stages,
@@ -180,6 +181,7 @@ impl Guest {
         let note = kept.as_ref().map_or_else(AgentNote::default, |(listener, last)| AgentNote {
             listener: listener.as_raw_fd() + 1,
             last: last.as_raw_fd() + 1,
+            relay: 0,
             arguments,
         });
         if let Some(journal) = &mut self.journal {
@@ -1195,7 +1197,7 @@ impl Worker {
     /// Goes on with a guest that a process before this one had.
     fn recover(&mut self, left: Left, tenant: Arc<Tenant>, exact: bool) -> Result<(), EngineError> {
         let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
-        let Left { guest, nsm, may_use, region, doorbell, journal, kept, departed, .. } = left;
+        let Left { guest, nsm, may_use, region, doorbell, journal, kept, departed, of_stack, .. } = left;
         self.module(nsm)?;
         let limits = guest.sizes();
         let region = Region::open(region, limits).map_err(|e| EngineError::Resource(e.to_string()))?;
@@ -1211,8 +1213,11 @@ impl Worker {
             captures: Arc::clone(&captures),
         };
         module.stack.member(slot as u32, member);
+        if let Some(left) = &of_stack.left {
+            module.stack.take_up(slot as u32, left);
+        }
         let held = |id: u32| journal.ends.get(id as usize).is_some_and(|end| *end != 0);
-        let service = Service::recover(
+        let recovered = Service::recover(
             region,
             slot as u32,
             guest.privileged,
@@ -1221,8 +1226,15 @@ impl Worker {
             &held,
             exact,
             may_use,
-        )
-        .map_err(|violation| EngineError::Resource(violation.0.into()))?;
+        );
+        let mut service = match recovered {
+            Ok(service) => service,
+            Err(violation) => {
+                module.stack.guest_over(slot as u32);
+                return Err(EngineError::Resource(violation.0.into()));
+            }
+        };
+        service.resume_counts(&of_stack.counted);
         module.guests += 1;
         self.poller.add_doorbell(doorbell.as_raw_fd(), Source::Doorbell(slot as u32)).map_err(resource)?;
         let mut channels = Vec::new();
@@ -1314,18 +1326,26 @@ impl Worker {
         Ok(())
     }
 
-    /// Starts the agent again that a guest had. The calls that the one before had received fail.
+    /// Starts the agent again that a guest had. The calls that the one before had received fail, unless it was a relay that stood
+    /// still: it goes on with them.
     fn recover_agent(&mut self, slot: u32) {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
         let Some(note) = guest.journal.as_ref().map(|journal| journal.agent[0]) else { return };
         let last = take_descriptor(note.last).and_then(|fd| Word::open(&fd).ok());
-        let Some(Ok(listener)) = take_descriptor(note.listener).map(Listener::new) else { return };
-        listener.settle(last.map_or(0, |last| last.load(Relaxed)), libc::ENETDOWN);
+        let last = last.map_or(0, |last| last.load(Relaxed));
+        let relay = take_descriptor(note.relay);
+        let Some(Ok(listener)) = take_descriptor(note.listener).map(Listener::new) else {
+            relay.iter().for_each(reset_left);
+            return;
+        };
+        if relay.is_none() {
+            listener.settle(last, libc::ENETDOWN);
+        }
         guest.keep_agent([0; 3], None);
         let [a, b, c] = note.arguments;
         let message = Message { kind: kind::AGENT, a, b, c, ..Message::default() };
         let nsm = self.shared.agent_nsm(guest.id).unwrap_or(guest.nsm);
-        if let Err(violation) = self.agent(slot, message, listener, nsm) {
+        if let Err(violation) = self.agent(slot, message, listener, nsm, relay.map(|relay| (relay, last))) {
             self.violation(slot, violation);
         }
     }
@@ -1488,7 +1508,7 @@ impl Worker {
                 Violation("agent without a seccomp listener")
             })?;
             let nsm = self.guests.get(slot as usize).and_then(Option::as_ref).map_or(0, |guest| guest.nsm);
-            return self.agent(slot, message, listener, nsm);
+            return self.agent(slot, message, listener, nsm, None);
         }
         // Nothing but a real Unix stream socket: other descriptors could block this thread.
         if !is_unix_stream(&fd) {
@@ -1557,6 +1577,7 @@ impl Worker {
         message: Message,
         mut listener: Listener,
         stack: usize,
+        left: Option<(OwnedFd, u64)>,
     ) -> Result<(), Violation> {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
         if guest.has_agent {
@@ -1574,11 +1595,15 @@ impl Worker {
         let binary = self.shared.config.process_binary.as_deref();
         // For the next process: of the NSM, or of the engine.
         let kept = listener.duplicate().and_then(|own| Ok((own, listener.share()?))).ok();
+        if let Some((_, last)) = &left {
+            listener.received(*last);
+        }
         if let Some((_, last)) = &kept {
             self.shared.heirs.remember(binary, guest.id, &listener, last);
         }
         let started = if message.c == 1 {
-            relay::start(&self.shared, guest.id, slot, nsm, listener, settings, behind_preload)
+            let left = left.map(|(left, _)| left);
+            relay::start(&self.shared, guest.id, slot, nsm, listener, settings, behind_preload, left)
         } else {
             direct::start(&self.shared, guest.id, nsm, listener, settings, behind_preload)
                 .map(|(end, agent)| (end, agent, None))
@@ -1880,16 +1905,29 @@ fn usage(guest: &Guest) -> Usage {
 
 /// The part of it that the service does not count, and which processes before this one are not to be forgotten with.
 fn besides(guest: &Guest) -> Usage {
-    let mut usage = guest.carried;
+    let mut usage = without_agent(guest);
     if let Some(counters) = &guest.agent {
-        usage.bytes_in += counters.bytes_in.load(Relaxed);
-        usage.bytes_out += counters.bytes_out.load(Relaxed);
-        usage.connections += counters.connections.load(Relaxed);
-        usage.cpu_ns += counters.cpu.ns();
-        usage = usage.with_tcp(&relayed_tcp(counters));
+        usage.add(&of_agent(counters));
     }
+    usage
+}
+
+fn without_agent(guest: &Guest) -> Usage {
+    let mut usage = guest.carried;
     usage.cpu_ns += guest.cpu.spent_ns();
     guest.lenders.iter().fold(usage, |usage, (_, lender)| usage.with_tcp(&lender.tcp()))
+}
+
+/// What an agent, or a relay, and its sockets used.
+pub(crate) fn of_agent(counters: &Counters) -> Usage {
+    Usage {
+        bytes_in: counters.bytes_in.load(Relaxed),
+        bytes_out: counters.bytes_out.load(Relaxed),
+        connections: counters.connections.load(Relaxed),
+        cpu_ns: counters.cpu.ns(),
+        ..Usage::default()
+    }
+    .with_tcp(&relayed_tcp(counters))
 }
 
 /// What the relay's own stack counted.

@@ -79,6 +79,16 @@ impl Piped {
         self.left == 0
     }
 
+    /// Reader, writer, and how many bytes stand between them.
+    pub fn parts(&self) -> (&OwnedFd, &OwnedFd, usize) {
+        (&self.pipe.reader, &self.pipe.writer, self.left)
+    }
+
+    /// Of another relay's parts.
+    pub fn of(reader: OwnedFd, writer: OwnedFd, left: usize) -> Piped {
+        Piped { pipe: Pipe { reader, writer }, left }
+    }
+
     /// Gives a socket what it takes: all, or until it is full. Errors: those of send(2).
     pub fn pour(&mut self, to: RawFd) -> Result<usize, Errno> {
         let given = splice(self.pipe.reader.as_raw_fd(), to, self.left)?;

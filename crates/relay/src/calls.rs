@@ -438,7 +438,9 @@ impl Relay {
             return Err(Errno(libc::EOPNOTSUPP));
         }
         if self.state(id) != State::Listening {
-            return Err(INVALID);
+            // Of a listener that was lost.
+            let over = self.state(id) == State::Over;
+            return Err(over.then(|| self.take_error(id)).flatten().unwrap_or(INVALID));
         }
         let accepted = self.take_connection(id);
         // Before the answer: who polls after it must see what is true then.

@@ -14,6 +14,7 @@
 //! | `bulk` | large ones, by splice |
 //! | `datagram` | datagrams, and who sent them |
 //! | `asked` | what a stack says of a socket |
+//! | `left` | a relay that stands still, for the next program of this process |
 //! | `succession` | another stack for new sockets |
 //! | `caller` | memory and descriptors of the thread that asks |
 //!
@@ -26,6 +27,7 @@ mod bulk;
 mod caller;
 mod calls;
 mod datagram;
+mod left;
 mod relay;
 mod socket;
 mod stream;
@@ -34,6 +36,7 @@ mod sys;
 mod tune;
 
 pub use asked::{Asked, ask};
+pub use left::{FORMAT, Left, Still, Stopping, left_descriptors, reset_left};
 pub use relay::{Link, Relay, Start};
 pub use socket::RelaySocket;
 pub use succession::Successor;

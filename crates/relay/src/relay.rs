@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use netkernel_agent::notify::{Listener, Notification};
 use netkernel_agent::{Counters, Settings};
@@ -16,6 +16,7 @@ use netkernel_shm::fds;
 use crate::asked::ask;
 use crate::bulk::Pipes;
 use crate::caller::Threads;
+use crate::left::Left;
 use crate::socket::{RelaySocket, Socket, State};
 use crate::succession::{Rules, Succession};
 use crate::sys::{self, Poll};
@@ -76,9 +77,30 @@ pub struct Start {
 /// The way to a relay from other threads.
 #[derive(Clone)]
 pub struct Link {
-    requests: Arc<Mutex<VecDeque<Sender<Vec<RelaySocket>>>>>,
+    requests: Arc<Mutex<Requests>>,
     pub(crate) wake: Arc<OwnedFd>,
     pub(crate) succession: Arc<Succession>,
+}
+
+#[derive(Default)]
+struct Requests {
+    list: VecDeque<Request>,
+    /// Nobody answers any more.
+    over: bool,
+}
+
+/// To write everything down, and to stand still until the other end of the second channel is closed.
+pub(crate) struct Stop {
+    pub answer: Sender<Result<Left, String>>,
+    pub go_on: Receiver<()>,
+}
+
+/// What other threads ask of a relay.
+pub(crate) enum Request {
+    Sockets(Sender<Vec<RelaySocket>>),
+    /// Whether it listens.
+    Here(Sender<()>),
+    Stop(Stop),
 }
 
 impl Link {
@@ -89,11 +111,36 @@ impl Link {
     /// Asks for the sockets; nothing comes when the relay is over.
     pub fn sockets(&self) -> Receiver<Vec<RelaySocket>> {
         let (answer, receiver) = channel();
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner).push_back(answer);
+        self.ask(Request::Sockets(answer));
+        receiver
+    }
+
+    /// Asks whether the relay listens; its guest may have stopped it.
+    pub fn is_here(&self) -> Receiver<()> {
+        let (answer, receiver) = channel();
+        self.ask(Request::Here(answer));
+        receiver
+    }
+
+    /// A relay that is over drops what it is asked.
+    pub(crate) fn ask(&self, request: Request) {
+        let mut requests = self.requests();
+        if requests.over {
+            return;
+        }
+        requests.list.push_back(request);
         let one = 1u64;
         // SAFETY: eight bytes, valid for reads; the eventfd is non-blocking.
         unsafe { libc::write(self.wake.as_raw_fd(), (&raw const one).cast(), 8) };
-        receiver
+    }
+
+    /// The relay's thread ends.
+    pub fn over(&self) {
+        *self.requests() = Requests { list: VecDeque::new(), over: true };
+    }
+
+    fn requests(&self) -> MutexGuard<'_, Requests> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -117,8 +164,8 @@ pub(crate) struct Waiting {
     pub call: Notification,
     pub socket: u32,
     pub generation: u32,
-    deadline_ns: u64,
-    late: Errno,
+    pub deadline_ns: u64,
+    pub late: Errno,
 }
 
 pub struct Relay {
@@ -131,8 +178,8 @@ pub struct Relay {
     events: Vec<(u64, i32)>,
     ready: Vec<Ready>,
     pub(crate) sockets: Vec<Option<Box<Socket>>>,
-    free: Vec<u32>,
-    generation: u32,
+    pub(crate) free: Vec<u32>,
+    pub(crate) generation: u32,
     pub(crate) ids: HashMap<u64, u32>,
     pub(crate) threads: Threads,
     /// By thread: a thread is in one call at a time.
@@ -143,7 +190,9 @@ pub struct Relay {
     pub(crate) pipes: Pipes,
     pub(crate) notes: HashMap<Vec<u8>, OwnedFd>,
     /// Nobody has the filter any more; since when.
-    over_since_ns: Option<u64>,
+    pub(crate) over_since_ns: Option<u64>,
+    /// Somebody wants it to stand still.
+    stops: VecDeque<Stop>,
     next_sweep_ns: u64,
     pub(crate) stack_wakes: bool,
     /// What went on last goes on when the program has run.
@@ -186,6 +235,7 @@ impl Relay {
             pipes: Pipes::default(),
             notes: HashMap::new(),
             over_since_ns: None,
+            stops: VecDeque::new(),
             next_sweep_ns: 0,
             stack_wakes,
             program_next: false,
@@ -268,6 +318,9 @@ impl Relay {
         // A stack with timers of its own may have something to tell without a descriptor that says so.
         if stack || self.stack.deadline_ns().is_some_and(|deadline| deadline <= now_ns()) {
             worked |= self.poll_stack();
+        }
+        while let Some(stop) = self.stops.pop_front() {
+            self.stand_still(&stop);
         }
         self.program_next &= self.run.is_empty();
         for _ in 0..RUN_BATCH {
@@ -379,7 +432,7 @@ impl Relay {
     }
 
     /// Adds what the socket carried to the guest's totals.
-    fn count(&mut self, id: u32) {
+    pub(crate) fn count(&mut self, id: u32) {
         let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return };
         let now = (socket.bytes_in, socket.bytes_out);
         let before = std::mem::replace(&mut socket.counted, now);
@@ -574,14 +627,23 @@ impl Relay {
         } else {
             sys::set_int_option(&theirs, libc::SO_SNDBUF, DATAGRAM_SEND_BUFFER);
         }
-        let token = token(socket.generation, id);
-        self.poll.add(end.as_raw_fd(), INTEREST, token).map_err(|_| Errno(libc::ENOBUFS))?;
+        let generation = socket.generation;
+        if !self.watch(&end, false, (generation, id)) {
+            return Err(Errno(libc::ENOBUFS));
+        }
+        let Some(Some(socket)) = self.sockets.get_mut(id as usize) else { return Err(Errno(libc::EBADF)) };
         let inode = sys::inode(&theirs).ok_or(Errno(libc::ENOBUFS))?;
         socket.end = Some(end);
         socket.inode = inode;
         // An earlier one with this number is long closed.
         self.ids.insert(inode, id);
         Ok(theirs)
+    }
+
+    /// What happens at this end is reported from now on, and what is true already.
+    pub(crate) fn watch(&self, end: &OwnedFd, room: bool, (generation, id): (u32, u32)) -> bool {
+        let interest = if room { INTEREST | libc::EPOLLOUT } else { INTEREST };
+        self.poll.add(end.as_raw_fd(), interest, token(generation, id)).is_ok()
     }
 
     /// Nothing is left of the socket but what the stack sends in the background.
@@ -606,21 +668,24 @@ impl Relay {
         let mut value = 0u64;
         // SAFETY: eight bytes, valid for writes; the eventfd is non-blocking.
         unsafe { libc::read(self.link.wake.as_raw_fd(), (&raw mut value).cast(), 8) };
-        let requests =
-            std::mem::take(&mut *self.link.requests.lock().unwrap_or_else(PoisonError::into_inner));
-        if requests.is_empty() {
-            return;
-        }
-        let mut list = Vec::new();
-        for socket in self.sockets.iter_mut().flatten() {
-            list.push(describe(&mut self.stack, &self.rules, socket));
-        }
+        let requests = std::mem::take(&mut self.link.requests().list);
+        let mut list: Option<Vec<RelaySocket>> = None;
         for request in requests {
-            let _ = request.send(list.clone());
+            match request {
+                Request::Sockets(answer) => {
+                    let (sockets, stack, rules) = (&mut self.sockets, &mut self.stack, &self.rules);
+                    let describe = |socket: &mut Box<Socket>| describe(stack, rules, socket);
+                    let all = || sockets.iter_mut().flatten().map(describe).collect();
+                    let _ = answer.send(list.get_or_insert_with(all).clone());
+                }
+                Request::Here(answer) => _ = answer.send(()),
+                // Not amid the events of a look.
+                Request::Stop(stop) => self.stops.push_back(stop),
+            }
         }
     }
 
-    fn filter_is_gone(&mut self) {
+    pub(crate) fn filter_is_gone(&mut self) {
         if self.over_since_ns.is_none() {
             self.over_since_ns = Some(now_ns());
             self.poll.remove(self.start.listener.fd());

@@ -8,7 +8,7 @@ use netkernel_service::{Errno, Handle, SocketAddress, TcpCounts};
 use crate::bulk::{Piped, Pipes};
 
 /// Where a socket is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum State {
     /// Neither connected nor listening.
     Fresh,
@@ -32,6 +32,14 @@ pub struct Buffer {
 }
 
 impl Buffer {
+    pub fn of(bytes: Vec<u8>) -> Buffer {
+        Buffer { bytes, ..Buffer::default() }
+    }
+
+    pub fn through(piped: Piped) -> Buffer {
+        Buffer { piped: Some(piped), ..Buffer::default() }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty() && self.piped.is_none()
     }

@@ -14,6 +14,7 @@ mod blocks;
 mod events;
 #[allow(unsafe_code)]
 mod journal;
+mod left;
 #[allow(unsafe_code)]
 mod memory;
 mod namespace;
@@ -32,6 +33,7 @@ mod turn;
 pub use address::SocketAddress;
 pub use events::{MAX_WAKE, URGENT_WAKE};
 pub use journal::{Fixed, Plain, take_descriptor};
+pub use left::Remains;
 pub use memory::{GuestBytes, Segments, now_ns};
 pub use namespace::namespace_path;
 pub use observed::{Event, Held, Observed, Observer, Payload, Timer};

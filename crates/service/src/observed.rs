@@ -371,6 +371,20 @@ impl<S: Held, O: Observer> Stack for Observed<S, O> {
         Ok(handle)
     }
 
+    fn leave(&mut self, guest: u32) -> Option<Box<dyn crate::Remains>> {
+        self.stack.get().leave(guest)
+    }
+
+    fn take_up(&mut self, guest: u32, left: &str) {
+        self.stack.get().take_up(guest, left);
+    }
+
+    fn resume(&mut self, key: u64, tells: bool) -> Result<Handle, Errno> {
+        let handle = self.stack.get().resume(key, tells)?;
+        self.tell(handle, Event::Opened(key));
+        Ok(handle)
+    }
+
     fn progress(&mut self, handle: Handle, connected: bool) -> Option<Progress> {
         self.stack.get().progress(handle, connected)
     }

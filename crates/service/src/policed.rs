@@ -1,7 +1,7 @@
 //! A stack with a tenant's limits, for what drives a stack without ServiceLib's rings (the relay).
 
 use std::collections::HashMap;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 
 use crate::memory::now_ns;
 use crate::police::Limits;
@@ -40,6 +40,13 @@ impl Policed {
             self.waiting.push((until, handle.0, readiness));
         }
         Errno::AGAIN
+    }
+
+    /// Of another program's connections, as many are counted as the tenant may have.
+    fn count_again(&mut self, handle: Handle, key: u64, tells: bool) {
+        let counts = self.inner.peer_name(handle).is_ok() || tells && self.inner.connecting(handle);
+        let counted = counts && self.take_connection();
+        self.sockets.insert(handle.0, Socket { key, counted });
     }
 
     fn take_connection(&self) -> bool {
@@ -251,6 +258,22 @@ impl Stack for Policed {
 
     fn take_error(&mut self, handle: Handle) -> Result<(), Errno> {
         self.inner.take_error(handle)
+    }
+
+    fn lasting(&self, handle: Handle) -> Option<RawFd> {
+        self.inner.lasting(handle)
+    }
+
+    fn adopt(&mut self, key: u64, fd: OwnedFd, tells: bool) -> Result<Handle, Errno> {
+        let handle = self.inner.adopt(key, fd, tells)?;
+        self.count_again(handle, key, tells);
+        Ok(handle)
+    }
+
+    fn resume(&mut self, key: u64, tells: bool) -> Result<Handle, Errno> {
+        let handle = self.inner.resume(key, tells)?;
+        self.count_again(handle, key, tells);
+        Ok(handle)
     }
 
     fn descriptor(&self, handle: Handle) -> Option<RawFd> {

@@ -292,6 +292,30 @@ impl<S: Held> Stack for Several<S> {
         self.see(Handle(0)).is_some_and(|(stack, _)| stack.takes())
     }
 
+    /// Of the only one: what stayed on others cannot go on.
+    fn leave(&mut self, guest: u32) -> Option<Box<dyn crate::Remains>> {
+        if self.all().count() > 1 {
+            return None;
+        }
+        self.first().ok()?.leave(guest)
+    }
+
+    fn take_up(&mut self, guest: u32, left: &str) {
+        if let Ok(stack) = self.first() {
+            stack.take_up(guest, left);
+        }
+    }
+
+    fn resume(&mut self, key: u64, tells: bool) -> Result<Handle, Errno> {
+        let stack = self.first()?;
+        let handle = stack.resume(key, tells)?;
+        if handle.place() != 0 {
+            stack.close(handle, Close::Abort);
+            return Err(Errno(libc::ENFILE));
+        }
+        Ok(handle)
+    }
+
     fn adopt(&mut self, key: u64, fd: OwnedFd, tells: bool) -> Result<Handle, Errno> {
         let stack = self.first()?;
         let handle = stack.adopt(key, fd, tells)?;

@@ -406,6 +406,20 @@ pub trait Stack: Send {
         if self.movable(handle) { self.give(handle) } else { Err(Errno(libc::EOPNOTSUPP)) }
     }
 
+    /// What of a guest's sockets is more than [lasting](Stack::lasting) descriptors, for the program that this process executes
+    /// next. Nothing changes by it. `None`: nothing can go on.
+    fn leave(&mut self, _guest: u32) -> Option<Box<dyn crate::Remains>> {
+        None
+    }
+
+    /// What an instance that is no more left of a guest that has come ([`guest`](Stack::guest)), for [`resume`](Stack::resume).
+    fn take_up(&mut self, _guest: u32, _left: &str) {}
+
+    /// Goes on with a socket that was left, by its key; `tells` as for [`adopt`](Stack::adopt). An error: it is lost.
+    fn resume(&mut self, _key: u64, _tells: bool) -> Result<Handle, Errno> {
+        Err(Errno(libc::EOPNOTSUPP))
+    }
+
     /// How far an adopted connection came. `connected`: it was made by `connect`. `None`: it cannot be known.
     fn progress(&mut self, _handle: Handle, _connected: bool) -> Option<Progress> {
         None

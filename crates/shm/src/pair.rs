@@ -51,6 +51,11 @@ impl PairMemory {
         Ok(PairMemory { view, fd })
     }
 
+    /// One that this process made before it executed this program.
+    pub fn open(fd: OwnedFd) -> io::Result<PairMemory> {
+        Ok(PairMemory { view: PairView::map(&fd, None)?, fd })
+    }
+
     pub fn view(&self) -> PairView<'_> {
         self.view
     }

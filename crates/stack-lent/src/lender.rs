@@ -51,6 +51,11 @@ impl Lender {
         }
     }
 
+    /// Does all that was asked: the borrower stands still.
+    pub fn serve_all(&mut self, stack: &mut dyn Stack) {
+        self.serve(stack, usize::MAX);
+    }
+
     /// Passes a report of the stack on.
     pub fn report(&self, report: Ready) {
         self.shared.reports.push(Ready { key: report.key & OWN, ..report });
@@ -112,6 +117,12 @@ impl Kept {
         [domain, kind, protocol]: [i32; 3],
     ) -> Result<Handle, Errno> {
         let handle = stack.open(self.key(key), domain, kind, protocol)?;
+        self.remember(handle, key);
+        Ok(handle)
+    }
+
+    pub fn resume(&mut self, stack: &mut dyn Stack, key: u64, tells: bool) -> Result<Handle, Errno> {
+        let handle = stack.resume(self.key(key), tells)?;
         self.remember(handle, key);
         Ok(handle)
     }

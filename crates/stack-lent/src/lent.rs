@@ -89,6 +89,11 @@ impl Stack for Lent {
         self.try_ask(move |stack, kept| kept.open(stack, key, [domain, kind, protocol]))
     }
 
+    fn resume(&mut self, key: u64, tells: bool) -> Result<Handle, Errno> {
+        self.upper = key >> 32 << 32;
+        self.try_ask(move |stack, kept| kept.resume(stack, key, tells))
+    }
+
     fn close(&mut self, handle: Handle, how: Close) {
         self.tell(move |stack, kept| kept.close(stack, handle, how));
     }

@@ -7,6 +7,7 @@ use netkernel_service::{Close, Limits, Readiness, SocketAddress};
 
 use crate::allowed::Allowed;
 use crate::inbox::{Inbox, lock};
+use crate::left::Remade;
 use crate::link::{Link, Side};
 use crate::pairs::{Pairs, Serial, Slot};
 use crate::post::Post;
@@ -24,6 +25,7 @@ pub struct Hub {
     listeners: Mutex<Listeners>,
     pub(crate) pairs: Pairs,
     pub(crate) post: Post,
+    pub(crate) remade: Remade,
 }
 
 /// A guest, as the policy sees it.
@@ -95,11 +97,11 @@ pub(crate) struct Listener {
 
 #[derive(Default)]
 pub(crate) struct Queue {
-    backlog: usize,
+    pub backlog: usize,
     closed: bool,
-    waiting: VecDeque<Waiting>,
+    pub waiting: VecDeque<Waiting>,
     /// So many of them, the oldest, are established.
-    established: usize,
+    pub established: usize,
     /// Length at which those whose client left before they were established are taken out.
     tidy_at: usize,
 }

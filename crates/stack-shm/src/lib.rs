@@ -11,6 +11,7 @@
 mod allowed;
 mod hub;
 mod inbox;
+mod left;
 mod link;
 mod pairs;
 mod post;
@@ -18,4 +19,5 @@ mod stack;
 
 pub use allowed::Allowed;
 pub use hub::{Hub, Network};
+pub use left::FORMAT;
 pub use stack::{Settings, ShmStack};

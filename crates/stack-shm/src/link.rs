@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use netkernel_service::{Close, Errno, Paired, Readiness, Received, Segments, Shutdown};
 
 use crate::inbox::{Inbox, lock};
+use crate::left::{LeftEnd, LeftLink, from_text, to_text};
 use crate::pairs::Slot;
 
 /// Pieces up to this size are queued while the queue has room; larger ones wait in the sender's ring for the receiver.
@@ -95,6 +96,41 @@ impl Link {
     pub fn new(inbox: Arc<Inbox>, key: u64, inline: bool, pair: Option<Slot>) -> Link {
         let client = End { inbox: Some((inbox, key)), wants_read: true, inline, ..End::default() };
         Link { state: Mutex::new(State { established: false, client, server: End::default() }), pair }
+    }
+
+    /// As it is; nobody may change it any more.
+    pub fn written(self: &Arc<Link>) -> LeftLink {
+        let state = lock(&self.state);
+        LeftLink {
+            id: Arc::as_ptr(self) as u64,
+            established: state.established,
+            ends: [state.client.written(), state.server.written()],
+            pair: self.pair.as_ref().map(|pair| (pair.memory(), pair.index())),
+        }
+    }
+
+    /// As another program left it. Its ends are attached by those whose they are.
+    pub fn remake(left: &LeftLink, pair: Option<Slot>) -> Link {
+        let [client, server] = left.ends.each_ref().map(End::of);
+        Link { state: Mutex::new(State { established: left.established, client, server }), pair }
+    }
+
+    /// Somebody has this end, and looks at everything.
+    pub fn attach(&self, side: Side, inbox: Arc<Inbox>, key: u64) {
+        let mut state = lock(&self.state);
+        let me = state.ends(side).0;
+        me.inbox = Some((inbox, key));
+        let mut all = Readiness::READ | Readiness::WRITE;
+        if me.fin {
+            all = all | Readiness::END;
+        }
+        if me.error.is_some() {
+            all = all | Readiness::ERROR;
+        }
+        if me.urgent.is_some() {
+            all = all | Readiness::URGENT;
+        }
+        me.report(all);
     }
 
     pub fn is_pair(&self) -> bool {
@@ -381,6 +417,45 @@ impl State {
 }
 
 impl End {
+    fn written(&self) -> LeftEnd {
+        LeftEnd {
+            queue: to_text(self.queue.iter().copied()),
+            taken: self.taken,
+            received: self.received,
+            urgent: self.urgent.as_ref().map(|urgent| (urgent.at, urgent.byte, urgent.told)),
+            inline: self.inline,
+            fin: self.fin,
+            shut: self.shut,
+            shut_read: self.shut_read,
+            over: self.over,
+            error: self.error.map(|errno| errno.0),
+            closed: self.closed,
+            wants_read: self.wants_read,
+            wants_write: self.wants_write,
+        }
+    }
+
+    /// What its peer offered is offered again.
+    fn of(left: &LeftEnd) -> End {
+        End {
+            inbox: None,
+            queue: from_text(&left.queue),
+            offer: None,
+            taken: left.taken,
+            received: left.received,
+            urgent: left.urgent.map(|(at, byte, told)| Urgent { at, byte, told }),
+            inline: left.inline,
+            fin: left.fin,
+            shut: left.shut,
+            shut_read: left.shut_read,
+            over: left.over,
+            error: left.error.map(Errno),
+            closed: left.closed,
+            wants_read: left.wants_read,
+            wants_write: left.wants_write,
+        }
+    }
+
     fn report(&self, readiness: Readiness) {
         if let Some((inbox, key)) = &self.inbox {
             inbox.report(*key, readiness);

@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 
 use netkernel_abi::pair::{PairEnd, RING_BYTES, SLOTS};
+use netkernel_service::take_descriptor;
 use netkernel_shm::PairMemory;
+use serde::{Deserialize, Serialize};
 
 use crate::inbox::lock;
 use crate::link::Side;
@@ -32,6 +34,19 @@ struct State {
     /// Kept as long as both guests are there, so that the next connection finds it mapped.
     between: HashMap<(Serial, Serial), Arc<Memory>>,
     by_number: HashMap<u32, Weak<Memory>>,
+    /// Of another program, until the connections that stand in them have come.
+    taken_up: Vec<Arc<Memory>>,
+}
+
+/// A memory, for the program that this process executes next.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct LeftMemory {
+    number: u32,
+    guests: (u64, u64),
+    pub fd: RawFd,
+    free: Vec<u32>,
+    /// Both guests are there.
+    kept: bool,
 }
 
 struct Memory {
@@ -95,6 +110,51 @@ impl Pairs {
             Some(memory) if memory.is_of(guest) => memory.shared.as_fd().try_clone_to_owned().map(Some),
             _ => Ok(None),
         }
+    }
+
+    /// Guests so far, memories so far, and the memories that there are.
+    pub fn written(&self) -> (u64, u32, Vec<LeftMemory>) {
+        let state = lock(&self.state);
+        let memories = state.by_number.values().filter_map(Weak::upgrade).map(|memory| LeftMemory {
+            number: memory.number,
+            guests: (memory.guests.0.0, memory.guests.1.0),
+            fd: memory.shared.as_fd().as_raw_fd(),
+            free: lock(&memory.free).clone(),
+            kept: state.between.contains_key(&memory.guests),
+        });
+        (state.serials, state.numbers, memories.collect())
+    }
+
+    /// Those of another program, with their numbers.
+    pub fn take_up(&self, serials: u64, numbers: u32, memories: Vec<LeftMemory>) {
+        let mut state = lock(&self.state);
+        (state.serials, state.numbers) = (serials, numbers);
+        for left in memories {
+            let shared = take_descriptor(left.fd + 1).map(PairMemory::open);
+            let Some(Ok(shared)) = shared else { continue };
+            let guests = (Serial(left.guests.0), Serial(left.guests.1));
+            let free = Mutex::new(left.free);
+            let memory = Arc::new(Memory { number: left.number, guests, shared, free });
+            state.by_number.insert(left.number, Arc::downgrade(&memory));
+            if left.kept {
+                state.between.insert(guests, Arc::clone(&memory));
+            }
+            state.taken_up.push(memory);
+        }
+    }
+
+    /// A slot that a connection has already.
+    pub fn slot(&self, number: u32, index: u32) -> Option<Slot> {
+        let memory = lock(&self.state).by_number.get(&number)?.upgrade()?;
+        (index < SLOTS).then_some(Slot { memory, index })
+    }
+
+    /// Nobody comes any more for what was taken up.
+    pub fn settle(&self) {
+        let taken_up = std::mem::take(&mut lock(&self.state).taken_up);
+        // Unmapped without the lock.
+        drop(taken_up);
+        lock(&self.state).by_number.retain(|_, memory| memory.strong_count() > 0);
     }
 
     /// The guest is over. What its peers have not read yet stays until they close.

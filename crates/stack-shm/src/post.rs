@@ -23,6 +23,9 @@ const ANY: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr
 /// An address as both families see it, and a port.
 pub(crate) type Place = (IpAddr, u16);
 
+/// Bytes of one mailbox that go along when the program is exchanged.
+const MOST_WRITTEN: usize = 1 << 20;
+
 /// All mailboxes of one hub.
 #[derive(Default)]
 pub(crate) struct Post {
@@ -238,6 +241,34 @@ impl Mailbox {
         self.person.mail.fetch_sub(queue.weight, Relaxed);
         queue.weight = 0;
         queue.letters = VecDeque::new();
+    }
+
+    /// What waits, as far as that is not much, and how many of them go before what the fallback has. The rest is lost, as datagrams are.
+    pub fn written(&self) -> (Vec<(Place, Vec<u8>)>, usize) {
+        let queue = lock(&self.queue);
+        let mut bytes = 0;
+        let few = queue.letters.iter().take_while(|letter| {
+            bytes += letter.data.len() + OVERHEAD;
+            bytes <= MOST_WRITTEN
+        });
+        let letters: Vec<_> = few.map(|letter| (letter.from, letter.data.clone())).collect();
+        let first = queue.first.saturating_sub(queue.taken).min(letters.len() as u64) as usize;
+        (letters, first)
+    }
+
+    /// What waited for one that is no more, and how many of them go first.
+    pub fn resume(&self, letters: Vec<(Place, Vec<u8>)>, first: usize) {
+        let mut queue = lock(&self.queue);
+        for (from, data) in letters {
+            let weight = data.len() + OVERHEAD;
+            if !self.charge(weight) {
+                break;
+            }
+            queue.letters.push_back(Letter { from, data });
+            queue.weight += weight;
+            queue.put += 1;
+        }
+        queue.first = queue.put.min(first as u64);
     }
 
     /// How many came, and how many there was no room for.

@@ -8,12 +8,13 @@ use std::sync::Arc;
 
 use netkernel_service::{
     Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, RELAYED, Readiness, Ready,
-    Received, ReceivedDatagram, Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
+    Received, ReceivedDatagram, Remains, Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram,
 };
 
 use crate::allowed::Allowed;
 use crate::hub::{Hub, Listener, NOBODY, Network, Person, Waiting, canonical, destination, of_domain};
 use crate::inbox::Inbox;
+use crate::left::LeftSockets;
 use crate::link::{Link, Side};
 use datagram::Mail;
 
@@ -39,57 +40,58 @@ pub struct Settings {
 
 /// Joins guests in memory; everything else is the fallback's.
 pub struct ShmStack {
-    fallback: Box<dyn Stack>,
-    hub: Arc<Hub>,
+    pub(crate) fallback: Box<dyn Stack>,
+    pub(crate) hub: Arc<Hub>,
     settings: Settings,
-    inbox: Arc<Inbox>,
+    pub(crate) inbox: Arc<Inbox>,
     /// Readable when the fallback or the inbox is.
     wake: Option<OwnedFd>,
-    sockets: Vec<Option<Socket>>,
+    pub(crate) sockets: Vec<Option<Socket>>,
     free: Vec<u32>,
     /// By the upper half of the keys.
-    people: Vec<Person>,
+    pub(crate) people: Vec<Person>,
     /// Datagram sockets by their keys.
-    by_key: HashMap<u64, u32>,
+    pub(crate) by_key: HashMap<u64, u32>,
     /// Until when it is known of an address where a datagram to it comes from (`None`: it is not the host's).
     addresses: HashMap<IpAddr, (u64, Option<IpAddr>)>,
     most_addresses: usize,
     /// How many addresses guests had asked for, until when.
     asked: HashMap<u32, (u64, u32)>,
+    pub(crate) left: LeftSockets,
     turns: u32,
     /// Accept from the fallback first, the next time.
     fallback_first: bool,
 }
 
-struct Socket {
-    key: u64,
-    domain: i32,
-    kind: i32,
-    protocol: i32,
+pub(crate) struct Socket {
+    pub key: u64,
+    pub domain: i32,
+    pub kind: i32,
+    pub protocol: i32,
     /// The fallback's socket; accepted ones get it when it is needed.
-    shadow: Option<Handle>,
+    pub shadow: Option<Handle>,
     /// Set so far: for shadows that are made later, and inherited by accepted sockets.
-    options: Vec<(i32, i32, Vec<u8>)>,
-    joined: Option<Joined>,
-    listener: Option<Arc<Listener>>,
+    pub options: Vec<(i32, i32, Vec<u8>)>,
+    pub joined: Option<Joined>,
+    pub listener: Option<Arc<Listener>>,
     /// It came from another stack: what was set so far is not known, and it is never joined.
-    adopted: bool,
+    pub adopted: bool,
     /// Of a link that was dissolved.
-    error: Option<Errno>,
-    way: Option<String>,
+    pub error: Option<Errno>,
+    pub way: Option<String>,
     /// Of a datagram socket.
-    mail: Option<Box<Mail>>,
+    pub mail: Option<Box<Mail>>,
 }
 
-struct Joined {
-    link: Arc<Link>,
-    side: Side,
-    local: SocketAddress,
-    peer: SocketAddress,
+pub(crate) struct Joined {
+    pub link: Arc<Link>,
+    pub side: Side,
+    pub local: SocketAddress,
+    pub peer: SocketAddress,
     /// The shadow was bound for this connection.
-    bound_here: bool,
+    pub bound_here: bool,
     /// Nobody was told so far that the connect has ended.
-    connecting: bool,
+    pub connecting: bool,
 }
 
 impl ShmStack {
@@ -114,6 +116,7 @@ impl ShmStack {
             addresses: HashMap::new(),
             most_addresses: 0,
             asked: HashMap::new(),
+            left: LeftSockets::default(),
             turns: 0,
             fallback_first: false,
         })
@@ -127,7 +130,7 @@ impl ShmStack {
         self.sockets.get(handle.0 as usize)?.as_ref()?.joined.as_ref()
     }
 
-    fn insert(&mut self, socket: Socket) -> Handle {
+    pub(crate) fn insert(&mut self, socket: Socket) -> Handle {
         match self.free.pop() {
             Some(index) => {
                 self.sockets[index as usize] = Some(socket);
@@ -298,6 +301,46 @@ impl ShmStack {
         true
     }
 
+    /// What the hub is to know of a socket that listens. `None`: nothing.
+    pub(crate) fn make_listener(&mut self, handle: Handle) -> Result<Option<Arc<Listener>>, Errno> {
+        let shadow = self.shadow(handle)?;
+        let socket = self.socket(handle)?;
+        let (key, domain) = (socket.key, socket.domain);
+        let person = self.person(key);
+        if person.owner == NOBODY {
+            return Ok(None);
+        }
+        let Some((address, port)) = canonical(&self.fallback.local_name(shadow)?) else { return Ok(None) };
+        let mut only = [0; 4];
+        let v6only = domain == libc::AF_INET6
+            && self.fallback.option(shadow, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &mut only).is_ok()
+            && only != [0; 4];
+        let listener = Arc::new(Listener {
+            network: self.settings.network,
+            address,
+            port,
+            both_families: domain == libc::AF_INET6 && address.is_unspecified() && !v6only,
+            person,
+            allowed: Arc::clone(&self.settings.allowed),
+            pair: self.settings.pair,
+            guest: (key >> 32) as u32,
+            inbox: Arc::clone(&self.inbox),
+            key,
+            queue: Default::default(),
+        });
+        Ok(Some(listener))
+    }
+
+    /// Others find the listener from now on.
+    pub(crate) fn publish(&mut self, handle: Handle, listener: Arc<Listener>) {
+        self.hub.add(Arc::clone(&listener));
+        if let Ok(socket) = self.socket(handle) {
+            socket.listener = Some(listener);
+            socket.way =
+                Some("guests that may are joined with in memory, all others by the fallback stack".into());
+        }
+    }
+
     fn accept_in_memory(&mut self, listener: Handle, key: u64) -> Result<Accepted, Errno> {
         let socket = self.socket(listener)?;
         let waiting = socket.listener.as_ref().and_then(|listener| listener.take()).ok_or(Errno::AGAIN)?;
@@ -428,35 +471,10 @@ impl Stack for ShmStack {
             socket.way = Some("by the fallback stack: TCP_DEFER_ACCEPT".into());
             return Ok(());
         }
-        let (key, domain) = (socket.key, socket.domain);
-        let person = self.person(key);
-        if person.owner == NOBODY {
-            return Ok(());
+        if let Some(listener) = self.make_listener(handle)? {
+            listener.set_backlog(backlog);
+            self.publish(handle, listener);
         }
-        let Some((address, port)) = canonical(&self.fallback.local_name(shadow)?) else { return Ok(()) };
-        let mut only = [0; 4];
-        let v6only = domain == libc::AF_INET6
-            && self.fallback.option(shadow, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &mut only).is_ok()
-            && only != [0; 4];
-        let listener = Arc::new(Listener {
-            network: self.settings.network,
-            address,
-            port,
-            both_families: domain == libc::AF_INET6 && address.is_unspecified() && !v6only,
-            person,
-            allowed: Arc::clone(&self.settings.allowed),
-            pair: self.settings.pair,
-            guest: (key >> 32) as u32,
-            inbox: Arc::clone(&self.inbox),
-            key,
-            queue: Default::default(),
-        });
-        listener.set_backlog(backlog);
-        self.hub.add(Arc::clone(&listener));
-        let socket = self.socket(handle)?;
-        socket.listener = Some(listener);
-        socket.way =
-            Some("guests that may are joined with in memory, all others by the fallback stack".into());
         Ok(())
     }
 
@@ -809,6 +827,7 @@ impl Stack for ShmStack {
     }
 
     fn guest_over(&mut self, guest: u32) {
+        self.drop_left(guest);
         if let Some(person) = self.people.get_mut(guest as usize) {
             let person = std::mem::replace(person, Person::unknown());
             self.hub.pairs.over(person.serial);
@@ -826,6 +845,18 @@ impl Stack for ShmStack {
         if let Some(joined) = self.joined(handle) {
             joined.link.wake_peer(joined.side, urgent);
         }
+    }
+
+    fn leave(&mut self, guest: u32) -> Option<Box<dyn Remains>> {
+        self.remains(guest)
+    }
+
+    fn take_up(&mut self, guest: u32, left: &str) {
+        self.take_up_guest(guest, left);
+    }
+
+    fn resume(&mut self, key: u64, tells: bool) -> Result<Handle, Errno> {
+        self.resume_socket(key, tells)
     }
 
     fn pair_memory(&mut self, guest: u32, number: u32) -> Option<OwnedFd> {

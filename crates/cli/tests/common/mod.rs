@@ -4,6 +4,7 @@
 pub mod namespace;
 pub mod python;
 pub mod screen;
+pub mod streams;
 pub mod tenants;
 
 use std::io::{BufRead as _, BufReader, Read, Write as _};

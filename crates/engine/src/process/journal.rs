@@ -108,6 +108,18 @@ pub struct Left {
     pub kept: Option<OwnedFd>,
     /// It comes from another switch thread of this process.
     pub departed: Option<Box<Departed>>,
+    pub of_stack: OfStack,
+}
+
+/// What of a guest's sockets stood in its stack only, in a program before this one.
+#[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct OfStack {
+    /// For its stack; `None`: nothing.
+    pub left: Option<String>,
+    /// That the text names.
+    pub descriptors: Vec<RawFd>,
+    /// What was counted of its pairs.
+    pub counted: Vec<(u32, u64, u64)>,
 }
 
 impl Root {
@@ -256,6 +268,7 @@ impl Root {
                         journal,
                         kept: None,
                         departed: None,
+                        of_stack: OfStack::default(),
                     });
                 }
                 Err(_) => slot.used = 0,
@@ -309,6 +322,8 @@ pub struct AgentNote {
     pub listener: i32,
     /// Where the number of the call stands that was received last.
     pub last: i32,
+    /// What its relay stands still with.
+    pub relay: i32,
     /// Of the guest's message.
     pub arguments: [u32; 3],
 }
@@ -327,7 +342,7 @@ impl GuestJournal {
     }
 
     /// By a number that stays somebody else's.
-    fn reopen(memory: RawFd, limits: Limits) -> io::Result<GuestJournal> {
+    pub fn reopen(memory: RawFd, limits: Limits) -> io::Result<GuestJournal> {
         // SAFETY: a number that is not open is an error of the call that copies it; the borrow ends with this statement.
         let copy = unsafe { std::os::fd::BorrowedFd::borrow_raw(memory.max(0)) }.try_clone_to_owned()?;
         GuestJournal::open(copy, limits)
@@ -338,7 +353,7 @@ impl GuestJournal {
         let mut all = Service::journal_descriptors(&self.memory, limits);
         let processes = self.processes.iter().map(|process| process[1] as i32);
         let lists = [&self.channels, &self.bells, &self.ends];
-        all.extend(self.agent.iter().flat_map(|agent| [agent.listener - 1, agent.last - 1]));
+        all.extend(self.agent.iter().flat_map(|agent| [agent.listener - 1, agent.last - 1, agent.relay - 1]));
         all.extend(lists.into_iter().flat_map(|list| list.iter().copied()).chain(processes).map(|n| n - 1));
         all
     }

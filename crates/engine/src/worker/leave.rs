@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use netkernel_agent::Counters;
-use netkernel_service::{Stages, Violation};
+use netkernel_service::{Remains, Stages, Violation};
 
 use super::{Bell, End, Guest, Process, Source, Worker, note, stages, vacancy};
 use crate::EngineError;
 use crate::handed::Handed;
-use crate::process::journal::{AgentNote, GuestJournal, Left};
+use crate::process::journal::{AgentNote, GuestJournal, Left, OfStack};
 use crate::process::wire::NewGuest;
 
 /// A guest as it is written down.
@@ -23,6 +23,12 @@ pub(crate) struct Leaving {
     pub journal: GuestJournal,
     /// Its ends that the keeper has.
     pub kept: Option<OwnedFd>,
+    /// What its agent did is not in the journal: it may not stand still yet.
+    pub agent: Option<Arc<Counters>>,
+    /// What its stack has of it, to be written when all threads stand still.
+    pub remains: Option<Box<dyn Remains>>,
+    /// What was counted of its pairs.
+    pub counted: Vec<(u32, u64, u64)>,
 }
 
 /// What a guest has in this process only, on the way to another switch thread.
@@ -57,20 +63,31 @@ impl Worker {
         self.keeper_reports();
         self.close_hung(true);
         let mut all = Vec::new();
-        for (guest, kept) in self.guests.iter().zip(kept) {
+        for (slot, (guest, kept)) in self.guests.iter_mut().zip(kept).enumerate() {
             let Some(guest) = guest else { continue };
+            let mut remains = None;
+            if let Some(module) = &mut self.modules[guest.nsm] {
+                // Its relay stands still.
+                let lenders = guest.lenders.iter_mut().filter(|(nsm, _)| *nsm == guest.nsm);
+                lenders.for_each(|(_, lender)| lender.serve_all(&mut *module.stack));
+                guest.service.count(&mut *module.stack);
+                remains = module.stack.leave(slot as u32);
+            }
             let mut journal = written_down(guest)?;
             if let Some((listener, last)) = &guest.agent_kept {
                 journal.agent[0] = AgentNote {
                     listener: listener.as_raw_fd() + 1,
                     last: last.as_raw_fd() + 1,
                     arguments: guest.agent_arguments,
+                    ..AgentNote::default()
                 };
             }
-            journal.carried[0] = super::besides(guest);
+            journal.carried[0] = super::without_agent(guest);
             let limits = guest.service.region().layout().limits;
             let descriptors = (guest.service.region().fd(), guest.doorbell.as_raw_fd());
-            all.push(Leaving { id: guest.id, limits, descriptors, journal, kept });
+            let agent = guest.agent.clone();
+            let counted = guest.service.counted_pairs();
+            all.push(Leaving { id: guest.id, limits, descriptors, journal, kept, agent, remains, counted });
         }
         Ok(all)
     }
@@ -182,6 +199,7 @@ impl Worker {
             journal,
             kept,
             departed: Some(Box::new(departed)),
+            of_stack: OfStack::default(),
         }))
     }
 

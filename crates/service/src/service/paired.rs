@@ -13,7 +13,7 @@ use netkernel_abi::SocketEntry;
 use netkernel_abi::nqe::flag;
 use netkernel_abi::socket::state;
 
-use super::{Core, Cx, IN, OUT, PRI, RDHUP, Sock, Violation, bit::PAIRED};
+use super::{Core, Cx, IN, OUT, PRI, RDHUP, Service, Sock, Violation, bit::PAIRED};
 use crate::stack::{Handle, Readiness, Stack};
 
 /// A guest can say what it likes, of its own tenant; sums must not run over.
@@ -33,6 +33,20 @@ pub(super) fn begin(stack: &mut dyn Stack, entry: &SocketEntry, sock: &mut Sock)
     entry.rx_offset.store(paired.memory, Relaxed);
     entry.tx_offset.store(paired.slot << 1 | paired.end & 1, Relaxed);
     true
+}
+
+impl Service {
+    /// What of each pair's payload stands in the totals, by socket: the guests go on while the engine's program is exchanged.
+    pub fn counted_pairs(&self) -> Vec<(u32, u64, u64)> {
+        self.core.counted.0.iter().map(|(id, (bytes_in, bytes_out))| (*id, *bytes_in, *bytes_out)).collect()
+    }
+
+    pub fn resume_counts(&mut self, counted: &[(u32, u64, u64)]) {
+        self.core
+            .counted
+            .0
+            .extend(counted.iter().map(|&(id, bytes_in, bytes_out)| (id, (bytes_in, bytes_out))));
+    }
 }
 
 impl Core {

@@ -153,6 +153,7 @@ impl Core {
         for id in ids {
             let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { continue };
             self.sockets += 1;
+            let mut paired = sock.bits & PAIRED != 0;
             sock.bits &= !(QUEUED | STARVED | THROTTLED | PAIRED | TX_BLOCKED | RX_STALLED);
             sock.bits |= RX_READY;
             sock.used_at = self.sweeps;
@@ -164,17 +165,25 @@ impl Core {
                 // Programs have it; this process does not touch it any more.
                 sock.fd = 0;
                 drop(take_descriptor(fd));
+            } else if fd == super::FLEETING
+                && let Ok(handle) = cx.stack.resume(key(self.guest, id), tells)
+            {
+                sock.handle = handle;
             } else if let Some(fd) = take_descriptor(fd)
                 && let Ok(handle) = cx.stack.adopt(key(self.guest, id), fd, tells)
             {
                 sock.handle = handle;
             }
+            paired = paired && super::paired::begin(cx.stack, entry, sock);
+            self.has_pairs |= paired;
             // A guest that wrote here only hurt itself; one that did not finds what was not published yet.
             entry.generation.store(sock.generation, Relaxed);
-            entry.rx_offset.store((sock.rx.offset() / 64) as u32, Relaxed);
-            entry.rx_base.store(sock.rx_base, Relaxed);
-            entry.rx_size.store(sock.rx.size(), Relaxed);
-            publish_tx(entry, sock.tx);
+            if !paired {
+                entry.rx_offset.store((sock.rx.offset() / 64) as u32, Relaxed);
+                entry.rx_base.store(sock.rx_base, Relaxed);
+                entry.rx_size.store(sock.rx.size(), Relaxed);
+                publish_tx(entry, sock.tx);
+            }
             entry.rx_stalled.store(0, Relaxed);
             // An element that said so may have been taken.
             entry.tx_pending.store(0, SeqCst);
@@ -186,15 +195,17 @@ impl Core {
             }
             let gone = fd != 0 && sock.handle == Handle::NONE;
             if gone || !exact && sock.kind == Kind::Stream && !self.settle(cx, id) {
+                let mut errno = libc::ECONNRESET;
                 if let Some(sock) = self.socks.get_mut(id) {
                     sock.fd = 0;
                     let handle = std::mem::replace(&mut sock.handle, Handle::NONE);
                     if handle != Handle::NONE {
                         cx.stack.close(handle, Close::Abort);
                     }
-                    sock.error = libc::ECONNRESET;
+                    errno = if sock.kind == Kind::Listener { libc::ENETDOWN } else { errno };
+                    sock.error = errno;
                 }
-                self.fail(cx, id, libc::ECONNRESET)?;
+                self.fail(cx, id, errno)?;
             }
             self.events.wake(id, u32::MAX);
             self.enqueue(id);

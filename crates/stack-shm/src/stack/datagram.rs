@@ -10,6 +10,7 @@ use std::sync::Weak;
 use netkernel_service::now_ns;
 
 use super::*;
+use crate::left::LeftMail;
 use crate::post::{Mailbox, Name, Place, Put, Queue};
 
 /// For so long it is believed that an address is, or is not, the host's.
@@ -29,7 +30,7 @@ const LONGEST_V6: usize = 65527;
 type Reason = Cow<'static, str>;
 
 /// What a datagram socket has beside its shadow.
-pub(super) struct Mail {
+pub(crate) struct Mail {
     hub: Arc<Hub>,
     mailbox: Arc<Mailbox>,
     /// Under which the hub knows the mailbox.
@@ -141,13 +142,43 @@ enum Meaning {
     Both,
 }
 
+impl Mail {
+    pub(crate) fn mailbox(&self) -> Arc<Mailbox> {
+        Arc::clone(&self.mailbox)
+    }
+
+    /// What the next program is told, but for what waits: others may put something in still.
+    pub(crate) fn left(&self) -> LeftMail {
+        let text = |why: &Option<Reason>| why.as_ref().map(|why| why.to_string());
+        LeftMail {
+            sends: text(&self.sends),
+            comes: text(&self.comes),
+            was_anywhere: self.was_anywhere,
+            sent: self.sent,
+            ..LeftMail::default()
+        }
+    }
+}
+
 impl ShmStack {
+    /// Goes on with what another program left; the socket is there.
+    pub(crate) fn resume_mail(&mut self, handle: Handle, left: LeftMail) {
+        let Some(mail) = self.mail(handle) else { return };
+        mail.sends = left.sends.map(Cow::Owned);
+        mail.comes = left.comes.map(Cow::Owned);
+        (mail.was_anywhere, mail.sent) = (left.was_anywhere, left.sent);
+        mail.mailbox.resume(left.letters, left.first);
+        let key = mail.mailbox.key;
+        self.by_key.insert(key, handle.0);
+        self.mail_named(handle);
+    }
+
     fn mail(&mut self, handle: Handle) -> Option<&mut Mail> {
         self.sockets.get_mut(handle.0 as usize)?.as_mut()?.mail.as_deref_mut()
     }
 
     /// For a new datagram socket.
-    pub(super) fn new_mail(&mut self, key: u64) -> Box<Mail> {
+    pub(crate) fn new_mail(&mut self, key: u64) -> Box<Mail> {
         let person = self.person(key);
         let unknown = (person.owner == NOBODY).then_some(Cow::Borrowed("whose guest this is, is not known"));
         let mailbox = Arc::new(Mailbox {
