@@ -322,7 +322,6 @@ impl Engine {
         let registry = lock(&shared.registry);
         let mut keep = Vec::new();
         let mut guests = Vec::new();
-        keep.extend(relays.descriptors());
         for one in &mut leaving {
             let Some(known) = registry.guests.get(&one.id) else { continue };
             relays.note(one, &known.name, lose)?;
@@ -339,6 +338,7 @@ impl Engine {
             };
             guests.push(written);
         }
+        keep.extend(relays.descriptors());
         let apart = |(_, guest): &(&u32, &Registered)| guest.worker >= shared.workers.len();
         for (id, known) in registry.guests.iter().filter(apart) {
             let descriptors = (known.region.as_raw_fd(), known.doorbell.as_raw_fd());

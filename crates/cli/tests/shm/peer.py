@@ -84,9 +84,9 @@ def asker(port):
 
 def hostile(port):
     s = socket.create_connection(("127.0.0.1", int(port)))
-    s.settimeout(0.01)
     s.sendall(b"hello")
     assert s.recv(5) == b"hello"
+    s.settimeout(0.01)
     with open("/proc/self/maps") as maps:
         line = next(line for line in maps if "netkernel-pair" in line)
     begin = int(line.split("-")[0], 16)

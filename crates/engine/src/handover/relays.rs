@@ -16,6 +16,8 @@ use crate::{Engine, EngineError};
 #[derive(Default)]
 pub(super) struct Relays {
     still: HashMap<u32, Still>,
+    /// Those that stand in their guests' journals.
+    noted: Vec<u32>,
     /// Guests whose relays did not stop and are lost, and why.
     pub lost: HashMap<u32, String>,
 }
@@ -95,11 +97,13 @@ impl Relays {
             return self.give_up(one.id, name, "there was no descriptor to pass its calls on with", lose);
         }
         note.relay = still.left.memory.as_raw_fd() + 1;
+        self.noted.push(one.id);
         Ok(())
     }
 
-    /// What the next program must find open, besides what journals name.
+    /// What the next program must find open, besides what journals name. Nobody there would close the others.
     pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
-        self.still.values().flat_map(|still| still.left.descriptors.iter().copied())
+        let noted = self.noted.iter().filter_map(|id| self.still.get(id));
+        noted.flat_map(|still| still.left.descriptors.iter().copied())
     }
 }
