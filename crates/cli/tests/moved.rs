@@ -623,7 +623,7 @@ fn moved_guests_outlive_an_exchange_of_the_engines_program() {
     let mut joined = Python::start_with(&place, &["--stack", "memory"]);
     assert_eq!(joined.run(CONNECTED), "1");
     assert_eq!(moves(&place, "2", "cubic"), (1, stays(&[("memory", 2)])));
-    place.run(&["restart"]).fails(125, &["guest 2", "sockets of it stayed on a stack that it was on before"]);
+    place.run(&["restart"]).fails(125, &["guest 2", "sockets that stayed on a stack that it was on before"]);
     assert_eq!(joined.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
     assert_eq!(joined.run("c.close(); a.close(); say(1)"), "1");
     common::until("the stack of before is left", || place.run(&["restart"]).code == Some(0));

@@ -252,7 +252,7 @@ impl Engine {
                 // It does not even notice.
                 continue;
             } else if guest.has_elders() {
-                "sockets of it, which stayed on a stack that it was on before".into()
+                "sockets that stayed on a stack that it was on before".into()
             } else if !shared.config.kinds.lasts(&nsm) || !relays::can_go_on(shared, guest) {
                 format!("its sockets of stack {}, whose state is in this process", nsm.name)
             } else {
