@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::python::Python;
 use common::streams::{Guest, RIGHT, STREAMS, guests, restarts};
 use common::{Place, until};
 
@@ -193,4 +194,59 @@ t.recv(1, socket.MSG_PEEK); print('up', flush=True); sys.stdin.readline()"
         server.ends();
         engine.end();
     }
+}
+
+/// Datagram sockets stay joined, and what waits in memory, in the guest's ring and behind it, is there afterwards, in order.
+#[test]
+fn datagrams_in_memory_go_on() {
+    let place = Place::new("restart-joined-datagrams");
+    let config = place.file("nk.toml", "[[nsm]]\nname = \"joined\"\nstack = \"shm\"\n");
+    let engine = place.up(&["--config", config.to_str().unwrap()]);
+    let [mut one, mut other] = [0, 1].map(|_| Python::start(&place));
+    let bind = "u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(('127.0.0.1', 0)); say(u.getsockname()[1])";
+    let port = one.run(bind);
+    other.run(bind);
+    other.run(&format!("u.connect(('127.0.0.1', {port})); say(1)"));
+    let explained = || place.run(&["explain"]).out;
+    // Until there is no room any more, in the ring and behind it.
+    let mut sent: u64 = 0;
+    until("there is no room", || {
+        let line =
+            format!("[u.send(n.to_bytes(4, 'big') * 500) for n in range({sent}, {sent} + 100)]; say(1)");
+        other.run(&line);
+        sent += 100;
+        explained().lines().any(|line| line.contains(" dropped)") && !line.contains(" 0 dropped)"))
+    });
+    place.run(&["restart"]).succeeds();
+    // The first ones of those that were sent, and all of these.
+    one.run("u.setblocking(False); got = []; say(1)");
+    let take = "
+while True:
+ try: got.append(u.recv(4000))
+ except BlockingIOError: break
+say(len(got))
+";
+    let take = format!("exec({take:?})");
+    let (mut count, mut same) = (one.run(&take), 0);
+    until("all came", || {
+        let now = one.run(&take);
+        same = if now == count { same + 1 } else { 0 };
+        count = now;
+        same > 3
+    });
+    let whole =
+        "say(all(d == n.to_bytes(4, 'big') * 500 for n, d in enumerate(got)), len(got) * 2000 > 150000)";
+    assert_eq!(one.run(whole), "True True", "{count} of {sent}");
+    // Both ways, by memory as before.
+    other.run("u.settimeout(20); u.send(b'after'); say(1)");
+    assert_eq!(
+        one.run("u.settimeout(20); d, peer = u.recvfrom(9); u.sendto(d + b'!', peer); say(d)"),
+        "b'after'"
+    );
+    assert_eq!(other.run("say(u.recv(9))"), "b'after!'");
+    let explained = explained();
+    assert_eq!(explained.matches("reached in memory").count(), 2, "{explained}");
+    one.ends();
+    other.ends();
+    engine.end();
 }

