@@ -40,9 +40,11 @@ impl Process {
 
     fn start_with(name: &str, mut command: Command, directory: &Path, piped: bool) -> Result<Process> {
         sys::prepare(&mut command);
+        // A program that is named by its path has its files here all the same.
+        let stem = Path::new(name).file_name().map_or_else(|| name.into(), |stem| stem.to_string_lossy());
         let file = |ending: &str| -> Result<(PathBuf, File)> {
             let named = tempfile::Builder::new()
-                .prefix(&format!("{name}."))
+                .prefix(&format!("{stem}."))
                 .suffix(ending)
                 .tempfile_in(directory)
                 .context("no file for a program's output")?;

@@ -1,7 +1,9 @@
 //! The process's view of its guest: region, channel, doorbell, and what of it a fork invalidates.
 
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use core::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+};
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use netkernel_abi::control::{Message, env, kind};
@@ -42,7 +44,12 @@ struct PerProcess {
     lock: AtomicU32,
     liveness: AtomicI32,
     pid: AtomicU32,
+    /// Writers of pairs that proved to be who they are ([`crate::offer`]): number of the memory << 32 | process.
+    proved: [AtomicU64; PROVED],
 }
+
+const PROVED: usize = 64;
+const _: () = assert!(size_of::<PerProcess>() <= 4096);
 
 static PER_PROCESS: AtomicUsize = AtomicUsize::new(0);
 
@@ -72,6 +79,11 @@ pub fn pid() -> u32 {
         }
         pid => pid,
     }
+}
+
+/// Where this process notes who writes to memory `number`. A fork child does not know it.
+pub fn proved(number: u32) -> Option<&'static AtomicU64> {
+    (PER_PROCESS.load(Ordering::Relaxed) != 0).then(|| &per_process().proved[number as usize % PROVED])
 }
 
 impl Guest {

@@ -180,9 +180,10 @@ pub fn comes(pair: &Pair) -> bool {
     word & offer::WITHDRAWN != 0 && offer::left(word) > 0
 }
 
-/// Takes of an offer what the program's buffers have room for; without `take` it stays. The caller holds the readers' lock, and the ring is
+/// Takes of an offer what the program's buffers have room for; without `take` it stays. `over`: the connection is, and
+/// so may be the writer's process. The caller holds the readers' lock, and the ring is
 /// empty. 0: there is nothing to be had in this way.
-pub fn take(pair: &Pair, sink: Option<(Buffers, usize)>, len: usize, take: bool) -> usize {
+pub fn take(pair: &Pair, sink: Option<(Buffers, usize)>, len: usize, take: bool, over: bool) -> usize {
     let (mine, theirs) = (pair.mine, pair.theirs);
     // SYNC: pair-offer
     let word = theirs.offer.load(Ordering::Acquire);
@@ -193,7 +194,7 @@ pub fn take(pair: &Pair, sink: Option<(Buffers, usize)>, len: usize, take: bool)
     let number = offer::number(word);
     mine.copying.store(number, Ordering::Relaxed);
     let copied = match sink {
-        Some((buffers, skip)) if may_read() => copy(theirs, offer::left(word), buffers, skip, n),
+        Some((buffers, skip)) if may_read() => copy(pair, offer::left(word), buffers, skip, n, over),
         _ => 0,
     };
     let still = if take {
@@ -220,10 +221,12 @@ pub fn refuse(pair: &Pair) {
     pair.mine.refuses.store(1, Ordering::SeqCst);
 }
 
-/// Copies from the writer's memory. 0: it cannot be read, or is another process's.
-fn copy(theirs: &PairEnd, left: u32, buffers: Buffers, skip: usize, len: usize) -> usize {
+/// Copies from the writer's memory. 0: it cannot be read, or is another process's. Who proved itself once need not do so again as long as
+/// its connection lives: a second look at its memory takes as long as 8 KiB.
+fn copy(pair: &Pair, left: u32, buffers: Buffers, skip: usize, len: usize, over: bool) -> usize {
+    let theirs = pair.theirs;
     let mut found = 0u64;
-    let proof = libc::iovec { iov_base: (&raw mut found).cast(), iov_len: 8 };
+    let proof = libc::iovec { iov_base: (&raw mut found).cast(), iov_len: size_of::<u64>() };
     let mut local = [proof; 1 + VECTORS];
     let (mut vectors, mut room) = (1, 0);
     walk(buffers, skip, len, |at, n| {
@@ -235,12 +238,25 @@ fn copy(theirs: &PairEnd, left: u32, buffers: Buffers, skip: usize, len: usize) 
     });
     let remote = |at: u64, len: usize| libc::iovec { iov_base: at as *mut libc::c_void, iov_len: len };
     let at = theirs.offer_end.load(Ordering::Relaxed).wrapping_sub(left as u64);
-    let from = [remote(theirs.offer_proof_at.load(Ordering::Relaxed), 8), remote(at, room)];
-    let pid = theirs.offer_pid.load(Ordering::Relaxed) as i32;
-    let got = raw!(libc::SYS_process_vm_readv, pid, local.as_mut_ptr(), vectors, from.as_ptr(), 2, 0);
-    let proved = found != 0 && found == theirs.offer_proof.load(Ordering::Relaxed);
+    let from = [remote(theirs.offer_proof_at.load(Ordering::Relaxed), proof.iov_len), remote(at, room)];
+    let pid = theirs.offer_pid.load(Ordering::Relaxed);
+    let (proved, writer) = (guest::proved(pair.number), (pair.number as u64) << 32 | pid as u64);
+    let known = !over && proved.is_some_and(|proved| proved.load(Ordering::Relaxed) == writer);
+    // Without the proof, what is read of both sides begins behind it.
+    let skipped = usize::from(known);
+    let (local, from) = (&mut local[skipped..vectors], &from[skipped..]);
+    let got =
+        raw!(libc::SYS_process_vm_readv, pid, local.as_mut_ptr(), local.len(), from.as_ptr(), from.len(), 0);
+    let Ok(got) = usize::try_from(got) else { return 0 };
+    if known {
+        return got.min(room);
+    }
     // What did not prove itself may stand in the program's buffer, behind what it is told of.
-    if got <= 8 || !proved { 0 } else { (got as usize - 8).min(room) }
+    if got <= proof.iov_len || found == 0 || found != theirs.offer_proof.load(Ordering::Relaxed) {
+        return 0;
+    }
+    proved.into_iter().for_each(|proved| proved.store(writer, Ordering::Relaxed));
+    (got - proof.iov_len).min(room)
 }
 
 /// Sandboxes of others may end a process for this call.
@@ -305,7 +321,7 @@ mod tests {
     }
 
     fn read(pair: &Pair, into: &mut [u8], taking: bool) -> usize {
-        take(pair, Some((&vector(into), 0)), into.len(), taking)
+        take(pair, Some((&vector(into), 0)), into.len(), taking, false)
     }
 
     /// One write that is offered whatever came before, beside `reader`; what it came to.

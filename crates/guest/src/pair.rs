@@ -48,6 +48,8 @@ pub struct Pair {
     pub mine: &'static PairEnd,
     pub theirs: &'static PairEnd,
     view: PairView<'static>,
+    /// Of the memory.
+    pub number: u32,
     slot: u32,
     end: usize,
 }
@@ -63,7 +65,7 @@ pub fn of(guest: &Guest, entry: &SocketEntry) -> Result<Pair, i32> {
     };
     let (slot, end) = (place / ENDS as u32, place as usize % ENDS);
     match (view.end(slot, end), view.end(slot, 1 - end)) {
-        (Some(mine), Some(theirs)) => Ok(Pair { mine, theirs, view, slot, end }),
+        (Some(mine), Some(theirs)) => Ok(Pair { mine, theirs, view, number, slot, end }),
         _ => Err(libc::ECONNRESET),
     }
 }
@@ -142,7 +144,7 @@ impl Pair {
     /// One end of a connection of a memory that lives as long as the process.
     pub fn of_view(view: PairView<'static>, slot: u32, end: usize) -> Pair {
         let [mine, theirs] = [end, 1 - end].map(|end| view.end(slot, end).unwrap());
-        Pair { mine, theirs, view, slot, end }
+        Pair { mine, theirs, view, number: 0, slot, end }
     }
 }
 
@@ -378,7 +380,8 @@ impl Sock {
         let mut used = pair.theirs.tail.load(Ordering::Acquire).wrapping_sub(head);
         if used == 0 {
             let sink = sink.filter(|_| self.guest.single_copy);
-            return Ok(offer::take(pair, sink, len, !peek));
+            let over = self.state() & (state::RX_END | state::DEAD) != 0;
+            return Ok(offer::take(pair, sink, len, !peek, over));
         }
         if used > RING_BYTES {
             return Err(libc::ECONNRESET);
