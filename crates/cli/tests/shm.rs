@@ -8,56 +8,19 @@ use std::io::Write as _;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::Receiver;
+use std::process::Command;
 use std::time::Duration;
 
-use common::{Place, WATCHDOG, lines, until};
-
-/// A guest on the shared-memory stack; its process tree is killed with the value.
-struct Peer {
-    child: Child,
-    stdin: ChildStdin,
-    lines: Receiver<String>,
-}
+use common::peer::Peer;
+use common::{Place, until};
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/shm/peer.py");
 
-impl Peer {
-    fn start(place: &Place, args: &[&str]) -> Peer {
-        let mut command = place.netkernel(&["run", "--stack", "shm", "--", "python3", SCRIPT]);
-        command.args(args);
-        Peer::of(command)
-    }
-
-    fn of(mut command: Command) -> Peer {
-        command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let lines = lines(child.stdout.take().unwrap());
-        Peer { stdin: child.stdin.take().unwrap(), child, lines }
-    }
-
-    /// What follows `word` in the next line, which begins with it.
-    #[track_caller]
-    fn told(&self, word: &str) -> String {
-        let line = self.lines.recv_timeout(WATCHDOG).expect("the peer says something");
-        let rest = line.strip_prefix(word).unwrap_or_else(|| panic!("{line:?}, not {word}"));
-        rest.trim().to_owned()
-    }
-
-    fn kill(&mut self) {
-        // SAFETY: the group of a child that was not waited for.
-        unsafe { libc::kill(-(self.child.id() as i32), libc::SIGKILL) };
-        let _ = self.child.wait();
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
-            self.kill();
-        }
-    }
+/// A guest on the shared-memory stack.
+fn peer(place: &Place, args: &[&str]) -> Peer {
+    let mut command = place.netkernel(&["run", "--stack", "shm", "--", "python3", SCRIPT]);
+    command.args(args);
+    Peer::of(command)
 }
 
 fn explained(place: &Place) -> String {
@@ -109,9 +72,9 @@ fn killed_peers(name: &str, settings: &str, way: &str) {
     let engine = place.up(&["--config", &shm(&place, settings)]);
     let (mut base, mut outcomes) = ((0, 0), std::collections::BTreeMap::new());
     for round in 0..rounds {
-        let mut server = Peer::start(&place, &["server"]);
+        let mut server = peer(&place, &["server"]);
         let port = server.told("port");
-        let mut client = Peer::start(&place, &["client", &port]);
+        let mut client = peer(&place, &["client", &port]);
         server.told("ready");
         client.told("ready");
         if round == 0 {
@@ -153,9 +116,9 @@ fn what_was_written_before_a_kill_is_read() {
 fn written_before_a_kill(settings: &str) {
     let place = Place::new("shm-written");
     let engine = place.up(&["--config", &shm(&place, settings)]);
-    let mut reader = Peer::start(&place, &["reader"]);
+    let mut reader = peer(&place, &["reader"]);
     let port = reader.told("port");
-    let mut writer = Peer::start(&place, &["writer", &port]);
+    let mut writer = peer(&place, &["writer", &port]);
     reader.told("accepted");
     writer.told("written");
     writer.kill();
@@ -173,8 +136,8 @@ fn guests_are_joined_only_where_the_configuration_says_so() {
         "[[nsm]]\nname = \"shm\"\nstack = \"kernel\"\n[[nsm]]\nname = \"memory\"\nstack = \"kernel\"\nmemory = true\n",
     );
     let engine = place.up(&["--config", config.to_str().unwrap()]);
-    let server = Peer::start(&place, &["server"]);
-    let client = Peer::start(&place, &["client", &server.told("port")]);
+    let server = peer(&place, &["server"]);
+    let client = peer(&place, &["client", &server.told("port")]);
     server.told("ready");
     client.told("ready");
     let explained = explained(&place);
@@ -239,8 +202,8 @@ fn guests_of_a_limited_tenant_share_no_memory() {
         ),
     );
     let engine = place.up(&["--config", config.to_str().unwrap()]);
-    let server = Peer::start(&place, &["server"]);
-    let client = Peer::start(&place, &["client", &server.told("port")]);
+    let server = peer(&place, &["server"]);
+    let client = peer(&place, &["client", &server.told("port")]);
     server.told("ready");
     client.told("ready");
     let explained = explained(&place);
@@ -260,16 +223,16 @@ fn a_guest_that_writes_anything_into_shared_memory_harms_nobody_else() {
 fn harms_nobody_else(settings: &str) {
     let place = Place::new("shm-hostile");
     let engine = place.up(&["--config", &shm(&place, settings)]);
-    let server = Peer::start(&place, &["echo"]);
+    let server = peer(&place, &["echo"]);
     let port = server.told("port");
-    let mut asker = Peer::start(&place, &["asker", &port]);
+    let mut asker = peer(&place, &["asker", &port]);
     let mut ask = |word: &str| {
         writeln!(asker.stdin, "{word}").unwrap();
         assert_eq!(asker.told("got"), word);
     };
     ask("before");
     for round in 0..3 {
-        let hostile = Peer::start(&place, &["hostile", &port]);
+        let hostile = peer(&place, &["hostile", &port]);
         ask(&format!("during{round}"));
         hostile.told("done");
         ask(&format!("after{round}"));

@@ -5,58 +5,17 @@ mod common;
 
 use std::io::Write as _;
 use std::net::UdpSocket;
-use std::os::unix::process::CommandExt as _;
-use std::process::{Child, ChildStdin, Stdio};
-use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
-use common::{Engine, Place, WATCHDOG, lines, until};
+use common::peer::Peer;
+use common::{Engine, Place, WATCHDOG, until};
 
-/// A guest on the shared-memory stack; its process tree is killed with the value.
-struct Peer {
-    child: Child,
-    stdin: ChildStdin,
-    lines: Receiver<String>,
-}
-
-impl Peer {
-    fn start(place: &Place, options: &[&str], args: &[&str]) -> Peer {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/shm/datagrams.py");
-        let mut command = place.netkernel(&["run", "--stack", "shm"]);
-        command.args(options).args(["--", "python3", script]).args(args);
-        command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let lines = lines(child.stdout.take().unwrap());
-        Peer { stdin: child.stdin.take().unwrap(), child, lines }
-    }
-
-    #[track_caller]
-    fn ask(&mut self, word: &str) -> String {
-        writeln!(self.stdin, "{word}").unwrap();
-        self.told("got")
-    }
-
-    /// What follows `word` in the next line, which begins with it.
-    #[track_caller]
-    fn told(&self, word: &str) -> String {
-        let line = self.lines.recv_timeout(WATCHDOG).expect("the peer says something");
-        let rest = line.strip_prefix(word).unwrap_or_else(|| panic!("{line:?}, not {word}"));
-        rest.trim().to_owned()
-    }
-
-    fn kill(&mut self) {
-        // SAFETY: the group of a child that was not waited for.
-        unsafe { libc::kill(-(self.child.id() as i32), libc::SIGKILL) };
-        let _ = self.child.wait();
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
-            self.kill();
-        }
-    }
+/// A guest on the shared-memory stack.
+fn peer(place: &Place, options: &[&str], args: &[&str]) -> Peer {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/shm/datagrams.py");
+    let mut command = place.netkernel(&["run", "--stack", "shm"]);
+    command.args(options).args(["--", "python3", script]).args(args);
+    Peer::of(command)
 }
 
 /// An engine with the stack `shm`, and what else the configuration says.
@@ -88,9 +47,9 @@ fn datagrams_between_guests_go_by_memory() {
     for threads in ["1", "2"] {
         let place = Place::new(&format!("shm-datagrams-{threads}"));
         let engine = up(&place, &format!("[engine]\nswitch_threads = {threads}"));
-        let server = Peer::start(&place, &["--name", "server"], &["echo"]);
+        let server = peer(&place, &["--name", "server"], &["echo"]);
         let port = server.told("port");
-        let mut client = Peer::start(&place, &["--name", "client"], &["asker", &port, "200"]);
+        let mut client = peer(&place, &["--name", "client"], &["asker", &port, "200"]);
         let bytes = client.told("asked");
         datagram_line(&place, "reached in memory (200 sent, 200 received, 0 dropped)");
         // Counted once for each side.
@@ -129,10 +88,10 @@ fn datagrams_between_guests_go_by_memory() {
 fn a_guest_that_does_not_read_datagrams_holds_nobody_up() {
     let place = Place::new("shm-datagrams-full");
     let engine = up(&place, "");
-    let mut silent = Peer::start(&place, &[], &["silent"]);
+    let mut silent = peer(&place, &[], &["silent"]);
     let port = silent.told("port");
     let before = resident_kib(engine.pid());
-    let mut flood = Peer::start(&place, &[], &["flood", &port]);
+    let mut flood = peer(&place, &[], &["flood", &port]);
     flood.told("flooding");
     let lost = || !datagram_line(&place, "(0 sent").contains(" 0 dropped");
     until("some are lost", lost);
@@ -156,14 +115,14 @@ fn datagrams_of_another_tenant_go_by_the_kernel() {
     let place = Place::new("shm-datagrams-tenant");
     let token = place.file("token", "blue-token-of-thirty-two-characters\n").display().to_string();
     let engine = up(&place, &format!("[[tenant]]\nname = \"blue\"\ntoken_file = \"{token}\""));
-    let server = Peer::start(&place, &[], &["echo"]);
+    let server = peer(&place, &[], &["echo"]);
     let port = server.told("port");
-    let blue = Peer::start(&place, &["--tenant-token", &token], &["asker", &port, "50"]);
+    let blue = peer(&place, &["--tenant-token", &token], &["asker", &port, "50"]);
     blue.told("asked");
     let line =
         datagram_line(&place, "so was the last one sent: the receiver's guest belongs to another tenant");
     assert!(line.contains("(0 sent, 0 received, 0 dropped)"), "{line}");
-    let own = Peer::start(&place, &[], &["asker", &port, "50"]);
+    let own = peer(&place, &[], &["asker", &port, "50"]);
     own.told("asked");
     datagram_line(&place, "(50 sent, 50 received, 0 dropped)");
     drop((server, blue, own));
@@ -175,8 +134,8 @@ fn datagrams_of_another_tenant_go_by_the_kernel() {
 fn datagrams_in_memory_are_captured() {
     let place = Place::new("shm-datagrams-captured");
     let engine = up(&place, "");
-    let server = Peer::start(&place, &[], &["echo"]);
-    let mut client = Peer::start(&place, &[], &["asker", &server.told("port"), "10"]);
+    let server = peer(&place, &[], &["echo"]);
+    let mut client = peer(&place, &[], &["asker", &server.told("port"), "10"]);
     client.told("asked");
     let file = place.dir.join("client.pcapng");
     let capture = place.netkernel(&["pcap", "2", "-w", file.to_str().unwrap()]).spawn().unwrap();
@@ -203,8 +162,8 @@ fn datagrams_of_a_limited_tenant_are_limited_in_memory() {
     let tenant = format!("[[tenant]]\nname = \"slow\"\ntoken_file = \"{token}\"\nmax_send = \"8 Mbit/s\"");
     let engine = up(&place, &tenant);
     let token = ["--tenant-token", &token];
-    let silent = Peer::start(&place, &token, &["silent"]);
-    let mut flood = Peer::start(&place, &token, &["flood", &silent.told("port")]);
+    let silent = peer(&place, &token, &["silent"]);
+    let mut flood = peer(&place, &token, &["flood", &silent.told("port")]);
     flood.told("flooding");
     let sent = || {
         let ps = place.run(&["ps", "--json"]).json();

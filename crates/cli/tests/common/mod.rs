@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod namespace;
+pub mod peer;
 pub mod python;
 pub mod screen;
 pub mod streams;
