@@ -26,8 +26,8 @@ pub fn compare(cases: &[String]) -> Result<Tally> {
     if built.failed > 0 {
         return Ok(built);
     }
-    let native = natively(cases)?;
     let mut tally = built;
+    let native = natively(cases, &mut tally)?;
     let runs = [
         ("auto", "cubic", &[EXPECTED][..]),
         ("direct", "cubic", &[EXPECTED]),
@@ -54,27 +54,29 @@ pub fn compare(cases: &[String]) -> Result<Tally> {
 }
 
 /// Runs the program on the plain kernel.
-fn natively(cases: &[String]) -> Result<Cases> {
+fn natively(cases: &[String], tally: &mut Tally) -> Result<Cases> {
     let run = |cases: &[String]| -> Result<Cases> {
         let mut native = Command::new(PROGRAM);
         native.arg("run").args(cases);
         Ok(parse(&capture(native, 10 * MINUTE, false)?.1))
     };
     let mut native = run(cases)?;
-    again(&mut native, |_, seen| !is_good(seen), run)?;
+    tally.told.extend(again(&mut native, "natively", |_, seen| !is_good(seen), run)?);
     Ok(native)
 }
 
 /// How often what is not as it should be is run again.
 const AGAIN: usize = 2;
 
-/// Runs what is not as it should be again, without the rest: what differs then is told as flaky. With this many of them,
-/// no busy machine is the reason.
+/// Runs what is not as it should be again, without the rest: what differs then is told as flaky, and returned. With this
+/// many of them, no busy machine is the reason.
 fn again(
     seen: &mut Cases,
+    how: &str,
     is_wrong: impl Fn(&str, &str) -> bool,
     run: impl Fn(&[String]) -> Result<Cases>,
-) -> Result<()> {
+) -> Result<Vec<String>> {
+    let mut told = Vec::new();
     for _ in 0..AGAIN {
         let wrong: Vec<String> =
             seen.iter().filter(|(name, seen)| is_wrong(name, seen)).map(|(name, _)| name.clone()).collect();
@@ -85,11 +87,12 @@ fn again(
             if let Some(before) = seen.insert(name.clone(), now.clone())
                 && before != now
             {
-                println!("FLAKY  {name}: first {before}, then {now}");
+                told.push(format!("FLAKY  {name} ({how}): first {before}, then {now}"));
             }
         }
     }
-    Ok(())
+    told.iter().for_each(|line| println!("{line}"));
+    Ok(told)
 }
 
 /// Runs the program as a guest and compares.
@@ -102,11 +105,14 @@ fn attached(native: &Cases, expected: &Cases, cases: &[String], attach: &str, st
     let differs = |name: &str, seen: &str| {
         native.get(name).is_some_and(|want| want != seen) && !expected.contains_key(name)
     };
-    again(&mut served, differs, |cases| Ok(parse(&serve(cases, attach, stack)?)))?;
+    let how = format!("--attach {attach} --stack {stack}");
+    let flaky = again(&mut served, &how, differs, |cases| Ok(parse(&serve(cases, attach, stack)?)))?;
     let report = judge(native, &served, expected);
-    println!("--- conformance, --attach {attach} --stack {stack}");
+    println!("--- conformance, {how}");
     report.lines.iter().for_each(|line| println!("{line}"));
-    Ok(report.tally)
+    let bad = report.lines.iter().filter(|line| line.starts_with("DIFFER") || line.starts_with("NATIVE"));
+    let told = flaky.into_iter().chain(bad.map(|line| format!("{line}\n         ({how})"))).collect();
+    Ok(report.tally.and(Tally { told, ..Tally::default() }))
 }
 
 /// Runs cases as a guest.
@@ -256,7 +262,12 @@ mod tests {
         let served = cases("a: ok 1\nb: FAIL y\nc: ok IN\nd: ok\nf: ok");
         let expected = parse_expected("# why\n\nc: the order of events differs\na: was different\n").unwrap();
         let report = judge(&native, &served, &expected);
-        assert_eq!(report.tally, Tally { passed: 1, failed: 4, known: 1 }, "{:#?}", report.lines);
+        assert_eq!(
+            report.tally,
+            Tally { passed: 1, failed: 4, known: 1, told: Vec::new() },
+            "{:#?}",
+            report.lines
+        );
     }
 
     #[test]

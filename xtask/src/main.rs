@@ -91,10 +91,11 @@ fn ci(arguments: &[String]) -> Result<bool> {
         let began = Instant::now();
         let tally = step().unwrap_or_else(|error| {
             println!("{error:#}");
-            Tally::of_one(false)
+            Tally::failure(format!("{error:#}"))
         });
         summary.push(format!("{name:12} {:7.1} s   {tally}", began.elapsed().as_secs_f32()));
         println!("=== {}", summary[summary.len() - 1]);
+        summary.extend(tally.told.iter().map(|line| format!("    {line}")));
         let built = name != "build" || tally.failed == 0;
         total = total.and(tally);
         if !built {
@@ -172,7 +173,7 @@ fn apps(arguments: &[String]) -> Result<Tally> {
     let (status, lines) = step::capture(command, 20 * MINUTE, true)?;
     let mut tally = step::count_last_line(&lines);
     if !status.success() && tally.failed == 0 {
-        tally.failed += 1;
+        tally = tally.and(Tally::failure(format!("apps: {status}")));
     }
     let relay = arguments.windows(2).any(|pair| pair[0] == "--attach" && pair[1] == "relay");
     let mut known = std::fs::read_to_string(KNOWN_FAILURES).context(KNOWN_FAILURES)?;
@@ -193,13 +194,17 @@ fn apps(arguments: &[String]) -> Result<Tally> {
         again.args(["--only", name, "--mode", mode]);
         let (status, _) = step::capture(again, 5 * MINUTE, true)?;
         if status.success() {
-            println!("FLAKY  {name} [{mode}]: failed, and passed when it was run once more, alone");
+            let told = format!("FLAKY  {name} [{mode}]: failed, and passed when it was run once more, alone");
+            println!("{told}");
             tally.failed -= 1;
             tally.passed += 1;
+            tally.told.push(told);
         } else if let Some(reason) = known.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(": ")) {
             println!("KNOWN  {name} [{mode}]: {reason}");
             tally.failed -= 1;
             tally.known += 1;
+        } else {
+            tally.told.push(format!("FAILED {name} [{mode}], and again when it was run once more, alone"));
         }
     }
     Ok(tally)

@@ -11,24 +11,33 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 
 /// What passed and what did not.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     pub passed: u64,
     pub failed: u64,
     /// Differences that are known and explained.
     pub known: u64,
+    /// A line for each failure, and for each flaky success: told again in the end, since a log that was cut has its end.
+    pub told: Vec<String>,
 }
 
 impl Tally {
-    pub fn of_one(passed: bool) -> Tally {
-        Tally { passed: passed.into(), failed: (!passed).into(), known: 0 }
+    pub fn passed(passed: u64) -> Tally {
+        Tally { passed, ..Tally::default() }
     }
 
-    pub fn and(self, other: Tally) -> Tally {
+    /// One failure, and what to say of it.
+    pub fn failure(told: impl Into<String>) -> Tally {
+        Tally { failed: 1, told: vec![told.into()], ..Tally::default() }
+    }
+
+    pub fn and(mut self, other: Tally) -> Tally {
+        self.told.extend(other.told);
         Tally {
             passed: self.passed + other.passed,
             failed: self.failed + other.failed,
             known: self.known + other.known,
+            told: self.told,
         }
     }
 }
@@ -53,7 +62,7 @@ pub fn run(mut command: Command, limit: Duration) -> Result<Tally> {
     let mut child = start(&mut command)?;
     let status = wait(&mut child, limit, &shown)?;
     println!("--- {shown}: {status} after {:.1} s", began.elapsed().as_secs_f32());
-    Ok(Tally::of_one(status.success()))
+    Ok(if status.success() { Tally::passed(1) } else { Tally::failure(format!("{shown}: {status}")) })
 }
 
 /// Runs a command whose output lines tell what passed; a bad exit code alone counts as one failure.
@@ -62,13 +71,12 @@ pub fn run_counted(command: Command, limit: Duration, count: fn(&[String]) -> Ta
     let (status, lines) = capture(command, limit, true)?;
     let mut tally = count(&lines);
     if !status.success() && tally.failed == 0 {
-        println!("--- {shown}: {status}");
-        tally.failed += 1;
+        tally = tally.and(Tally::failure(format!("{shown}: {status}")));
     }
     if tally == Tally::default() {
-        println!("--- {shown}: it does not say what passed");
-        tally.failed += 1;
+        tally = Tally::failure(format!("{shown}: it does not say what passed"));
     }
+    tally.told.iter().for_each(|line| println!("--- {line}"));
     Ok(tally)
 }
 
@@ -136,9 +144,15 @@ fn wait(child: &mut Child, limit: Duration, shown: &str) -> Result<ExitStatus> {
     }
 }
 
-/// Adds up cargo's `test result: ok. 5 passed; 1 failed; ...`.
+/// Adds up cargo's `test result: ok. 5 passed; 1 failed; ...`, and takes what it says of each failure: the line that says
+/// where a test panicked, and its name.
 pub fn count_tests(lines: &[String]) -> Tally {
     let mut tally = Tally::default();
+    let says = |line: &&String| {
+        (line.starts_with("test ") && line.ends_with("... FAILED"))
+            || (line.starts_with("thread '") && line.contains(" panicked at "))
+            || line.starts_with("error: test failed")
+    };
     for line in lines.iter().filter(|l| l.starts_with("test result: ")) {
         let words: Vec<&str> = line.split([' ', ';']).collect();
         for pair in words.windows(2) {
@@ -148,6 +162,9 @@ pub fn count_tests(lines: &[String]) -> Tally {
                 _ => {}
             }
         }
+    }
+    if tally.failed > 0 {
+        tally.told = lines.iter().filter(says).cloned().collect();
     }
     tally
 }
@@ -162,7 +179,7 @@ pub fn count_last_line(lines: &[String]) -> Tally {
         })
     });
     let (passed, failed) = found.unwrap_or_default();
-    Tally { passed, failed, known: 0 }
+    Tally { passed, failed, ..Tally::default() }
 }
 
 #[cfg(test)]
@@ -177,12 +194,22 @@ mod tests {
     fn counts_are_read() {
         let text = "running 2 tests\ntest result: ok. 2 passed; 0 failed; 0 ignored; 0 measured\n\
                     test result: FAILED. 3 passed; 4 failed; 1 ignored; finished in 0.1s";
-        assert_eq!(count_tests(&lines(text)), Tally { passed: 5, failed: 4, known: 0 });
+        assert_eq!(count_tests(&lines(text)), Tally { passed: 5, failed: 4, ..Tally::default() });
         assert_eq!(
             count_last_line(&lines("x\napps: 7 passed, 2 failed, 1 skipped\nbye")),
-            Tally { passed: 7, failed: 2, known: 0 }
+            Tally { passed: 7, failed: 2, ..Tally::default() }
         );
         assert_eq!(count_last_line(&lines("nothing")), Tally::default());
+    }
+
+    #[test]
+    fn failures_are_named() {
+        let text = "test a ... ok\ntest b::c ... FAILED\nthread 'b::c' (7) panicked at x.rs:1:2:\nhello\n\
+                    test result: FAILED. 1 passed; 1 failed; 0 ignored";
+        let told = count_tests(&lines(text)).told;
+        assert_eq!(told, ["test b::c ... FAILED", "thread 'b::c' (7) panicked at x.rs:1:2:"]);
+        let passes = "thread 'b' panicked at x.rs:1:2:\ntest b ... ok\ntest result: ok. 1 passed; 0 failed";
+        assert!(count_tests(&lines(passes)).told.is_empty(), "a test that has to panic is none");
     }
 
     #[test]
