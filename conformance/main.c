@@ -560,6 +560,8 @@ void on_signal(int sig, int flags)
 static void *pinger_main(void *arg)
 {
     struct pinger *p = arg;
+    /* The call that is to be interrupted should wait by then. */
+    nap(20);
     while (!__atomic_load_n(&p->stop, __ATOMIC_SEQ_CST)) {
         pthread_kill(p->target, p->sig);
         nap(5);

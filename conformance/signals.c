@@ -106,7 +106,9 @@ CASE(signal_eintr_connect)
 {
     int q, l = full_listener(&q);
     int s = OK(socket(AF_INET, SOCK_STREAM, 0));
-    INTERRUPTED(try_connect(s, l));
+    union addr to;
+    socklen_t len = name_of(l, &to);
+    INTERRUPTED(connect(s, &to.sa, len));
     /* and it goes on in the background */
     accepted(l);
     EV(wait_ev(s, POLLOUT), POLLOUT);
@@ -407,6 +409,68 @@ CASE(signal_alarm_interrupts_recv)
     t = (struct itimerval){{0, 0}, {0, 0}};
     OK(setitimer(ITIMER_REAL, &t, NULL));
     TRUE(sig_count > 0);
+}
+
+/* Signals as a profiler sends them, or Go's scheduler. */
+static void *storm(void *a)
+{
+    struct pinger *p = a;
+    while (!__atomic_load_n(&p->stop, __ATOMIC_SEQ_CST)) {
+        struct timespec t = {0, 300000};
+        nanosleep(&t, NULL);
+        pthread_kill(p->target, p->sig);
+    }
+    return NULL;
+}
+
+static void storm_start(struct pinger *p, int flags)
+{
+    on_signal(SIGUSR1, flags);
+    *p = (struct pinger){.target = pthread_self(), .sig = SIGUSR1};
+    p->t = thread(storm, p);
+}
+
+CASE(signal_restart_of_everything_short)
+{
+    struct pinger p;
+    storm_start(&p, SA_RESTART);
+    for (int n = 0; n < 50 || sig_count < 50; n++) {
+        int l = listener(AF_INET, 8);
+        union addr to, at;
+        socklen_t len = name_of(l, &to);
+        int s = OK(socket(AF_INET, SOCK_STREAM, 0));
+        union addr any = {.in = {.sin_family = AF_INET, .sin_addr = to.in.sin_addr}};
+        OK(bind(s, &any.sa, sizeof any.in));
+        OK(connect(s, &to.sa, len));
+        int a = accepted(l);
+        name_of(s, &any);
+        len = sizeof at;
+        OK(getpeername(a, &at.sa, &len));
+        EQ(at.in.sin_port, any.in.sin_port);
+        setopt_int(s, IPPROTO_TCP, TCP_NODELAY, 1);
+        OK(shutdown(a, SHUT_WR));
+        hear_eof(s);
+        OK(close(a));
+        OK(close(s));
+        OK(close(l));
+    }
+    pinger_stop(&p);
+}
+
+/* Without SA_RESTART: what does not wait on Linux is not interrupted there. */
+CASE(signal_leaves_short_calls_alone)
+{
+    struct pinger p;
+    int l = listener(AF_INET, 8);
+    storm_start(&p, 0);
+    for (int n = 0; n < 1000 || sig_count < 50; n++) {
+        union addr to;
+        name_of(l, &to);
+        setopt_int(l, SOL_SOCKET, SO_KEEPALIVE, n & 1);
+        EQ(getopt_int(l, SOL_SOCKET, SO_KEEPALIVE), n & 1);
+        OK(listen(l, 8 + (n & 1)));
+    }
+    pinger_stop(&p);
 }
 
 CASE(signal_stop_and_continue)

@@ -451,6 +451,21 @@ CASE(stream_write_after_peer_close)
     hear_eof(s[1]);
 }
 
+/* Nor does that reset hide the end that came in order. */
+CASE(stream_end_stays_before_reset)
+{
+    int s[2];
+    tcp_pair(s);
+    OK(close(s[0]));
+    hear_eof(s[1]);
+    EQ(send(s[1], "x", 1, MSG_NOSIGNAL), 1);
+    wait_all(s[1], POLLERR | POLLHUP);
+    hear_eof(s[1]);
+    EQ(recv(s[1], &(char){0}, 1, MSG_PEEK), 0);
+    EQ(getopt_int(s[1], SOL_SOCKET, SO_ERROR), EPIPE);
+    hear_eof(s[1]);
+}
+
 CASE(stream_epipe_raises_sigpipe)
 {
     int s[2];

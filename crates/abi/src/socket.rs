@@ -42,6 +42,9 @@ pub mod state {
     pub const PAIRED: u32 = 1 << 16;
     /// Nobody will read what this end of a pair writes: [`crate::Op::Peer`] after each write.
     pub const PEER_CLOSED: u32 = 1 << 17;
+    /// The peer's FIN came, before any error: reads go on returning 0, and leave `error` to writes and SO_ERROR (as Linux does
+    /// once SOCK_DONE is set, tcp_recvmsg_locked in net/ipv4/tcp.c).
+    pub const FIN: u32 = 1 << 18;
 }
 
 /// Bits of [`SocketEntry::flags`], written by the guest.

@@ -1053,7 +1053,7 @@ impl Sock {
                     if self.rx_used() > 0 {
                         continue;
                     }
-                    if done > 0 {
+                    if done > 0 || s & state::FIN != 0 {
                         return Ok(done);
                     }
                     let error = self.take_error();

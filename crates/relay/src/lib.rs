@@ -15,6 +15,7 @@
 //! | `datagram` | datagrams, and who sent them |
 //! | `asked` | what a stack says of a socket |
 //! | `left` | a relay that stands still, for the next program of this process |
+//! | `lost` | answers of calls that a signal interrupted |
 //! | `succession` | another stack for new sockets |
 //! | `caller` | memory and descriptors of the thread that asks |
 //!
@@ -28,6 +29,7 @@ mod caller;
 mod calls;
 mod datagram;
 mod left;
+mod lost;
 mod relay;
 mod socket;
 mod stream;

@@ -17,6 +17,7 @@ use crate::asked::ask;
 use crate::bulk::Pipes;
 use crate::caller::Threads;
 use crate::left::Left;
+use crate::lost::LostAnswers;
 use crate::socket::{RelaySocket, Socket, State};
 use crate::succession::{Rules, Succession};
 use crate::sys::{self, Poll};
@@ -184,6 +185,7 @@ pub struct Relay {
     pub(crate) threads: Threads,
     /// By thread: a thread is in one call at a time.
     pub(crate) waiting: HashMap<u32, Waiting>,
+    lost: LostAnswers,
     run: VecDeque<u32>,
     pub(crate) over: VecDeque<(u32, u32)>,
     pub(crate) scratch: Vec<u8>,
@@ -229,6 +231,7 @@ impl Relay {
             ids: HashMap::new(),
             threads: Threads::default(),
             waiting: HashMap::new(),
+            lost: LostAnswers::default(),
             run: VecDeque::new(),
             over: VecDeque::new(),
             scratch: vec![0; CHUNK],
@@ -491,20 +494,28 @@ impl Relay {
             self.start.counters.remember(call.pid);
             // Whatever this thread waited for was interrupted.
             self.forget_waiting(call.pid);
-            let answered = self.dispatch(&call);
+            let answered = match self.lost.take(&call, now_ns()) {
+                Some(answer) => answer.map(Answer::Value),
+                None => self.dispatch(&call),
+            };
             self.answer(&call, answered);
         }
     }
 
     fn answer(&mut self, call: &Notification, answered: Answered) {
         let listener = &self.start.listener;
-        // An answer that fails: nobody waits for it any more.
-        let _ = match answered {
-            Ok(Answer::Value(value)) => listener.succeed(call, value),
-            Ok(Answer::Through) => listener.let_through(call),
-            Err(errno) => listener.fail(call, errno.0),
-            Ok(Answer::Done | Answer::Later(..)) => Ok(()),
+        let (sent, answer) = match answered {
+            Ok(Answer::Value(value)) => (listener.succeed(call, value), Ok(value)),
+            Err(errno) => (listener.fail(call, errno.0), Err(errno)),
+            Ok(Answer::Through) => {
+                let _ = listener.let_through(call);
+                return;
+            }
+            Ok(Answer::Done | Answer::Later(..)) => return,
         };
+        if sent.is_err() {
+            self.lost.keep(call, answer, now_ns());
+        }
     }
 
     /// The call is made again when something happens on the socket.

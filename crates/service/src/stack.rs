@@ -172,6 +172,8 @@ pub struct Paired {
     pub end: u32,
     /// Nothing follows what stands in the memory.
     pub ended: bool,
+    /// Since the other end closed or shut down writing, not by an error.
+    pub in_order: bool,
     /// Nobody will read what is written.
     pub peer_closed: bool,
     /// Payload so far, as the guests say.

@@ -152,6 +152,7 @@ impl Link {
             slot: pair.index(),
             end: side.number() as u32,
             ended: me.fin || me.over || me.shut_read,
+            in_order: me.fin && !me.shut_read,
             peer_closed: peer.closed,
             bytes_in: pair.sent(side.other()).saturating_sub(pair.unread(side).into()),
             bytes_out: pair.sent(side),

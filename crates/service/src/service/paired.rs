@@ -73,6 +73,9 @@ impl Core {
                 return Ok(());
             }
             let Some(now) = cx.stack.paired(sock.handle) else { return Ok(()) };
+            if now.in_order {
+                sock.state |= state::FIN;
+            }
             if let Err(errno) = cx.stack.take_error(sock.handle) {
                 return self.fail(cx, id, errno.0);
             }

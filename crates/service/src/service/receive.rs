@@ -135,7 +135,7 @@ impl Core {
                     if sock.state & state::RX_END != 0 {
                         return Ok(());
                     }
-                    sock.state |= state::RX_END;
+                    sock.state |= state::RX_END | fin(sock);
                     entry.state.store(sock.state, Release);
                     let generation = sock.generation;
                     return self.events.raise(region, entry, id, generation, IN | RDHUP, u32::MAX);
@@ -166,6 +166,10 @@ impl Core {
         }
         sock.error = 0;
         entry.error.store(errno as u32, Relaxed);
+        // The kernel's word for RST after FIN, which this thread need not have seen: both may come at the same time.
+        if errno == libc::EPIPE {
+            sock.state |= fin(sock);
+        }
         sock.state = (sock.state & !state::CONNECTING) | state::DEAD | state::RX_END | state::TX_END;
         entry.state.store(sock.state, Release);
         let generation = sock.generation;
@@ -196,4 +200,9 @@ impl Core {
         let generation = sock.generation;
         self.events.raise(cx.region, entry, id, generation, IN | OUT | ERR, u32::MAX)
     }
+}
+
+/// What there is nothing more to read for: the peer's FIN, unless the program itself shut down reading.
+fn fin(sock: &Sock) -> u32 {
+    if sock.bits & SHUT_RD == 0 { state::FIN } else { 0 }
 }
