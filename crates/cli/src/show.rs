@@ -126,15 +126,20 @@ pub fn sockets(args: &SocketsArgs) -> Result<()> {
     print_table(&header, rows)
 }
 
-/// What the engine tells of sockets, in the order of its first mention.
+/// What everybody looks for first.
+const FIRST: [&str; 9] = ["kind", "state", "local", "peer", "stack", "attachment", "process", "pid", "fd"];
+
+/// What the engine tells of sockets.
 fn columns(sockets: &[SocketInfo]) -> Vec<String> {
     let mut columns: Vec<String> = Vec::new();
     for (key, value) in sockets.iter().flat_map(|s: &SocketInfo| Map::iter(&s.details)) {
-        // `explain` has the long story; what is empty for all is left out.
-        if key != "reason" && !value.is_null() && *value != 0 && !columns.contains(key) {
+        // `explain` has the long story, `ss -i` and `--json` what TCP knows; what is empty for all is left out.
+        let told = key != "reason" && !value.is_object() && !value.is_null() && *value != 0;
+        if told && !columns.contains(key) {
             columns.push(key.clone());
         }
     }
+    columns.sort_by_key(|key| FIRST.iter().position(|first| first == key).unwrap_or(FIRST.len()));
     columns
 }
 
@@ -190,4 +195,22 @@ pub(crate) fn print_table(header: &[&str], rows: Vec<Vec<String>>) -> Result<()>
 /// Names come from guests: nothing that a terminal would obey.
 pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_of_sockets_has_what_fits_a_line() {
+        let socket = |details| SocketInfo { guest: 1, id: 2, details };
+        let Value::Object(listener) = serde_json::json!({
+            "congestion_control": "bbr", "kind": "listener", "local": "127.0.0.1:80", "peer": null, "send_queue": 0,
+            "reason": "the program is dynamic", "tcp": { "rtt_us": 3 }, "pid": 7,
+        }) else {
+            unreachable!()
+        };
+        assert_eq!(columns(&[socket(listener)]), ["kind", "local", "pid", "congestion_control"]);
+        assert!(columns(&[]).is_empty());
+    }
 }
