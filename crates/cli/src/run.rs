@@ -200,17 +200,23 @@ fn guest(args: &RunArgs, name: &str) -> Result<(Attached, [OwnedFd; 3], PathBuf)
     if args.private && args.socket.is_some() {
         bail!("--private starts an engine of its own, --socket names one that runs: give one of them");
     }
+    let mut refused = None;
     if !args.private {
         for mut client in locate::find(named.as_deref())? {
             match create(&mut client) {
                 Ok((attached, fds)) => return Ok((attached, fds, client.path().to_owned())),
                 // Somebody else's engine that nobody asked for: a private one does as well.
-                Err(ClientError::Refused(e)) if named.is_none() && e.code == ErrorCode::Permission => {}
+                Err(ClientError::Refused(e)) if named.is_none() && e.code == ErrorCode::Permission => {
+                    refused = Some(format!("the engine at {} refuses: {e}", client.path().display()));
+                }
                 Err(e) => return Err(e.into()),
             }
         }
     }
-    let socket = private::start(args.trace.is_some())?;
+    let socket = private::start(args.trace.is_some()).map_err(|e| match refused {
+        Some(refused) => e.context(refused),
+        None => e,
+    })?;
     let mut client = Client::connect(&socket)?;
     match create(&mut client) {
         Ok((attached, fds)) => Ok((attached, fds, socket)),
