@@ -201,20 +201,13 @@ fn containers_serve_the_host_and_meet_in_memory() {
     let mut stays = stays.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
     until("it goes by memory", || images.place.run(&["explain"]).out.contains("in memory"));
     drop(stays.stdin.take());
-    // SAFETY: signals children that were not waited for; runc passes it on to its container.
-    for child in [&stays, &server] {
-        unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
-    }
     let kill = |name: &str| {
         let mut kill = Command::new("runc");
         kill.arg("--root").arg(images.place.dir.join("runc")).args(["kill", &images.id(name), "KILL"]);
         finish(kill)
     };
-    // The first process of a PID namespace ignores what it has no handler for.
     for (name, child) in [("stays", &mut stays), ("server", &mut server)] {
-        if child.try_wait().unwrap().is_none() {
-            kill(name);
-        }
+        kill(name);
         common::wait(child, name);
     }
     images.nobody_is_left();
