@@ -38,6 +38,16 @@ impl Place {
         path
     }
 
+    /// A program in C.
+    pub fn program(&self, name: &str, source: &str, flags: &[&str]) -> PathBuf {
+        let source = self.file(&format!("{name}.c"), source);
+        let path = self.dir.join(name);
+        let mut command = Command::new("cc");
+        command.arg("-w").args(flags).arg("-o").arg(&path).arg(&source);
+        finish(command).succeeds();
+        path
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.dir.join("engine.sock")
     }
