@@ -30,8 +30,6 @@ mod units;
 mod up;
 mod usage;
 
-use std::io::Write as _;
-
 use clap::Parser as _;
 
 use args::{Cli, Command};
@@ -70,11 +68,7 @@ pub fn main() -> i32 {
             {
                 return 0;
             }
-            if logger::is_json() {
-                log::error!("{error:#}");
-            } else {
-                let _ = writeln!(std::io::stderr(), "netkernel: {error:#}");
-            }
+            logger::fatal(&error);
             error.downcast_ref::<Exit>().map_or(exit::FAILED, |e| e.0)
         }
     }

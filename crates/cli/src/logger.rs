@@ -1,7 +1,11 @@
 //! The log of engines, on standard error: a line of text or a JSON object for each record. `--log-level` and `--log-format`
-//! of `netkernel up`, or `$NETKERNEL_LOG` and `$NETKERNEL_LOG_FORMAT`, which private engines and processes of NSMs read.
+//! of `netkernel up`, or `$NETKERNEL_LOG` and `$NETKERNEL_LOG_FORMAT`, which private engines and processes of NSMs read. Where
+//! standard error is systemd's journal, each line begins with its priority (sd-daemon(3)), which the journal takes off.
 
+use std::fs::File;
 use std::io::Write as _;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
@@ -69,6 +73,8 @@ impl FromStr for Levels {
 struct Logger {
     levels: Levels,
     format: LogFormat,
+    /// What each line begins with.
+    priority: fn(Level) -> &'static str,
 }
 
 static LOGGER: OnceLock<Logger> = OnceLock::new();
@@ -84,12 +90,47 @@ impl Log for Logger {
                 LogFormat::Text => text(record),
                 LogFormat::Json => json(record, Timestamp::now()),
             };
-            // In one write, so that lines of several threads do not mix.
-            let _ = std::io::stderr().write_all(line.as_bytes());
+            say(&format!("{}{line}", (self.priority)(record.level())));
         }
     }
 
     fn flush(&self) {}
+}
+
+/// In one write, so that lines of several threads do not mix. Nobody may read it.
+fn say(line: &str) {
+    let _ = std::io::stderr().write_all(line.as_bytes());
+}
+
+/// Why the command ends, on standard error.
+pub fn fatal(error: &anyhow::Error) {
+    if is_json() {
+        log::error!("{error:#}");
+    } else {
+        say(&format!("{}netkernel: {error:#}\n", priorities()(Level::Error)));
+    }
+}
+
+/// What lines on standard error begin with.
+fn priorities() -> fn(Level) -> &'static str {
+    if is_journal() { journal_priority } else { |_| "" }
+}
+
+/// Whether standard error is the stream to systemd's journal that the environment names (systemd.exec(5)), and nothing else by now.
+fn is_journal() -> bool {
+    let Ok(named) = std::env::var("JOURNAL_STREAM") else { return false };
+    let here = std::io::stderr().as_fd().try_clone_to_owned().and_then(|fd| File::from(fd).metadata());
+    here.is_ok_and(|here| named == format!("{}:{}", here.dev(), here.ino()))
+}
+
+/// Those of syslog(3).
+fn journal_priority(level: Level) -> &'static str {
+    match level {
+        Level::Error => "<3>",
+        Level::Warn => "<4>",
+        Level::Info => "<6>",
+        Level::Debug | Level::Trace => "<7>",
+    }
 }
 
 fn name(level: Level) -> String {
@@ -161,9 +202,10 @@ pub fn start_inherited(level: LevelFilter) {
 
 fn install(levels: Levels, format: LogFormat) {
     let most = levels.most();
-    if log::set_logger(LOGGER.get_or_init(|| Logger { levels, format })).is_ok() {
+    let priority = priorities();
+    if log::set_logger(LOGGER.get_or_init(|| Logger { levels, format, priority })).is_ok() {
         log::set_max_level(most);
-        if format == LogFormat::Json {
+        if format == LogFormat::Json || !priority(Level::Error).is_empty() {
             std::panic::set_hook(Box::new(|panic| {
                 let thread = std::thread::current();
                 log::error!(thread = thread.name().unwrap_or("-"); "{panic}");

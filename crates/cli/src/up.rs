@@ -89,6 +89,7 @@ pub fn up(args: &UpArgs) -> Result<()> {
         if sys::is_readable(signals.as_fd()) || sys::is_readable(engine.stop_requested()) {
             break;
         }
+        let _nobody_comes = (servers.0.close(), servers.1.as_ref().map(Server::close));
         // Comes back only if it fails.
         engine.restart(listening);
     }

@@ -157,15 +157,8 @@ struct Programs {
 
 fn programs(name: &str) -> Programs {
     let place = Place::new(name);
-    let source = place.file("program.c", PROGRAM);
-    let build = |output: &str, flag: &[&str]| {
-        let path = place.dir.join(output);
-        let mut command = Command::new("cc");
-        command.arg("-w").args(flag).arg("-o").arg(&path).arg(&source);
-        finish(command).succeeds();
-        path
-    };
-    let (fixed, dynamic) = (build("static", &["-static"]), build("dynamic", &[]));
+    let fixed = place.program("static", PROGRAM, &["-static"]);
+    let dynamic = place.program("dynamic", PROGRAM, &[]);
     Programs { place, fixed, dynamic }
 }
 

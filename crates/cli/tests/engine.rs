@@ -4,7 +4,7 @@ mod common;
 
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::{UnixDatagram, UnixListener};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use common::{Engine, Place, finish, is_root, until, wait};
 use netkernel_control::{Client, ClientError, ErrorCode, NewGuest};
@@ -140,18 +140,6 @@ fn readiness_is_told_by_descriptor_and_to_the_service_manager() {
     assert_eq!(&text[..n], b"STOPPING=1");
 }
 
-/// The command as another user.
-fn as_nobody(place: &Place, args: &[&str]) -> Command {
-    let netkernel = place.netkernel(args);
-    let mut command = Command::new("setpriv");
-    command
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"])
-        .arg(netkernel.get_program())
-        .args(args);
-    command.envs(netkernel.get_envs().filter_map(|(k, v)| Some((k, v?)))).stdin(Stdio::null());
-    command
-}
-
 #[test]
 fn another_user_may_do_what_the_configuration_says() {
     if !is_root() {
@@ -162,7 +150,7 @@ fn another_user_may_do_what_the_configuration_says() {
     let socket = place.socket();
     let named = ["--socket", socket.to_str().unwrap()];
     let engine = place.up(&[]);
-    let nobody = |args: &[&str]| finish(as_nobody(&place, args));
+    let nobody = |args: &[&str]| finish(place.as_nobody(args));
     if nobody(&["--version"]).code != Some(0) {
         eprintln!("nobody cannot execute the command where it was built");
         return;

@@ -222,11 +222,7 @@ int main(void) {
 "#;
 
 fn static_program(place: &Place) -> std::path::PathBuf {
-    let (source, binary) = (place.file("program.c", PROGRAM), place.dir.join("program"));
-    let mut command = std::process::Command::new("cc");
-    command.args(["-O2", "-static", "-pthread", "-o"]).arg(&binary).arg(&source);
-    common::finish(command).succeeds();
-    binary
+    place.program("program", PROGRAM, &["-O2", "-static", "-pthread"])
 }
 
 #[test]

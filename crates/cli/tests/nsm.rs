@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use common::python::{CONNECTED, Python};
-use common::{Engine, Place, children, until};
+use common::{Engine, Place, children, finish, until};
 
 const PROCESS: &str = "[[nsm]]\nname = \"kernel\"\nform = \"process\"\n";
 
@@ -100,8 +100,8 @@ fn a_process_has_no_privileges_but_those_of_sockets() {
             line.trim_start_matches(':').trim().to_owned()
         };
         assert_eq!((field("NoNewPrivs").as_str(), field("Seccomp").as_str()), ("1", "2"));
-        // NET_BIND_SERVICE 10, NET_ADMIN 12, NET_RAW 13, SYS_PTRACE 19.
-        let allowed = 1u64 << 10 | 1 << 12 | 1 << 13 | 1 << 19;
+        // DAC_READ_SEARCH 2, NET_BIND_SERVICE 10, NET_ADMIN 12, NET_RAW 13, SYS_PTRACE 19.
+        let allowed = 1u64 << 2 | 1 << 10 | 1 << 12 | 1 << 13 | 1 << 19;
         for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
             let has = u64::from_str_radix(&field(set), 16).unwrap();
             assert_eq!(has & !allowed, 0, "{set} of {pid}");
@@ -115,6 +115,30 @@ fn a_process_has_no_privileges_but_those_of_sockets() {
         }
     }
     guest.ends();
+    engine.end();
+}
+
+#[test]
+fn programs_of_other_users_are_served_by_each_attachment() {
+    if !common::is_root() {
+        println!("not run: only root's engine serves others");
+        return;
+    }
+    let place = Place::new("nsm-others");
+    let socket = place.socket();
+    let engine = up_with(&place, &format!("[engine]\nallow_users = [65534]\n{PROCESS}"));
+    if finish(place.as_nobody(&["--version"])).code != Some(0) {
+        println!("not run: nobody cannot execute the command where it was built");
+        return;
+    }
+    let program = "import socket\n\
+                   l = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(l.getsockname())\n\
+                   c.sendall(b'hello'); print(l.accept()[0].recv(5))";
+    for attach in ["queued", "direct", "relay"] {
+        let words = ["run", "--socket", socket.to_str().unwrap(), "--attach", attach, "--"];
+        let done = finish(place.as_nobody(&[&words[..], &["/usr/bin/python3", "-c", program]].concat()));
+        assert_eq!(done.succeeds().out, "b'hello'\n", "{attach}");
+    }
     engine.end();
 }
 

@@ -6,9 +6,9 @@ mod common;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
-use common::{Place, WATCHDOG, finish, wait};
+use common::{Place, WATCHDOG, wait};
 
 const PROGRAM: &str = r#"
 #define _GNU_SOURCE
@@ -235,15 +235,8 @@ struct Launched {
 impl Programs {
     fn new(name: &str) -> Programs {
         let place = Place::new(name);
-        let source = place.file("program.c", PROGRAM);
-        let build = |output: &str, flag: &[&str]| {
-            let path = place.dir.join(output);
-            let mut command = Command::new("cc");
-            command.arg("-w").args(flag).arg("-o").arg(&path).arg(&source);
-            finish(command).succeeds();
-            path
-        };
-        let (fixed, dynamic) = (build("static", &["-static"]), build("dynamic", &[]));
+        let fixed = place.program("static", PROGRAM, &["-static"]);
+        let dynamic = place.program("dynamic", PROGRAM, &[]);
         Programs { place, fixed, dynamic }
     }
 

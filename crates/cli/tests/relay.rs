@@ -19,11 +19,7 @@ struct Program {
 
 fn program(name: &str) -> Program {
     let place = Place::new(&format!("relay-{name}"));
-    let source = place.file("program.c", PROGRAM);
-    let path = place.dir.join("program");
-    let mut command = Command::new("cc");
-    command.args(["-O1", "-w", "-static", "-pthread", "-o"]).arg(&path).arg(&source);
-    finish(command).succeeds();
+    let path = place.program("program", PROGRAM, &["-O1", "-static", "-pthread"]);
     Program { place, path }
 }
 

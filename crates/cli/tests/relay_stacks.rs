@@ -24,12 +24,7 @@ func main() {
 "#;
 
 fn program(place: &Place) -> PathBuf {
-    let source = place.file("program.c", PROGRAM);
-    let path = place.dir.join("program");
-    let mut command = Command::new("cc");
-    command.args(["-O1", "-w", "-static", "-pthread", "-o"]).arg(&path).arg(&source);
-    finish(command).succeeds();
-    path
+    place.program("program", PROGRAM, &["-O1", "-static", "-pthread"])
 }
 
 fn natively(program: &Path, case: &str) -> String {

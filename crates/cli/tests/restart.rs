@@ -4,9 +4,11 @@ mod common;
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use common::streams::{Guest, RIGHT, STREAMS, guests, restarts};
 use common::{Engine, Place, children, finish, until};
+use netkernel_control::Client;
 
 /// Processes of NSMs.
 fn holders(engine: &Engine) -> Vec<i32> {
@@ -258,5 +260,84 @@ fn a_token_is_good_after_a_restart_and_new_guests_are_others() {
     let said = first.line();
     assert!(said.starts_with(RIGHT), "{said}");
     first.ends();
+    engine.end();
+}
+
+/// What SO_LINGER says goes on, and what it means: also of a listener, which those inherit that it accepts.
+#[test]
+fn sockets_linger_as_before() {
+    let place = Place::new("restart-linger");
+    let text = "[[nsm]]\nname = \"kernel\"\n[[nsm]]\nname = \"apart\"\nform = \"process\"\n[[nsm]]\nname = \"joined\"\nstack = \"shm\"\n";
+    let config = place.file("nk.toml", text);
+    let engine = place.up(&["--config", config.to_str().unwrap()]);
+    let program = "
+import socket, struct, sys
+def set(s, on, seconds): s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', on, seconds))
+def linger(s): return struct.unpack('ii', s.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))
+l = socket.create_server(('127.0.0.1', 0)); u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+def pair(): c = socket.create_connection(l.getsockname()); return c, l.accept()[0]
+(zero, zero_peer), (some, some_peer), (none, none_peer) = pair(), pair(), pair()
+set(zero, 1, 0); set(some, 1, 7); set(none, 0, 0); set(u, 1, 5)
+set(l, 1, 0); early, early_peer = pair(); late = socket.create_connection(l.getsockname())
+print('up', flush=True); sys.stdin.readline()
+late_peer = l.accept()[0]; new, new_peer = pair()
+print([linger(s) for s in (zero, some, none, u, l, early, early_peer, late_peer, new_peer)])
+def end(s, peer):
+    s.close()
+    try: return peer.recv(1)
+    except ConnectionResetError: return 'reset'
+print([end(*p) for p in ((zero, zero_peer), (some, some_peer), (none, none_peer), (early_peer, early), (late_peer, late), (new_peer, new))], flush=True)
+sys.stdin.readline()";
+    let guests: Vec<Guest> = ["kernel", "apart", "joined"]
+        .iter()
+        .map(|stack| Guest::start(&place, &["--stack", stack, "--attach", "queued"], program))
+        .collect();
+    guests.iter().for_each(|guest| assert_eq!(guest.line(), "up"));
+    place.run(&["restart"]).succeeds();
+    place.run(&["nsm", "restart", "apart"]).succeeds();
+    for mut guest in guests {
+        guest.tell();
+        let values = "(1, 0), (1, 7), (0, 0), (1, 5), (1, 0), (0, 0), (1, 0), (1, 0), (1, 0)";
+        assert_eq!(guest.line(), format!("[{values}]"));
+        assert_eq!(guest.line(), "['reset', b'', b'', 'reset', 'reset', 'reset']");
+        guest.ends();
+    }
+    engine.end();
+}
+
+/// Who connects while the program is exchanged waits for the next one, and who was let in before is answered.
+#[test]
+fn nobody_who_asks_meanwhile_is_turned_away() {
+    let place = Place::new("restart-asked");
+    let log = place.dir.join("log");
+    let mut command = place.netkernel(&["up"]);
+    command.stderr(std::fs::File::create(&log).unwrap());
+    let engine = place.start(command);
+    let (socket, over) = (place.socket(), AtomicBool::new(false));
+    let (answered, refused) = std::thread::scope(|scope| {
+        let ask = || {
+            let (mut answered, mut refused) = (0, Vec::new());
+            while !over.load(Relaxed) {
+                match Client::connect(&socket).and_then(|mut client| client.version()) {
+                    Ok(_) => answered += 1,
+                    Err(error) => refused.push(error.to_string()),
+                }
+            }
+            (answered, refused)
+        };
+        let asking: Vec<_> = (0..4).map(|_| scope.spawn(ask)).collect();
+        let restarted: Vec<_> = (0..20).map(|_| place.run(&["restart"])).collect();
+        over.store(true, Relaxed);
+        restarted.iter().for_each(|done| assert_eq!(done.code, Some(0), "{done:?}"));
+        let told: Vec<(u64, Vec<String>)> = asking.into_iter().map(|thread| thread.join().unwrap()).collect();
+        (
+            told.iter().map(|told| told.0).sum::<u64>(),
+            told.into_iter().flat_map(|told| told.1).collect::<Vec<_>>(),
+        )
+    });
+    assert_eq!(refused, [""; 0], "of {answered}");
+    assert!(answered > 20, "{answered}");
+    let log = std::fs::read_to_string(log).unwrap();
+    assert!(!log.contains("error"), "{log}");
     engine.end();
 }

@@ -2,9 +2,12 @@
 
 mod common;
 
+use std::io::Read as _;
+use std::net::TcpListener;
+
 use common::namespace::{Namespace, can_run};
 use common::streams::{Guest, RIGHT, STREAMS, guests, restarts};
-use common::{Place, finish, until};
+use common::{Place, WATCHDOG, finish, until};
 
 /// What each socket of a stack in the engine's process is told when it ends.
 const FLEETING: &str = r#"
@@ -138,5 +141,61 @@ fn a_restart_that_fails_leaves_relayed_and_joined_guests_as_they_were() {
         assert!(said.starts_with(RIGHT), "{said}");
     }
     all.into_iter().for_each(Guest::ends);
+    engine.end();
+}
+
+/// Writes into the slots of the last jobs, which the engine has done and reads again only when it is another program: jobs that there
+/// are none of, for which somebody waits.
+const SPOILT: &str = r#"
+import ctypes, errno, mmap, os, socket, struct, sys
+c = socket.create_connection(('127.0.0.1', PORT))
+region = int(os.environ['NETKERNEL_FDS'].split(',')[0])
+libc = ctypes.CDLL(None); libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+def mapped(size): return (ctypes.c_char * size).from_address(libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, region, 0))
+sockets, _, queue_sets, _, size = struct.unpack_from('<IIIQQ', mapped(4096), 12)
+memory = mapped(size); sets_at = (4096 + sockets * 256 + 4095) & ~4095; spoilt = 0
+for at in range(sets_at, sets_at + min(queue_sets, 8) * 65536, 65536):
+    job_head, _, completed = struct.unpack_from('<III', memory, at + 128)
+    if job_head:
+        struct.pack_into('<BB6xIIQIi', memory, at + 1024 + (job_head - 1) % 64 * 32, 200, 1, 0, 0, 0, completed + 1, 0); spoilt += 1
+print('up', spoilt > 0, flush=True); sys.stdin.readline(); said = []
+for call in lambda: c.recv(1), socket.socket:
+    try: said.append(call())
+    except OSError as e: said.append(errno.errorcode[e.errno])
+print(*said, flush=True); sys.stdin.readline()"#;
+
+#[test]
+fn a_guest_that_cannot_be_rebuilt_is_lost_alone() {
+    let place = Place::new("restart-spoilt");
+    let engine = place.up(&[]);
+    let native = TcpListener::bind("127.0.0.1:0").unwrap();
+    let program = SPOILT.replace("PORT", &native.local_addr().unwrap().port().to_string());
+    let mut others: Vec<Guest> = ["queued", "relay"]
+        .iter()
+        .map(|attach| Guest::start(&place, &["--attach", attach], STREAMS))
+        .collect();
+    others.iter().for_each(|guest| assert_eq!(guest.line(), "up"));
+    for (restart, lost) in [(&["restart"][..], "[3]"), (&["restart", "--lose"], "[4]")] {
+        let mut spoilt = Guest::start(&place, &["--attach", "queued"], &program);
+        let mut peer = native.accept().unwrap().0;
+        peer.set_read_timeout(Some(WATCHDOG)).unwrap();
+        assert_eq!(spoilt.line(), "up True");
+        place.run(restart).fails(125, &["guests that could not go on", lost]);
+        let end = peer.read(&mut [0]).unwrap_err();
+        assert_eq!(end.raw_os_error(), Some(libc::ECONNRESET), "{end}");
+        spoilt.tell();
+        assert_eq!(spoilt.line(), "ECONNRESET ENETDOWN");
+        spoilt.ends();
+        assert_eq!(guests(&place), 2);
+    }
+    place.run(&["restart"]).succeeds();
+    for guest in &mut others {
+        guest.tell();
+        let said = guest.line();
+        assert!(said.starts_with(RIGHT), "{said}");
+    }
+    others.into_iter().for_each(Guest::ends);
+    assert_eq!(restarts(&place), 3);
     engine.end();
 }

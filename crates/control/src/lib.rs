@@ -19,6 +19,7 @@
 mod api;
 mod caller;
 mod client;
+mod door;
 mod http;
 mod openapi;
 mod paths;

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::api::{self, METRICS_TYPE, Role};
 use crate::caller::{Access, Caller, caller_of, check};
+use crate::door::{Closed, Door, Entered};
 use crate::http::{self, ReadError, Reply};
 use crate::peer::{Peer, peer_of};
 use crate::places::{Limits, Places};
@@ -29,6 +30,9 @@ use crate::{
 pub(crate) const LIMITS: Limits = Limits { each: 32, all: 256, kept: 2, most: 2304 };
 /// A request must be complete this long after its connection or the last reply, and its reply taken as soon.
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a connection that has no answer yet delays the end of the program.
+const UNANSWERED: Duration = Duration::from_secs(2);
 
 /// What a guest gets.
 #[derive(Debug)]
@@ -95,21 +99,32 @@ pub trait EngineApi: Send + Sync {
 #[derive(Debug)]
 pub struct Server {
     stop: OwnedFd,
+    door: Arc<Door>,
     acceptor: Option<thread::JoinHandle<()>>,
 }
 
 impl Server {
     pub fn start(endpoint: Endpoint, api: Arc<dyn EngineApi>, access: Access) -> io::Result<Server> {
         let shared = Arc::new(Shared { api, access, places: Places::new(LIMITS) });
-        Server::run("control", move |stopped| accept_loop(&endpoint, stopped, &shared))
+        Server::run("control", move |stopped, door| accept_loop(&endpoint, stopped, door, &shared))
+    }
+
+    /// Lets nobody in until the value is dropped: who connects waits. Those inside get their first answer before, for at most two seconds.
+    pub fn close(&self) -> Closed<'_> {
+        self.door.close(UNANSWERED)
     }
 
     /// Runs a loop that ends when the descriptor is readable.
-    pub(crate) fn run(name: &str, accept: impl FnOnce(&OwnedFd) + Send + 'static) -> io::Result<Server> {
+    pub(crate) fn run(
+        name: &str,
+        accept: impl FnOnce(&OwnedFd, &Arc<Door>) + Send + 'static,
+    ) -> io::Result<Server> {
         let stop = fds::eventfd()?;
         let stopped = stop.try_clone()?;
-        let acceptor = thread::Builder::new().name(name.into()).spawn(move || accept(&stopped))?;
-        Ok(Server { stop, acceptor: Some(acceptor) })
+        let door = Arc::new(Door::default());
+        let inner = Arc::clone(&door);
+        let acceptor = thread::Builder::new().name(name.into()).spawn(move || accept(&stopped, &inner))?;
+        Ok(Server { stop, door, acceptor: Some(acceptor) })
     }
 }
 
@@ -128,7 +143,7 @@ struct Shared {
     places: Arc<Places<Caller>>,
 }
 
-fn accept_loop(endpoint: &Endpoint, stopped: &OwnedFd, shared: &Arc<Shared>) {
+fn accept_loop(endpoint: &Endpoint, stopped: &OwnedFd, door: &Arc<Door>, shared: &Arc<Shared>) {
     loop {
         let mut waiting =
             [PollFd::new(endpoint.listener(), PollFlags::IN), PollFd::new(stopped, PollFlags::IN)];
@@ -142,8 +157,9 @@ fn accept_loop(endpoint: &Endpoint, stopped: &OwnedFd, shared: &Arc<Shared>) {
         if waiting[1].revents().contains(PollFlags::IN) {
             return;
         }
+        let entered = door.enter();
         match endpoint.listener().accept() {
-            Ok((stream, _)) => serve_on_thread(stream, shared),
+            Ok((stream, _)) => serve_on_thread(stream, entered, shared),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock || e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => {
                 // Out of descriptors or memory: the connection waits in the backlog; do not spin on it.
@@ -154,7 +170,7 @@ fn accept_loop(endpoint: &Endpoint, stopped: &OwnedFd, shared: &Arc<Shared>) {
     }
 }
 
-fn serve_on_thread(stream: UnixStream, shared: &Arc<Shared>) {
+fn serve_on_thread(stream: UnixStream, entered: Entered, shared: &Arc<Shared>) {
     let Ok(peer) = peer_of(&stream) else { return };
     let _ = stream.set_nonblocking(false);
     let caller = shared.access.of_peer(peer, &*shared.api);
@@ -170,7 +186,7 @@ fn serve_on_thread(stream: UnixStream, shared: &Arc<Shared>) {
     };
     let shared = shared.clone();
     spawn(move || {
-        let _ = serve(&mut wire, Some(peer), &*shared.api, &shared.access, |_| Ok(()));
+        let _ = serve(&mut wire, Some(peer), entered, &*shared.api, &shared.access, |_| Ok(()));
         drop(place);
     });
 }
@@ -187,11 +203,13 @@ pub(crate) fn spawn(run: impl FnOnce() + Send + 'static) {
 pub(crate) fn serve(
     wire: &mut dyn Wire,
     peer: Option<Peer>,
+    entered: Entered,
     api: &dyn EngineApi,
     access: &Access,
     mut admit: impl FnMut(&Caller) -> Result<(), ApiError>,
 ) -> io::Result<()> {
     let mut buffer = Vec::new();
+    let mut entered = Some(entered);
     loop {
         let (mut stop, mut restart) = (false, false);
         let request = match http::read_request(wire, &mut buffer, REQUEST_TIMEOUT) {
@@ -219,6 +237,7 @@ pub(crate) fn serve(
         });
         let fds: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
         http::write_reply(wire, &reply, request.last, &fds, REQUEST_TIMEOUT)?;
+        drop(entered.take());
         if stop {
             // After the answer: the process may be gone at once.
             api.stop();

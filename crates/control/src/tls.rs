@@ -13,6 +13,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 
 use crate::caller::{Access, Caller};
+use crate::door::{Door, Entered};
 use crate::places::{Limits, Place, Places};
 use crate::server::{EngineApi, LIMITS, REQUEST_TIMEOUT, Server, serve, spawn};
 use crate::wire::Timed;
@@ -88,11 +89,11 @@ impl Server {
         let TlsListener { listener, config } = tls;
         let (strangers, places) = (Places::new(STRANGERS), Places::new(LIMITS));
         let shared = Arc::new(Shared { api, access, config, strangers, places });
-        Server::run("control-tls", move |stopped| accept_loop(&listener, stopped, &shared))
+        Server::run("control-tls", move |stopped, door| accept_loop(&listener, stopped, door, &shared))
     }
 }
 
-fn accept_loop(listener: &TcpListener, stopped: &OwnedFd, shared: &Arc<Shared>) {
+fn accept_loop(listener: &TcpListener, stopped: &OwnedFd, door: &Arc<Door>, shared: &Arc<Shared>) {
     loop {
         let mut waiting = [PollFd::new(listener, PollFlags::IN), PollFd::new(stopped, PollFlags::IN)];
         match poll(&mut waiting, None) {
@@ -105,8 +106,9 @@ fn accept_loop(listener: &TcpListener, stopped: &OwnedFd, shared: &Arc<Shared>) 
         if waiting[1].revents().contains(PollFlags::IN) {
             return;
         }
+        let entered = door.enter();
         match listener.accept() {
-            Ok((stream, from)) => serve_on_thread(stream, from.ip(), shared),
+            Ok((stream, from)) => serve_on_thread(stream, from.ip(), entered, shared),
             Err(e)
                 if matches!(
                     e.kind(),
@@ -130,7 +132,7 @@ fn neighbourhood(address: IpAddr) -> IpAddr {
     }
 }
 
-fn serve_on_thread(stream: TcpStream, from: IpAddr, shared: &Arc<Shared>) {
+fn serve_on_thread(stream: TcpStream, from: IpAddr, entered: Entered, shared: &Arc<Shared>) {
     // Too many: closed without a word, which would cost a handshake.
     let Some(place) = shared.strangers.take(neighbourhood(from), false) else { return };
     if stream.set_nonblocking(false).is_err() {
@@ -155,7 +157,7 @@ fn serve_on_thread(stream: TcpStream, from: IpAddr, shared: &Arc<Shared>) {
             stranger = None;
             Ok(())
         };
-        let _ = serve(&mut wire, None, &*shared.api, &shared.access, admit);
+        let _ = serve(&mut wire, None, entered, &*shared.api, &shared.access, admit);
         wire.conn.send_close_notify();
         let _ = wire.conn.complete_io(&mut wire.sock);
     });

@@ -655,9 +655,9 @@ impl Tenants {
         let old: Vec<TenantConfig> =
             self.list.iter().map(|t| t.config()).filter(|t| t.name != OTHERS).collect();
         if names(&old) != names(new) {
+            let there = if old.is_empty() { "none".into() } else { names(&old).join(", ") };
             return Err(EngineError::Config(format!(
-                "tenants cannot be added, removed or put in another order while the engine runs: there are {}",
-                names(&old).join(", ")
+                "tenants cannot be added, removed or put in another order by a reload, but by `netkernel restart`: there are {there}"
             )));
         }
         admit(new.iter(), nsms)?;

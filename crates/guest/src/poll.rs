@@ -62,12 +62,13 @@ pub fn poll(set: &mut [pollfd], timeout_ns: i64, mask: *const libc::sigset_t) ->
     for p in set.iter_mut() {
         p.revents = 0;
     }
-    if set.iter().all(|p| p.fd < 0 || is_ours(p.fd)) {
-        // The most frequent case: there is something, and nothing to ask the kernel for.
-        let ours = look(set);
-        if ours > 0 {
-            return Ok(ours);
-        }
+    let are_ours = |set: &[pollfd]| set.iter().all(|p| p.fd < 0 || is_ours(p.fd));
+    let nothing_to_ask = are_ours(set);
+    let mut ours = look(set);
+    // The most frequent cases: there is something, or nobody waits, and nothing to ask the kernel for. What left the queues meanwhile is the
+    // kernel's.
+    if nothing_to_ask && (ours > 0 || timeout_ns == 0 && are_ours(set)) {
+        return Ok(ours);
     }
     let begin = sys::now_ns();
     // The kernel's view: guest sockets are left out (or, when sleeping, stand for their wake-up bytes).
@@ -75,7 +76,6 @@ pub fn poll(set: &mut [pollfd], timeout_ns: i64, mask: *const libc::sigset_t) ->
     let mut first = true;
     let mut shares = Vec::new();
     loop {
-        let ours = look(set);
         for (r, p) in real.iter_mut().zip(set.iter()) {
             *r = pollfd { fd: if is_ours(p.fd) { -1 } else { p.fd }, events: p.events, revents: 0 };
         }
@@ -92,7 +92,11 @@ pub fn poll(set: &mut [pollfd], timeout_ns: i64, mask: *const libc::sigset_t) ->
                     return Ok(n.merge(set, &real));
                 }
             }
-            if mask.is_null() && wait::spin(guest, || look(set) > 0) {
+            let mut seen = || {
+                ours = look(set);
+                ours > 0
+            };
+            if mask.is_null() && wait::spin(guest, &mut seen) {
                 continue;
             }
         }
@@ -109,6 +113,7 @@ pub fn poll(set: &mut [pollfd], timeout_ns: i64, mask: *const libc::sigset_t) ->
             }
         }
         queue::with_spin(guest, |s| s.waited(sys::now_ns() - begin));
+        ours = look(set);
     }
 }
 

@@ -132,8 +132,6 @@ mod bit {
     pub const UNTAKEN: u32 = 1 << 8;
     /// As UNTAKEN, and the process that took it may be dead.
     pub const SUSPECT: u32 = 1 << 9;
-    /// SO_LINGER with time 0: close means RST.
-    pub const LINGER_0: u32 = 1 << 10;
     /// An urgent byte is to be fetched; its mark is to be found.
     pub const URGENT: u32 = 1 << 11;
     pub const MARK: u32 = 1 << 12;
@@ -193,6 +191,41 @@ struct Sock {
     /// Positions at which the connection began.
     tx_start: u32,
     rx_start: u32,
+    linger: Linger,
+}
+
+/// SO_LINGER, which a stack keeps for itself: the kernel's socket is not told.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct Linger {
+    /// 0 or 1.
+    on: i32,
+    seconds: i32,
+}
+
+impl Linger {
+    /// Of the value of setsockopt(2); `None`: it is too short.
+    fn of(bytes: &[u8]) -> Option<Linger> {
+        let (words, _) = bytes.as_chunks::<4>();
+        let [on, seconds, ..] = words else { return None };
+        Some(Linger { on: (*on != [0; 4]).into(), seconds: i32::from_ne_bytes(*seconds) })
+    }
+
+    /// Close means RST.
+    fn resets(self) -> bool {
+        self.on != 0 && self.seconds == 0
+    }
+
+    /// Tells a stack that has the socket from somebody else.
+    fn tell(self, stack: &mut dyn Stack, handle: Handle) {
+        if self.on != 0 {
+            let mut bytes = [0; 8];
+            bytes[..4].copy_from_slice(&self.on.to_ne_bytes());
+            bytes[4..].copy_from_slice(&self.seconds.to_ne_bytes());
+            // It took the value before.
+            let _ = stack.set_option(handle, libc::SOL_SOCKET, libc::SO_LINGER, &bytes);
+        }
+    }
 }
 
 /// In [`Sock::fd`]: a socket that no other process can take over.
@@ -646,7 +679,7 @@ impl Service {
             {
                 let unread = sock.kind == Kind::Stream
                     && sock.rx_tail != self.region.socket(id).map_or(0, |entry| entry.rx_head.load(Relaxed));
-                let abort = unread || sock.bits & (LINGER_0 | UNTAKEN) != 0;
+                let abort = unread || sock.bits & UNTAKEN != 0 || sock.linger.resets();
                 self.core.look_at_tcp(stack, id);
                 let Some(sock) = self.core.socks.get_mut(id) else { break };
                 stack.close(sock.handle, if abort { Close::Abort } else { Close::Graceful });

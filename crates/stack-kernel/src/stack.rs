@@ -402,25 +402,8 @@ impl Stack for KernelStack {
         into: &Segments,
         control: &mut [u8],
     ) -> Result<ReceivedDatagram, Errno> {
-        let fd = self.fd(handle)?;
-        let mut address = Address::new();
         let (iovecs, n) = into.iovecs();
-        let mut message = header(&iovecs, n);
-        message.msg_name = address.pointer().cast();
-        message.msg_namelen = address.len;
-        message.msg_control = control.as_mut_ptr().cast();
-        message.msg_controllen = control.len();
-        // SAFETY: the header points to live iovecs, and to name and control buffers of the lengths it says.
-        let received = unsafe { libc::recvmsg(fd, &mut message, libc::MSG_DONTWAIT) };
-        if received < 0 {
-            return Err(last());
-        }
-        address.len = message.msg_namelen;
-        Ok(ReceivedDatagram {
-            bytes: received as usize,
-            from: address.get(),
-            control: message.msg_controllen.min(control.len()),
-        })
+        receive_message(self.fd(handle)?, (&iovecs, n), control, libc::MSG_DONTWAIT)
     }
 
     fn recv_datagrams(
@@ -475,27 +458,10 @@ impl Stack for KernelStack {
         into: &mut [u8],
         control: &mut [u8],
     ) -> Result<ReceivedDatagram, Errno> {
-        let fd = self.fd(handle)?;
-        let mut address = Address::new();
         let iovec = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
         let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        let iovecs = [iovec, none];
-        let mut message = header(&iovecs, 1);
-        message.msg_name = address.pointer().cast();
-        message.msg_namelen = address.len;
-        message.msg_control = control.as_mut_ptr().cast();
-        message.msg_controllen = control.len();
-        // SAFETY: the header points to a live iovec, and to name and control buffers of the lengths it says.
-        let received = unsafe { libc::recvmsg(fd, &mut message, libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT) };
-        if received < 0 {
-            return Err(last());
-        }
-        address.len = message.msg_namelen;
-        Ok(ReceivedDatagram {
-            bytes: received as usize,
-            from: address.get(),
-            control: message.msg_controllen.min(control.len()),
-        })
+        let flags = libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT;
+        receive_message(self.fd(handle)?, (&[iovec, none], 1), control, flags)
     }
 
     fn next_datagram(&mut self, handle: Handle) -> Result<usize, Errno> {
@@ -748,6 +714,29 @@ fn header(iovecs: &[libc::iovec; 2], n: usize) -> libc::msghdr {
     message.msg_iov = iovecs.as_ptr().cast_mut();
     message.msg_iovlen = n as _;
     message
+}
+
+/// recvmsg(2) into the first of some iovecs, whose memory is live.
+fn receive_message(
+    fd: RawFd,
+    (iovecs, n): (&[libc::iovec; 2], usize),
+    control: &mut [u8],
+    flags: i32,
+) -> Result<ReceivedDatagram, Errno> {
+    let mut address = Address::new();
+    let mut message = header(iovecs, n);
+    message.msg_name = address.pointer().cast();
+    message.msg_namelen = address.len;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = control.len();
+    // SAFETY: the header points to live iovecs, as the callers see to, and to name and control buffers of the lengths it says.
+    let received = unsafe { libc::recvmsg(fd, &mut message, flags) };
+    if received < 0 {
+        return Err(last());
+    }
+    address.len = message.msg_namelen;
+    let control = message.msg_controllen.min(control.len());
+    Ok(ReceivedDatagram { bytes: received as usize, from: address.get(), control })
 }
 
 pub(crate) fn option(fd: RawFd, level: i32, name: i32, out: &mut [u8]) -> Result<usize, Errno> {

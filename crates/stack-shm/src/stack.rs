@@ -123,7 +123,7 @@ impl ShmStack {
     }
 
     fn socket(&mut self, handle: Handle) -> Result<&mut Socket, Errno> {
-        self.sockets.get_mut(handle.0 as usize).and_then(Option::as_mut).ok_or(Errno(libc::EBADF))
+        find(&mut self.sockets, handle)
     }
 
     fn joined(&self, handle: Handle) -> Option<&Joined> {
@@ -145,8 +145,7 @@ impl ShmStack {
 
     /// The fallback's socket, made if there is none.
     fn shadow(&mut self, handle: Handle) -> Result<Handle, Errno> {
-        let socket =
-            self.sockets.get_mut(handle.0 as usize).and_then(Option::as_mut).ok_or(Errno(libc::EBADF))?;
+        let socket = find(&mut self.sockets, handle)?;
         if let Some(shadow) = socket.shadow {
             return Ok(shadow);
         }
@@ -712,10 +711,7 @@ impl Stack for ShmStack {
     }
 
     fn take_error(&mut self, handle: Handle) -> Result<(), Errno> {
-        let socket = self.socket(handle)?;
-        if let Some(errno) = socket.error.take() {
-            return Err(errno);
-        }
+        let socket = without_error(&mut self.sockets, handle)?;
         if let Some(joined) = &mut socket.joined {
             joined.connecting &= !joined.link.is_established();
             return joined.link.take_error(joined.side);
@@ -877,6 +873,16 @@ impl Stack for ShmStack {
             None => self.socket(handle).ok()?.way.clone(),
         }
     }
+}
+
+fn find(sockets: &mut [Option<Socket>], handle: Handle) -> Result<&mut Socket, Errno> {
+    sockets.get_mut(handle.0 as usize).and_then(Option::as_mut).ok_or(Errno(libc::EBADF))
+}
+
+/// As [`find`], once the error that the socket may have is told.
+fn without_error(sockets: &mut [Option<Socket>], handle: Handle) -> Result<&mut Socket, Errno> {
+    let socket = find(sockets, handle)?;
+    socket.error.take().map_or(Ok(socket), Err)
 }
 
 fn is_set(options: &[(i32, i32, Vec<u8>)], level: i32, name: i32) -> bool {

@@ -1,6 +1,7 @@
 //! What the tests of the command share. Every wait has a watchdog.
 #![allow(dead_code)]
 
+pub mod machine;
 pub mod namespace;
 pub mod peer;
 pub mod python;
@@ -37,6 +38,16 @@ impl Place {
         path
     }
 
+    /// A program in C.
+    pub fn program(&self, name: &str, source: &str, flags: &[&str]) -> PathBuf {
+        let source = self.file(&format!("{name}.c"), source);
+        let path = self.dir.join(name);
+        let mut command = Command::new("cc");
+        command.arg("-w").args(flags).arg("-o").arg(&path).arg(&source);
+        finish(command).succeeds();
+        path
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.dir.join("engine.sock")
     }
@@ -54,6 +65,16 @@ impl Place {
 
     pub fn run(&self, args: &[&str]) -> Done {
         finish(self.netkernel(args))
+    }
+
+    /// The command as another user. Needs root.
+    pub fn as_nobody(&self, args: &[&str]) -> Command {
+        let netkernel = self.netkernel(args);
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"]);
+        command.arg(netkernel.get_program()).args(args);
+        command.envs(netkernel.get_envs().filter_map(|(k, v)| Some((k, v?)))).stdin(Stdio::null());
+        command
     }
 
     /// Starts `netkernel up` and waits until it is ready.

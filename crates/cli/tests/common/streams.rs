@@ -1,7 +1,7 @@
 //! Guests whose sockets carry numbered blocks while something happens to their engine.
 
 use std::io::Write as _;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::Receiver;
 
 use super::{Place, WATCHDOG, lines, wait};
@@ -68,6 +68,10 @@ impl Guest {
     pub fn start(place: &Place, arguments: &[&str], program: &str) -> Guest {
         let mut command = place.netkernel(&["run"]);
         command.args(arguments).args(["--", "python3", "-c", program]);
+        Guest::of(command)
+    }
+
+    pub fn of(mut command: Command) -> Guest {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let out = lines(child.stdout.take().unwrap());
         Guest(child, out)

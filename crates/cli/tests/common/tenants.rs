@@ -4,7 +4,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Stdio};
 
-use super::{Done, Engine, Place, finish, wait};
+use super::{Done, Engine, Place, wait};
 
 /// `send N`: sends to the port; `receive N`: receives from it; `connect N`: connects as often, and says what became of it.
 const CLIENT: &str = "import errno, socket, sys
@@ -86,12 +86,7 @@ impl Rig {
 
     /// A static program; see [`BARE`].
     pub fn bare(&self) -> String {
-        let source = self.place.file("bare.c", BARE);
-        let program = self.place.dir.join("bare");
-        let mut cc = std::process::Command::new("cc");
-        cc.args(["-static", "-w", "-o"]).arg(&program).arg(&source);
-        finish(cc).succeeds();
-        program.to_str().unwrap().to_owned()
+        self.place.program("bare", BARE, &["-static"]).to_str().unwrap().to_owned()
     }
 
     pub fn client(&self, options: &[&str], acts: &[&str]) -> Running {

@@ -28,12 +28,14 @@ pub(super) fn confine(nsm: &NsmConfig) -> io::Result<()> {
     seccompiler::apply_filter(&program).map_err(io::Error::other)
 }
 
-/// Low ports, marks and congestion controls, SO_BINDTODEVICE, other users' programs (agents); other network namespaces.
+/// Low ports, marks and congestion controls, SO_BINDTODEVICE; other users' programs, and what stands in /proc of their descriptors (agents: who
+/// may do the one has nothing to gain by the other); other network namespaces.
 fn needed(nsm: &NsmConfig) -> CapabilitySet {
     let mut needed = CapabilitySet::NET_BIND_SERVICE
         | CapabilitySet::NET_ADMIN
         | CapabilitySet::NET_RAW
-        | CapabilitySet::SYS_PTRACE;
+        | CapabilitySet::SYS_PTRACE
+        | CapabilitySet::DAC_READ_SEARCH;
     if nsm.netns.is_some() {
         needed |= CapabilitySet::SYS_ADMIN;
     }

@@ -24,7 +24,7 @@ impl Core {
         }
         if sock.kind == Kind::Stream && sock.state & state::CONNECTED != 0 {
             let unread = sock.rx_tail != entry.rx_head.load(Acquire);
-            if unread || sock.bits & LINGER_0 != 0 {
+            if unread || sock.linger.resets() {
                 self.finish_close(cx, id, Close::Abort);
                 return Ok(());
             }

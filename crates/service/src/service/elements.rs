@@ -339,12 +339,8 @@ impl Core {
                     self.fail(cx, id, libc::ECONNRESET)?;
                     return Ok(Done::of(result));
                 }
-                if result.is_ok() && (level, name) == (libc::SOL_SOCKET, libc::SO_LINGER) && bytes.len() >= 8
-                {
-                    let word =
-                        |i: usize| i32::from_ne_bytes([bytes[i], bytes[i + 1], bytes[i + 2], bytes[i + 3]]);
-                    let zero = word(0) != 0 && word(4) == 0;
-                    sock.bits = if zero { sock.bits | LINGER_0 } else { sock.bits & !LINGER_0 };
+                if result.is_ok() && (level, name) == (libc::SOL_SOCKET, libc::SO_LINGER) {
+                    sock.linger = Linger::of(bytes).unwrap_or(sock.linger);
                 }
                 Done::of(result)
             }
@@ -429,7 +425,7 @@ impl Core {
         sock.tx_head = entry.tx_tail.load(Acquire);
         entry.tx_head.store(sock.tx_head, Release);
         sock.error = 0;
-        sock.bits &= QUEUED | STARVED | THROTTLED | COUNTED | LINGER_0 | UNTAKEN | SUSPECT;
+        sock.bits &= QUEUED | STARVED | THROTTLED | COUNTED | UNTAKEN | SUSPECT;
         sock.state &= state::OPEN | state::BOUND;
         for word in [&entry.oob, &entry.peer_len, &entry.local_len, &entry.rx_stalled] {
             word.store(0, Relaxed);

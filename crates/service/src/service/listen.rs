@@ -116,7 +116,7 @@ impl Core {
                 sock.rx_base = sock.rx_tail;
                 entry.rx_base.store(sock.rx_base, Relaxed);
             }
-            let (handle, domain, inherited) = (sock.handle, sock.domain, sock.bits & LINGER_0);
+            let (handle, domain, inherited) = (sock.handle, sock.domain, sock.linger);
             if self.limits.connections.as_ref().is_some_and(|places| !places.take()) {
                 // The tenant has all that it may have: more wait in the stack's own queue.
                 self.starve(listener);
@@ -157,7 +157,7 @@ impl Core {
             let at = self.socks.get(listener).map_or(0, |sock| sock.rx_tail);
             if let Some(sock) = self.socks.get_mut(id) {
                 sock.link = listener;
-                sock.bits |= inherited;
+                sock.linger = inherited;
                 sock.record = at.wrapping_add(ACCEPT_RECORD);
             }
             let generation = {

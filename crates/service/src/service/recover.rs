@@ -47,7 +47,7 @@ pub fn journal_format() -> u64 {
 }
 
 /// Changes with what the fields mean.
-const FORMAT: u64 = 2;
+const FORMAT: u64 = 3;
 
 impl Service {
     /// Bytes of a journal that a service takes, from offset 0.
@@ -173,6 +173,9 @@ impl Core {
                 && let Ok(handle) = cx.stack.adopt(key(self.guest, id), fd, tells)
             {
                 sock.handle = handle;
+            }
+            if sock.handle != Handle::NONE {
+                sock.linger.tell(cx.stack, sock.handle);
             }
             paired = paired && super::paired::begin(cx.stack, entry, sock);
             self.has_pairs |= paired;

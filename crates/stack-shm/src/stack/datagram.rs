@@ -534,11 +534,7 @@ impl ShmStack {
         control: &mut [u8],
     ) -> Result<ReceivedDatagram, Errno> {
         let shadow = self.shadow(handle)?;
-        let socket = self.sockets.get_mut(handle.0 as usize).and_then(Option::as_mut);
-        let socket = socket.ok_or(Errno(libc::EBADF))?;
-        if let Some(errno) = socket.error.take() {
-            return Err(errno);
-        }
+        let socket = without_error(&mut self.sockets, handle)?;
         let domain = socket.domain;
         let Some(mail) = &mut socket.mail else {
             return self.fallback.recv_datagram(shadow, into, control);
@@ -569,11 +565,7 @@ impl ShmStack {
         take: &mut TakeDatagram<'_>,
     ) -> Result<usize, Errno> {
         let shadow = self.shadow(handle)?;
-        let socket = self.sockets.get_mut(handle.0 as usize).and_then(Option::as_mut);
-        let socket = socket.ok_or(Errno(libc::EBADF))?;
-        if let Some(errno) = socket.error.take() {
-            return Err(errno);
-        }
+        let socket = without_error(&mut self.sockets, handle)?;
         let domain = socket.domain;
         let Some(mail) = &mut socket.mail else { return self.fallback.recv_datagrams(shadow, most, take) };
         let mut got = 0;
@@ -609,8 +601,7 @@ impl ShmStack {
     /// Says which one comes next, too.
     pub(super) fn next_letter(&mut self, handle: Handle) -> Result<usize, Errno> {
         let shadow = self.shadow(handle)?;
-        let socket = self.sockets.get_mut(handle.0 as usize).and_then(Option::as_mut);
-        let Some(mail) = &mut socket.ok_or(Errno(libc::EBADF))?.mail else {
+        let Some(mail) = &mut find(&mut self.sockets, handle)?.mail else {
             return self.fallback.next_datagram(shadow);
         };
         for way in mail.order() {
