@@ -447,6 +447,14 @@ impl Service {
                 .any(|(word, p)| word.load(Relaxed) != 0 || *p != 0)
     }
 
+    /// The element that waits names a socket whose message was not read.
+    pub fn awaits_socket(&self) -> bool {
+        let core = &self.core;
+        core.held.as_ref().is_some_and(|(_, nqe)| {
+            nqe.op != Op::Fence as u8 && core.socks.get(nqe.socket).is_some_and(|s| s.kind == Kind::Free)
+        })
+    }
+
     /// What the guest may use, from now on.
     pub fn set_limits(&mut self, limits: Limits) {
         self.core.limits = limits;
@@ -862,7 +870,7 @@ impl Core {
                     if !readiness.has(Readiness::WRITE | Readiness::ERROR) {
                         return Ok(());
                     }
-                    self.finish_connect(cx, id)?;
+                    self.finish_connect(cx, id, readiness)?;
                 }
                 let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
                 if sock.state & state::CONNECTED == 0 {

@@ -190,21 +190,29 @@ unsafe fn fcntl_common(fd: c_int, command: c_int, argument: c_long) -> c_int {
     if let Some(s) = guest_socket(fd) {
         match command {
             libc::F_GETFL => {
-                let real = raw!(libc::SYS_fcntl, fd, libc::F_GETFL);
+                let f = s.flags();
+                let real = match f & gflag::STATUS_FLAGS {
+                    0 => libc::O_RDWR as isize,
+                    _ => raw!(libc::SYS_fcntl, fd, libc::F_GETFL),
+                };
                 if real < 0 {
                     return finish_int(Err(-real as i32));
                 }
-                let f = s.flags();
                 let nonblock = if f & gflag::NONBLOCK != 0 { libc::O_NONBLOCK } else { 0 };
                 let asynchronous = if f & gflag::ASYNC != 0 { libc::O_ASYNC } else { 0 };
                 return real as c_int & !(libc::O_NONBLOCK | libc::O_ASYNC) | nonblock | asynchronous;
             }
             libc::F_SETFL => {
                 s.set_flag(gflag::NONBLOCK, argument as c_int & libc::O_NONBLOCK != 0);
-                s.set_flag(gflag::ASYNC, argument as c_int & libc::O_ASYNC != 0);
-                // The placeholder itself stays blocking: sleeping on it is how this library waits.
+                // The placeholder itself stays blocking: sleeping on it is how this library waits. All else that F_SETFL
+                // changes (man 2 fcntl) is told to it, and found there.
                 let rest = argument & !(libc::O_NONBLOCK as c_long);
-                raw!(libc::SYS_fcntl, fd, libc::F_SETFL, rest);
+                const ELSE: c_int = libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME;
+                if s.flags() & (gflag::STATUS_FLAGS | gflag::ASYNC) != 0 || argument as c_int & ELSE != 0 {
+                    s.set_flag(gflag::STATUS_FLAGS, true);
+                    s.set_flag(gflag::ASYNC, argument as c_int & libc::O_ASYNC != 0);
+                    raw!(libc::SYS_fcntl, fd, libc::F_SETFL, rest);
+                }
                 return 0;
             }
             libc::F_SETOWN => s.set_flag(gflag::OWNED, argument != 0),

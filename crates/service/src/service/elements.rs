@@ -264,8 +264,8 @@ impl Core {
                     && let Some(quota) = &self.limits.connections
                 {
                     if !quota.take() {
-                        // As when no local port is left.
-                        return Ok(Done::Answer(-libc::EADDRNOTAVAIL, 0, 0));
+                        // As when no local port is left. The guest may have closed one that the engine did not look at.
+                        return Ok(Done::Again(libc::EADDRNOTAVAIL));
                     }
                     sock.bits |= COUNTED;
                 }
