@@ -193,14 +193,15 @@ pub fn settle() {
     }
 }
 
-/// Pushes a job that nobody waits for.
-pub fn post(guest: &Guest, op: Op, socket: u32, op_data: u64) {
+/// Pushes a job that nobody waits for. False: there was no queue set to be had.
+pub fn post(guest: &Guest, op: Op, socket: u32, op_data: u64) -> bool {
     POSTED.store(true, Ordering::Relaxed);
-    let _ = with_queue(guest, |q| {
+    let pushed = with_queue(guest, |q| {
         let mut element = about(guest, op, q, socket);
         element.op_data = op_data;
         push(guest, q, false, element);
     });
+    pushed.is_ok()
 }
 
 /// What a sync job came back with.

@@ -155,6 +155,8 @@ mod bit {
     pub const ACTIVE: u32 = 1 << 20;
     /// There was urgent data.
     pub const URGENT_SEEN: u32 = 1 << 21;
+    /// Its placeholder stays when it is closed, for the next socket with this id.
+    pub const SPARE: u32 = 1 << 22;
 }
 use bit::*;
 
