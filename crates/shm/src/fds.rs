@@ -57,7 +57,7 @@ pub const MANY: usize = 8;
 
 /// One message of [`receive_some`].
 pub struct Received<const N: usize> {
-    /// How long it was; what is beyond `N` is lost.
+    /// Bytes of it that are in `bytes`; what was beyond is lost.
     pub len: usize,
     pub bytes: [u8; N],
     pub descriptors: Vec<OwnedFd>,
