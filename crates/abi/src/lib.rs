@@ -33,8 +33,10 @@ pub mod feature {
     pub const HUGE_PAGES: u64 = 1 << 2;
     /// Guests that this one shares memory with are trusted as processes of one user are: large writes take one copy (`pair::offer`).
     pub const SINGLE_COPY: u64 = 1 << 3;
+    /// The engine knows `Op::Close`: placeholders may be used again.
+    pub const SPARES: u64 = 1 << 4;
     /// Every bit that this version knows.
-    pub const ALL: u64 = EVENTFD | PLACEHOLDER | HUGE_PAGES | SINGLE_COPY;
+    pub const ALL: u64 = EVENTFD | PLACEHOLDER | HUGE_PAGES | SINGLE_COPY | SPARES;
 }
 
 const _: () = {

@@ -94,6 +94,9 @@ ops! {
     /// Job, sync. Takes the oldest message of the socket's error queue (MSG_ERRQUEUE). Completion: a record in the argument area,
     /// as it stands in a datagram ring (payload cut at 256 bytes), or -EAGAIN.
     ErrorQueue = 17,
+    /// Job (feature SPARES). The program has closed this stream; its placeholder stays, for the guest's next socket under the same id,
+    /// once `generation` has changed. `kind` says then what that is, and the first element about it opens it.
+    Close = 18,
     /// Send. New bytes (or datagrams) stand in the socket's send ring. One is pending per socket at most.
     Send = 32,
     /// Send. The guest read from a receive ring that had been full: the stack may go on receiving.

@@ -64,6 +64,8 @@ pub mod gflag {
     pub const BROADCAST: u32 = 1 << 7;
     /// The placeholder has an owner (F_SETOWN): urgent data comes with a byte sent by MSG_OOB, so that the kernel sends SIGURG.
     pub const OWNED: u32 = 1 << 8;
+    /// F_SETFL gave the placeholder flags that stand nowhere else (O_APPEND and the like, O_ASYNC once).
+    pub const STATUS_FLAGS: u32 = 1 << 9;
 }
 
 /// How many epoll instances a socket can name; with more, [`SocketEntry::broadcast`] makes every event go to all

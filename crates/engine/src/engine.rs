@@ -317,6 +317,7 @@ impl Engine {
         let spin_ns = u32::try_from(config.spin_us.saturating_mul(1000)).unwrap_or(u32::MAX);
         let region =
             Region::create(limits, id, spin_ns, huge).map_err(|e| EngineError::Resource(e.to_string()))?;
+        region.add_features(feature::SPARES);
         if config.nsms[nsm].single_copy {
             region.add_features(feature::SINGLE_COPY);
         }

@@ -60,6 +60,8 @@ const RUN_BATCH: usize = 64;
 const READY_BATCH: usize = 256;
 /// Channel messages of one guest between two looks at the others.
 const CHANNEL_BATCH: usize = 64;
+/// Channels of a guest that are read without asking which of them has something.
+const FEW_CHANNELS: usize = 2;
 /// What one relay asks for that is done between two looks at the others.
 const RELAY_BATCH: usize = 64;
 /// Turns with work between two looks at the main epoll instance, and what is done between them at most, in bytes (see
@@ -308,6 +310,7 @@ pub(crate) struct Worker {
     ready: Vec<Ready>,
     /// Guest slots with hang-ups to process.
     hung: Vec<u32>,
+    messages: Vec<fds::Received<32>>,
     spin: Spin,
     now_ns: u64,
     next_sweep_ns: u64,
@@ -355,6 +358,7 @@ impl Worker {
             sources: Vec::new(),
             ready: Vec::new(),
             hung: Vec::new(),
+            messages: Vec::new(),
             spin,
             now_ns: now_ns(),
             next_sweep_ns: 0,
@@ -409,7 +413,8 @@ impl Worker {
         self.turns += 1;
         let resumed = self.resume();
         self.begin_turns();
-        let worked = resumed | self.serve_hot() | self.poll_stacks();
+        let served = resumed | self.serve_hot();
+        let worked = served | self.poll_stacks(served);
         self.flush_hot();
         worked
     }
@@ -599,6 +604,9 @@ impl Worker {
 
     /// An element waits for what stands in channels and hang-ups: all of that first, then the element again.
     fn catch_up(&mut self, slot: u32) {
+        if self.read_channels(slot) {
+            return self.drain_held(slot);
+        }
         let mut sources = std::mem::take(&mut self.sources);
         // Bounded: hang-ups are reported once, and a flood of messages must not keep this thread.
         for _ in 0..64 {
@@ -614,6 +622,24 @@ impl Worker {
         }
         self.sources = sources;
         self.close_hung(false);
+        self.drain_held(slot);
+    }
+
+    /// The element waits for a socket, as the first one of each new socket does: its message is in one of the guest's few channels. False: that
+    /// was not it.
+    fn read_channels(&mut self, slot: u32) -> bool {
+        let channels = match self.guests.get(slot as usize) {
+            Some(Some(guest)) if guest.service.awaits_socket() => guest.channels.len(),
+            _ => return false,
+        };
+        if channels > FEW_CHANNELS {
+            return false;
+        }
+        (0..channels as u32).for_each(|number| self.channel(slot, number));
+        matches!(self.guests.get(slot as usize), Some(Some(guest)) if !guest.service.awaits_socket())
+    }
+
+    fn drain_held(&mut self, slot: u32) {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
         let Some(mut stacks) = stacks(&mut self.modules, guest.nsm, &guest.elders) else { return };
         if let Err(violation) = guest.service.drain(stacks.get(), 0) {
@@ -621,10 +647,16 @@ impl Worker {
         }
     }
 
-    fn poll_stacks(&mut self) -> bool {
+    /// `served`: something was done that may have made sockets ready. Otherwise a stack whose descriptor tells all is left to that: to look at
+    /// the main epoll instance, which comes next, is to look at that descriptor too.
+    fn poll_stacks(&mut self, served: bool) -> bool {
         let mut worked = false;
         for nsm in 0..self.modules.len() {
-            worked |= self.poll_stack(nsm, false);
+            let told = |module: &Module| module.wakes && module.stack.wakes_always();
+            match &self.modules[nsm] {
+                Some(module) if !served && told(module) => {}
+                _ => worked |= self.poll_stack(nsm, false),
+            }
         }
         worked
     }
@@ -808,7 +840,7 @@ impl Worker {
                 let look = self.now_ns;
                 // The thread that we wait for may need this core.
                 std::thread::yield_now();
-                if self.resume() | self.serve_hot() | self.look(0) {
+                if self.served_at_once() || self.look(0) {
                     self.now_ns = now_ns();
                     self.spin.waited(polling.spent_ns());
                     self.flush_hot();
@@ -824,7 +856,7 @@ impl Worker {
             return;
         }
         // What a stack did for one of its sockets may have made others of this thread ready.
-        if self.poll_stacks() {
+        if self.poll_stacks(true) {
             self.flush_hot();
             return;
         }
@@ -834,6 +866,15 @@ impl Worker {
         self.now_ns = now_ns();
         self.spin.waited(self.now_ns - begin);
         self.housekeeping();
+    }
+
+    /// Serves the hot guests, and what that made ready. True: there was something; the rest of the world is looked at after it.
+    fn served_at_once(&mut self) -> bool {
+        let served = self.resume() | self.serve_hot();
+        if served {
+            self.poll_stacks(true);
+        }
+        served
     }
 
     /// From now on this guest is polled and need not ring.
@@ -1436,42 +1477,62 @@ impl Worker {
     // ---- channels
 
     fn channel(&mut self, slot: u32, number: u32) {
-        for _ in 0..CHANNEL_BATCH {
-            let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return };
-            let Some(Some(channel)) = guest.channels.get(number as usize) else { return };
-            let mut bytes = [0u8; 32];
-            match fds::receive(channel.as_raw_fd(), &mut bytes, libc::MSG_DONTWAIT) {
-                // All processes that had this channel closed it.
-                Ok((0, _)) => {
-                    guest.set_channel(number as usize, None);
-                    self.maybe_over(slot);
-                    return;
-                }
-                Ok((32, mut received)) => {
-                    let message = Message::from_bytes(&bytes);
-                    let Some(fd) = received.pop() else {
-                        if let Err(violation) = self.without_descriptor(slot, message) {
-                            return self.violation(slot, violation);
-                        }
-                        continue;
-                    };
-                    if !received.is_empty() {
-                        bury((received, fd));
-                        return self
-                            .violation(slot, Violation("channel message with more than one descriptor"));
-                    }
-                    if let Err(violation) = self.message(slot, message, fd) {
-                        return self.violation(slot, violation);
-                    }
-                }
-                Ok((_, received)) => {
-                    bury(received);
-                    return self.violation(slot, Violation("channel message of a wrong length"));
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return,
+        let mut messages = std::mem::take(&mut self.messages);
+        let mut left = CHANNEL_BATCH;
+        while left > 0 {
+            let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { break };
+            let Some(Some(channel)) = guest.channels.get(number as usize) else { break };
+            // What was received and is not in the journal is lost when this process dies: of a guest that has one, one at a time.
+            let most = if guest.journal.is_some() { 1 } else { left.min(fds::MANY) };
+            let got = match fds::receive_some(channel.as_raw_fd(), most, &mut messages) {
+                Ok(got) => got,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => break,
+            };
+            left -= got;
+            let mut received = messages.drain(..);
+            let go_on = received.by_ref().all(|message| self.received(slot, number, message));
+            for unread in received.filter(|message| !message.descriptors.is_empty()) {
+                bury(unread.descriptors);
+            }
+            if !go_on || got < most {
+                break;
             }
         }
+        self.messages = messages;
+    }
+
+    /// One message of a channel. False: it was the last one.
+    fn received(&mut self, slot: u32, number: u32, received: fds::Received<32>) -> bool {
+        let mut descriptors = received.descriptors;
+        let done = match (received.len, descriptors.pop()) {
+            // All processes that had this channel closed it.
+            (0, None) => {
+                if let Some(Some(guest)) = self.guests.get_mut(slot as usize) {
+                    guest.set_channel(number as usize, None);
+                }
+                self.maybe_over(slot);
+                return false;
+            }
+            (32, None) => self.without_descriptor(slot, Message::from_bytes(&received.bytes)),
+            (32, Some(fd)) if descriptors.is_empty() => {
+                self.message(slot, Message::from_bytes(&received.bytes), fd)
+            }
+            (len, fd) => {
+                let several = len == 32;
+                bury((descriptors, fd));
+                Err(Violation(if several {
+                    "channel message with more than one descriptor"
+                } else {
+                    "channel message of a wrong length"
+                }))
+            }
+        };
+        if let Err(violation) = done {
+            self.violation(slot, violation);
+            return false;
+        }
+        true
     }
 
     /// Sent without a descriptor, or this process had no room for it: the other end sees that it is closed.

@@ -10,6 +10,7 @@ use netkernel_abi::control::{Message, env, kind};
 use netkernel_abi::feature;
 use netkernel_shm::{Region, fds};
 
+use crate::spare;
 use crate::sys::{self, raw};
 use crate::table::{self, Slot};
 
@@ -349,12 +350,23 @@ fn join((region, [region_fd, channel, doorbell]): Parts) {
     });
     GUEST.store(Box::into_raw(guest), Ordering::Release);
     // SAFETY: registers a plain function that only touches atomics and closes a descriptor.
-    unsafe { libc::pthread_atfork(None, None, Some(after_fork_in_child_hook)) };
+    unsafe {
+        libc::pthread_atfork(Some(before_fork_hook), Some(after_fork_hook), Some(after_fork_in_child_hook))
+    };
     table::adopt_inherited();
+}
+
+unsafe extern "C" fn before_fork_hook() {
+    spare::before_fork();
+}
+
+unsafe extern "C" fn after_fork_hook() {
+    spare::after_fork();
 }
 
 unsafe extern "C" fn after_fork_in_child_hook() {
     after_fork_in_child();
+    spare::after_fork_in_child();
 }
 
 fn is_memfd(fd: i32) -> bool {

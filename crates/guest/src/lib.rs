@@ -17,6 +17,7 @@ mod passing;
 mod poll;
 mod queue;
 mod socket;
+mod spare;
 mod sys;
 mod table;
 mod target;

@@ -10,7 +10,7 @@ use core::ffi::c_int;
 use crate::guest::{self, Lock};
 use crate::sys::{self, raw};
 use crate::table::{self, Slot};
-use crate::{handover, socket};
+use crate::{handover, socket, spare};
 
 /// How long it is remembered who receives.
 const REMEMBERED_NS: u64 = 1_000_000_000;
@@ -47,6 +47,7 @@ pub unsafe fn before_sending(over: c_int, message: *const libc::msghdr) -> Resul
         Some(m) if m.msg_controllen >= size_of::<libc::cmsghdr>() && !m.msg_control.is_null() => {
             // SAFETY: the same header.
             let passed = unsafe { sockets_in(m) };
+            passed.iter().filter_map(|&fd| table::socket(fd)).for_each(spare::shared);
             if passed.is_empty() { Ok(()) } else { prepare(over, &passed) }
         }
         _ => Ok(()),

@@ -251,19 +251,27 @@ pub unsafe fn select(
         // SAFETY: the caller vouches for nfds bits; fd < nfds.
         !set.is_null() && unsafe { *set.add(fd as usize / 64) } & (1 << (fd % 64)) != 0
     };
-    let mut list = Vec::new();
-    for fd in 0..nfds {
-        let mut events = 0;
-        for (set, want) in sets.iter().zip(WANT) {
-            if bit(*set, fd) {
-                events |= want;
-            }
+    let events = |fd: i32| {
+        sets.iter().zip(WANT).fold(0, |events, (set, want)| match bit(*set, fd) {
+            true => events | want,
+            false => events,
+        })
+    };
+    let named = (0..nfds).map(|fd| pollfd { fd, events: events(fd), revents: 0 }).filter(|p| p.events != 0);
+    // Nothing is allocated for a few: a program that selects before each write does so as often as it writes.
+    let mut few = [pollfd { fd: -1, events: 0, revents: 0 }; 16];
+    let mut many = Vec::new();
+    let mut count = 0;
+    for p in named {
+        match few.get_mut(count) {
+            Some(place) => *place = p,
+            None if many.is_empty() => many = few.iter().copied().chain([p]).collect(),
+            None => many.push(p),
         }
-        if events != 0 {
-            list.push(pollfd { fd, events, revents: 0 });
-        }
+        count += 1;
     }
-    poll(&mut list, timeout_ns, mask)?;
+    let list = if many.is_empty() { &mut few[..count] } else { &mut many[..] };
+    poll(list, timeout_ns, mask)?;
     if list.iter().any(|p| p.revents & POLLNVAL != 0) {
         return Err(libc::EBADF);
     }
@@ -274,7 +282,7 @@ pub unsafe fn select(
         }
     }
     let mut count = 0;
-    for p in &list {
+    for p in list.iter() {
         let hits = [IN, OUT, libc::POLLPRI];
         for ((set, hit), want) in sets.iter().zip(hits).zip(WANT) {
             if !set.is_null() && p.events & want == want && p.revents & hit != 0 {

@@ -193,14 +193,15 @@ pub fn settle() {
     }
 }
 
-/// Pushes a job that nobody waits for.
-pub fn post(guest: &Guest, op: Op, socket: u32, op_data: u64) {
+/// Pushes a job that nobody waits for. False: there was no queue set to be had.
+pub fn post(guest: &Guest, op: Op, socket: u32, op_data: u64) -> bool {
     POSTED.store(true, Ordering::Relaxed);
-    let _ = with_queue(guest, |q| {
+    let pushed = with_queue(guest, |q| {
         let mut element = about(guest, op, q, socket);
         element.op_data = op_data;
         push(guest, q, false, element);
     });
+    pushed.is_ok()
 }
 
 /// What a sync job came back with.
@@ -239,8 +240,10 @@ pub fn job(
         // A job that was given up on (a dead engine) must not be taken for this one.
         element.position = head.wrapping_add(1);
         push(guest, q, false, element);
-        let begin = sys::now_ns();
-        let mut turns = 0u32;
+        // All of it: the engine answers as soon as it runs.
+        let mut polling = with_spin(guest, |spin| spin.begin(guest.spin_ns));
+        let mut looks = polling.looks();
+        let mut awake = guest.spin_ns > 0;
         loop {
             while let Ok(Some(words)) = completions.pop(&mut head) {
                 let done = Nqe::from_words(words);
@@ -249,15 +252,21 @@ pub fn job(
                 }
                 let size = (done.size as usize).min(out.len());
                 region.read_argument(q, &mut out[..size]);
+                with_spin(guest, |spin| spin.end(&polling));
                 return Ok(Completion { status: done.status, op_data: done.op_data, size });
             }
-            turns += 1;
-            if !turns.is_multiple_of(64) {
+            looks = looks.saturating_sub(1);
+            if looks > 0 {
                 core::hint::spin_loop();
                 continue;
             }
-            if sys::now_ns() - begin < guest.spin_ns {
+            if awake {
+                let before = sys::now_ns();
                 sys::yield_now();
+                let took = sys::now_ns() - before;
+                polling.yielded(took);
+                awake = polling.looked(took);
+                looks = polling.looks();
                 continue;
             }
             let tail = completions.tail();

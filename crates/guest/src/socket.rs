@@ -14,7 +14,7 @@ use crate::guest::{self, Guest};
 use crate::offer::{self, Source};
 use crate::sys::{self, raw};
 use crate::table::{self, Slot};
-use crate::{handover, pair, queue, wait};
+use crate::{handover, pair, queue, spare, wait};
 
 /// A guest socket under one descriptor of this process.
 #[derive(Clone, Copy)]
@@ -95,6 +95,9 @@ pub fn create(guest: &'static Guest, domain: i32, kind_flags: i32, protocol: i32
         return Err(libc::ENETDOWN);
     }
     guest.process()?;
+    if !datagram && let Some(made) = reuse(guest, domain, kind_flags, protocol) {
+        return made;
+    }
     let pair = make_pair(kind_flags & libc::SOCK_CLOEXEC != 0)?;
     let id = take_id(guest)?;
     let entry = guest.region.socket(id).ok_or(libc::ENFILE)?;
@@ -115,12 +118,45 @@ pub fn create(guest: &'static Guest, domain: i32, kind_flags: i32, protocol: i32
         ..Message::default()
     };
     match place(guest, entry, id, pair, message) {
-        Ok(fd) => Ok(fd),
+        Ok(fd) => {
+            spare::made(id, fd);
+            Ok(fd)
+        }
         Err(e) => {
             give_id_back(guest, id, entry);
             Err(e)
         }
     }
+}
+
+/// A stream socket with a placeholder that was kept. `None`: there is none.
+fn reuse(guest: &Guest, domain: i32, kind_flags: i32, protocol: i32) -> Option<Result<i32>> {
+    let (kept, entry, _moving) = spare::take(guest)?;
+    let command = match kind_flags & libc::SOCK_CLOEXEC {
+        0 => libc::F_DUPFD,
+        _ => libc::F_DUPFD_CLOEXEC,
+    };
+    let fd = raw!(libc::SYS_fcntl, kept.fd, command, 0) as i32;
+    if fd < 0 {
+        spare::put_back(kept, entry);
+        // At the limit: as if there were none, so that the errno is the kernel's own.
+        return None;
+    }
+    table::forget(kept.fd);
+    sys::close(kept.fd);
+    reset_guest_lines(entry);
+    let v6 = if domain == libc::AF_INET6 { gflag::V6 } else { 0 };
+    let nonblock = if kind_flags & libc::SOCK_NONBLOCK != 0 { gflag::NONBLOCK } else { 0 };
+    entry.flags.store(v6 | nonblock, Ordering::Relaxed);
+    // What the engine opens with the first element.
+    entry.kind.store((domain as u32) << 16 | protocol as u32 & 0xffff, Ordering::Relaxed);
+    entry.inode.store(kept.inode, Ordering::Relaxed);
+    if !table::set(fd, Slot::Socket(kept.id)) {
+        sys::close(fd);
+        return Some(Err(libc::EMFILE));
+    }
+    spare::made(kept.id, fd);
+    Some(Ok(fd))
 }
 
 /// A placeholder pair: the program's end, which has the lowest free number, and the engine's.

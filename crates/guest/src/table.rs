@@ -8,6 +8,7 @@ use std::os::fd::{IntoRawFd, OwnedFd};
 
 use crate::guest::{self, Lock};
 use crate::hooks::stdio;
+use crate::spare;
 use crate::sys::{self, raw};
 
 /// Descriptors at and above this number are never guest sockets.
@@ -138,7 +139,7 @@ pub fn references(id: u32) -> u16 {
 /// Moves a descriptor of GuestLib's own out of the way of the program's numbers; close-on-exec.
 pub fn move_high(fd: OwnedFd) -> i32 {
     let fd = fd.into_raw_fd();
-    let high = raw!(libc::SYS_fcntl, fd, libc::F_DUPFD_CLOEXEC, high_base()) as i32;
+    let high = raw!(libc::SYS_fcntl, fd, libc::F_DUPFD_CLOEXEC, high_base().0) as i32;
     let fd = if high >= 0 {
         sys::close(fd);
         high
@@ -149,12 +150,12 @@ pub fn move_high(fd: OwnedFd) -> i32 {
     fd
 }
 
-/// First number for GuestLib's own descriptors: the upper part of what the soft limit allows.
-fn high_base() -> i32 {
+/// First number for GuestLib's own descriptors, the upper part of what the soft limit allows; and that limit.
+pub fn high_base() -> (i32, u32) {
     let mut limit = libc::rlimit { rlim_cur: 1024, rlim_max: 1024 };
     raw!(libc::SYS_prlimit64, 0, libc::RLIMIT_NOFILE, 0, &mut limit as *mut libc::rlimit);
     let soft = limit.rlim_cur.min(MAX_FDS as u64) as i32;
-    (soft - soft / 4).min(soft - 32).max(3)
+    ((soft - soft / 4).min(soft - 32).max(3), soft as u32)
 }
 
 /// Calls `f` for each number below `end` (at most the table's size) that has an entry, from `start`.
@@ -187,6 +188,7 @@ pub fn adopt(fd: i32) -> bool {
     for id in (1..unused).chain(layout.guest_sockets..layout.limits.sockets) {
         let Some(entry) = guest.region.socket(id) else { break };
         if entry.inode.load(Ordering::Relaxed) == inode {
+            spare::shared(id);
             return set(fd, Slot::Socket(id));
         }
         // The engine hands its ids out from the lowest; a run of untouched entries is the end.

@@ -12,31 +12,39 @@ pub struct Spin {
     probes: u32,
     /// Of the last polls, so many in a row found nobody else on this core.
     alone: u32,
+    /// The last one did.
+    shared: bool,
 }
 
 /// Polls without somebody else on the core, after which a poller keeps it for a moment.
 const ALONE: u32 = 4;
-/// Looks before the first yield of a poller that has its core to itself, and between any two yields.
+/// Looks before the first yield of a poller that has its core to itself, of one that does not know, and between any two yields.
 const FIRST_LOOKS: u32 = 96;
 const LOOKS: u32 = 16;
+/// The same of a poller that shares its core, as it saw the last time: nobody else runs there while it looks.
+const SHARED_LOOKS: u32 = 2;
 
 impl Spin {
     pub const fn new(max_ns: u64) -> Spin {
-        Spin { max_ns, mean_ns: max_ns, probes: 0, alone: 0 }
+        Spin { max_ns, mean_ns: max_ns, probes: 0, alone: 0, shared: false }
     }
 
     /// Begins to poll with a budget of [`Spin::budget_ns`].
     pub fn begin(&self, budget_ns: u64) -> Polling {
-        let looks = if self.alone >= ALONE { FIRST_LOOKS } else { LOOKS };
+        let looks = match self.alone {
+            _ if self.shared => SHARED_LOOKS,
+            ALONE.. => FIRST_LOOKS,
+            _ => LOOKS,
+        };
         Polling { looks, ..Polling::new(budget_ns) }
     }
 
     /// Ends a poll that [`Spin::begin`] began.
     pub fn end(&mut self, polling: &Polling) {
         if polling.shared {
-            self.alone = 0;
+            (self.alone, self.shared) = (0, true);
         } else if polling.yielded {
-            self.alone = self.alone.saturating_add(1);
+            (self.alone, self.shared) = (self.alone.saturating_add(1), false);
         }
     }
 

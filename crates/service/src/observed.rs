@@ -4,8 +4,8 @@ use std::os::fd::{OwnedFd, RawFd};
 
 use crate::stages::Histogram;
 use crate::{
-    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, Progress, Ready, Received,
-    ReceivedDatagram, Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram, now_ns,
+    Accepted, Close, Connect, Datagram, Errno, Handle, Member, Paired, Peeked, Progress, Readiness, Ready,
+    Received, ReceivedDatagram, Segments, SendFlags, Shutdown, SocketAddress, Stack, TakeDatagram, now_ns,
 };
 
 /// What was done. Payload is told as it went: guest memory, to be copied or not looked at.
@@ -313,6 +313,14 @@ impl<S: Held, O: Observer> Stack for Observed<S, O> {
 
     fn wake_fd(&self) -> Option<RawFd> {
         self.stack.see().wake_fd()
+    }
+
+    fn wakes_always(&self) -> bool {
+        self.stack.see().wakes_always()
+    }
+
+    fn connected(&mut self, handle: Handle, readiness: Readiness) -> Result<bool, Errno> {
+        self.stack.get().connected(handle, readiness)
     }
 
     fn guest(&mut self, guest: u32, owner: u32) {

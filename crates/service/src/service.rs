@@ -153,6 +153,8 @@ mod bit {
     pub const ACTIVE: u32 = 1 << 20;
     /// There was urgent data.
     pub const URGENT_SEEN: u32 = 1 << 21;
+    /// Its placeholder stays when it is closed, for the next socket with this id.
+    pub const SPARE: u32 = 1 << 22;
 }
 use bit::*;
 
@@ -478,6 +480,14 @@ impl Service {
                 .iter()
                 .zip(&self.core.pending)
                 .any(|(word, p)| word.load(Relaxed) != 0 || *p != 0)
+    }
+
+    /// The element that waits names a socket whose message was not read.
+    pub fn awaits_socket(&self) -> bool {
+        let core = &self.core;
+        core.held.as_ref().is_some_and(|(_, nqe)| {
+            nqe.op != Op::Fence as u8 && core.socks.get(nqe.socket).is_some_and(|s| s.kind == Kind::Free)
+        })
     }
 
     /// What the guest may use, from now on.
@@ -895,7 +905,7 @@ impl Core {
                     if !readiness.has(Readiness::WRITE | Readiness::ERROR) {
                         return Ok(());
                     }
-                    self.finish_connect(cx, id)?;
+                    self.finish_connect(cx, id, readiness)?;
                 }
                 let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
                 if sock.state & state::CONNECTED == 0 {

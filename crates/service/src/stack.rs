@@ -346,6 +346,19 @@ pub trait Stack: Send {
     /// `None`: only polling tells (see [`deadline_ns`](Stack::deadline_ns)).
     fn wake_fd(&self) -> Option<RawFd>;
 
+    /// Whether [`wake_fd`](Stack::wake_fd) tells of everything at once, also of what calls of this thread made ready: then `poll` need not be
+    /// called before it does.
+    fn wakes_always(&self) -> bool {
+        false
+    }
+
+    /// Whether a connect that was begun is over, when `readiness` (WRITE or ERROR, or both) was reported of the socket. `Ok(false)`: not yet. An
+    /// error is that of the connect, and taken.
+    fn connected(&mut self, handle: Handle, _readiness: Readiness) -> Result<bool, Errno> {
+        self.take_error(handle)?;
+        Ok(self.peer_name(handle).is_ok())
+    }
+
     /// A guest comes, before its first socket: the upper half of its sockets' keys, and whose it is.
     fn guest(&mut self, _guest: u32, _owner: u32) {}
 

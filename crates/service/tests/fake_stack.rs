@@ -451,6 +451,89 @@ fn accepts_run_ahead_by_half_of_the_backlog() {
 }
 
 #[test]
+fn a_placeholder_that_is_kept_is_the_next_socket_s() {
+    let mut rig = Rig::new(11);
+    let first = rig.connected(1);
+    let free = rig.guest.header().free_head.load(Acquire);
+    rig.write(1, b"last words");
+    let generation = rig.entry(1).generation.load(Acquire);
+    rig.push(false, Nqe::new(Op::Close, 0, 1));
+    rig.stack.peer(first).room = 3;
+    rig.turn().unwrap();
+    assert_eq!(rig.entry(1).generation.load(Acquire), generation, "what was written is not out");
+    rig.stack.peer(first).room = usize::MAX;
+    while rig.stack.closed.is_empty() {
+        rig.ready(1, Readiness::WRITE);
+        rig.turn().unwrap();
+    }
+    assert_eq!(rig.stack.closed, [(first.0, Close::Graceful)]);
+    assert_ne!(rig.entry(1).generation.load(Acquire), generation);
+    assert_eq!(rig.guest.header().free_head.load(Acquire), free, "the id is not anybody's");
+    assert_eq!(rig.service.sockets(), 0);
+
+    // The next one is opened by its first element, as what stands in `kind`.
+    rig.entry(1).kind.store(10 << 16 | 6, SeqCst);
+    for _ in 0..2 {
+        assert_eq!(rig.job(Op::Connect, 1, 0), -libc::EINPROGRESS);
+        assert_ne!(rig.entry(1).state.load(Acquire) & state::CONNECTED, 0);
+        let second = Handle(rig.stack.last);
+        assert_ne!(second.0, first.0);
+        rig.stack.peer(second).to_receive.extend(b"unread");
+        rig.ready(1, Readiness::READ);
+        rig.turn().unwrap();
+        rig.push(false, Nqe::new(Op::Close, 0, 1));
+        rig.turn().unwrap();
+        assert_eq!(rig.stack.closed.last(), Some(&(second.0, Close::Abort)), "as close does on Linux");
+        rig.entry(1).kind.store(2 << 16, SeqCst);
+    }
+
+    // Its placeholder is closed: the id is free, and known no more.
+    rig.service.close(&mut rig.stack, 1).unwrap();
+    assert_eq!(rig.guest.header().free_head.load(Acquire) as u32, 1);
+    let mut late = Nqe::new(Op::Connect, 0, 1);
+    late.flags = flag::SYNC;
+    rig.push(false, late);
+    assert!(rig.service.drain(&mut rig.stack, 100).unwrap().again);
+    assert!(rig.service.awaits_socket());
+    rig.turn().unwrap();
+    let ring = rig.guest.complete(0).unwrap();
+    let mut head = ring.head();
+    assert_eq!(Nqe::from_words(ring.pop(&mut head).unwrap().unwrap()).status, -libc::EBADF);
+}
+
+/// Nobody but the guest's own streams: what else comes does nothing, and nothing twice.
+#[test]
+fn only_streams_of_the_guest_s_own_keep_their_placeholders() {
+    let mut rig = Rig::new(12);
+    rig.service.open(&mut rig.stack, 1, 2, 2, 0).unwrap();
+    rig.service.open(&mut rig.stack, 2, 2, 1, 0).unwrap();
+    assert_eq!(rig.job(Op::Listen, 2, 16), 0);
+    rig.stack.backlog = 1;
+    rig.ready(2, Readiness::READ);
+    rig.turn().unwrap();
+    let accepted = rig.guest.layout().guest_sockets;
+    for id in [1, 2, accepted] {
+        rig.push(false, Nqe::new(Op::Close, 0, id));
+    }
+    rig.turn().unwrap();
+    assert_eq!((rig.stack.closed.len(), rig.service.sockets()), (0, 3));
+    // Closed by its placeholder's end while what it wrote goes out: the id comes back after that.
+    let handle = rig.connected(3);
+    rig.write(3, b"going");
+    rig.stack.peer(handle).room = 0;
+    rig.push(false, Nqe::new(Op::Close, 0, 3));
+    rig.turn().unwrap();
+    rig.service.close(&mut rig.stack, 3).unwrap();
+    assert_eq!(rig.stack.closed.len(), 0);
+    rig.stack.peer(handle).room = usize::MAX;
+    while rig.stack.closed.is_empty() {
+        rig.ready(3, Readiness::WRITE);
+        rig.turn().unwrap();
+    }
+    assert_eq!(rig.guest.header().free_head.load(Acquire) as u32, 3);
+}
+
+#[test]
 fn ids_run_out_and_come_back() {
     let mut rig = Rig::new(1);
     rig.service.open(&mut rig.stack, 1, 2, 1, 0).unwrap();

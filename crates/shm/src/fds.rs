@@ -42,22 +42,80 @@ pub fn send(socket: RawFd, data: &[u8], fds: &[RawFd], flags: i32) -> io::Result
 pub fn receive(socket: RawFd, data: &mut [u8], flags: i32) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut control = Control([0; CONTROL_BYTES]);
     let mut iov = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
-    // SAFETY: an all-zero msghdr is a valid value of that plain C struct.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &mut iov;
-    message.msg_iovlen = 1;
-    message.msg_control = control.0.as_mut_ptr().cast();
-    message.msg_controllen = CONTROL_BYTES as _;
+    let mut message = header(&mut iov, &mut control);
     // SAFETY: message points to live buffers with their true lengths.
     let received = unsafe { libc::recvmsg(socket, &mut message, flags | libc::MSG_CMSG_CLOEXEC) };
     if received < 0 {
         return Err(io::Error::last_os_error());
     }
+    // SAFETY: the kernel filled it just now.
+    Ok((received as usize, unsafe { descriptors(&message) }))
+}
+
+/// Most messages of one [`receive_some`].
+pub const MANY: usize = 8;
+
+/// One message of [`receive_some`].
+pub struct Received<const N: usize> {
+    /// Bytes of it that are in `bytes`; what was beyond is lost.
+    pub len: usize,
+    pub bytes: [u8; N],
+    pub descriptors: Vec<OwnedFd>,
+}
+
+/// Receives what messages there are, at most `most` and [`MANY`], and appends them to `into`; says how many. It does not wait. Fewer than
+/// asked for: there are no more for now. A closed other end is a message of length 0, each time.
+pub fn receive_some<const N: usize>(
+    socket: RawFd,
+    most: usize,
+    into: &mut Vec<Received<N>>,
+) -> io::Result<usize> {
+    let most = most.min(MANY);
+    let mut controls = [const { Control([0; CONTROL_BYTES]) }; MANY];
+    let mut bytes = [[0u8; N]; MANY];
+    let mut iovs = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: N }; MANY];
+    // SAFETY: all-zero mmsghdrs are valid values of that plain C struct.
+    let mut messages: [libc::mmsghdr; MANY] = unsafe { std::mem::zeroed() };
+    for (i, message) in messages.iter_mut().enumerate().take(most) {
+        iovs[i].iov_base = bytes[i].as_mut_ptr().cast();
+        message.msg_hdr = header(&mut iovs[i], &mut controls[i]);
+    }
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: each message points to live buffers with their true lengths.
+    let received = unsafe {
+        libc::recvmmsg(socket, messages.as_mut_ptr(), most as u32, flags as _, std::ptr::null_mut())
+    };
+    if received < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    for (message, bytes) in messages.iter().zip(bytes).take(received as usize) {
+        // SAFETY: the kernel filled it just now.
+        let descriptors = unsafe { descriptors(&message.msg_hdr) };
+        into.push(Received { len: message.msg_len as usize, bytes, descriptors });
+    }
+    Ok(received as usize)
+}
+
+fn header(iov: &mut libc::iovec, control: &mut Control) -> libc::msghdr {
+    // SAFETY: an all-zero msghdr is a valid value of that plain C struct.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = iov;
+    message.msg_iovlen = 1;
+    message.msg_control = control.0.as_mut_ptr().cast();
+    message.msg_controllen = CONTROL_BYTES as _;
+    message
+}
+
+/// The descriptors that came with a message.
+///
+/// # Safety
+/// The kernel filled the header and its control buffer, which is alive, and nobody took the descriptors.
+unsafe fn descriptors(message: &libc::msghdr) -> Vec<OwnedFd> {
     let mut fds = Vec::new();
-    // SAFETY: the kernel filled the control buffer; CMSG_* walk it within msg_controllen; each descriptor in a
-    // SCM_RIGHTS message is new and owned by us alone.
+    // SAFETY: CMSG_* walk the control buffer within msg_controllen; each descriptor in a SCM_RIGHTS message is new and owned
+    // by us alone (contract).
     unsafe {
-        let mut cmsg = libc::CMSG_FIRSTHDR(&message);
+        let mut cmsg = libc::CMSG_FIRSTHDR(message);
         while !cmsg.is_null() {
             if (*cmsg).cmsg_level == libc::SOL_SOCKET && (*cmsg).cmsg_type == libc::SCM_RIGHTS {
                 let count = ((*cmsg).cmsg_len as usize - libc::CMSG_LEN(0) as usize) / size_of::<RawFd>();
@@ -66,10 +124,10 @@ pub fn receive(socket: RawFd, data: &mut [u8], flags: i32) -> io::Result<(usize,
                     fds.push(OwnedFd::from_raw_fd(fd));
                 }
             }
-            cmsg = libc::CMSG_NXTHDR(&message, cmsg);
+            cmsg = libc::CMSG_NXTHDR(message, cmsg);
         }
     }
-    Ok((received as usize, fds))
+    fds
 }
 
 /// A pipe: its reading and its writing end. `flags`: O_CLOEXEC, O_NONBLOCK. `bytes`: how much it should hold, if not what the

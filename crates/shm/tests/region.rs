@@ -344,3 +344,33 @@ fn an_empty_socket_is_told_apart_from_a_closed_one() {
     let error = fds::send(b.as_raw_fd(), b"x", &[b.as_fd().as_raw_fd()], 0).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::BrokenPipe);
 }
+
+/// As many as there are and fit, in order, each with its own descriptors; the end is a message of length 0.
+#[test]
+fn several_messages_come_at_once() {
+    let (a, b) = fds::pair(libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC).unwrap();
+    let mut got: Vec<fds::Received<8>> = Vec::new();
+    let error = fds::receive_some(b.as_raw_fd(), fds::MANY, &mut got).unwrap_err();
+    assert_eq!((error.kind(), got.len()), (ErrorKind::WouldBlock, 0));
+    for i in 0..=fds::MANY as u8 {
+        let file = memfd(u64::from(i) + 1);
+        let carried: &[i32] = if i % 2 == 0 { &[file.as_raw_fd()] } else { &[] };
+        fds::send(a.as_raw_fd(), &[i; 4], carried, 0).unwrap();
+    }
+    fds::send(a.as_raw_fd(), &[9; 20], &[], 0).unwrap();
+    drop(a);
+    assert_eq!(fds::receive_some(b.as_raw_fd(), 1, &mut got).unwrap(), 1);
+    assert_eq!(fds::receive_some(b.as_raw_fd(), usize::MAX, &mut got).unwrap(), fds::MANY);
+    assert!(fds::receive_some(b.as_raw_fd(), 2, &mut got).unwrap() == 2, "what was cut, and the end");
+    for (i, message) in got.iter().enumerate().take(fds::MANY + 1) {
+        assert_eq!((message.len, &message.bytes[..5]), (4, &[i as u8, i as u8, i as u8, i as u8, 0][..]));
+        let sizes: Vec<u64> = message
+            .descriptors
+            .iter()
+            .map(|fd| File::from(fd.try_clone().unwrap()).metadata().unwrap().len())
+            .collect();
+        assert_eq!(sizes, if i % 2 == 0 { vec![i as u64 + 1] } else { vec![] });
+    }
+    let last: Vec<usize> = got[fds::MANY + 1..].iter().map(|message| message.len).collect();
+    assert_eq!(last, [8, 0]);
+}

@@ -622,6 +622,19 @@ impl Stack for KernelStack {
         Some(self.epoll.as_raw_fd())
     }
 
+    fn wakes_always(&self) -> bool {
+        true
+    }
+
+    fn connected(&mut self, handle: Handle, readiness: Readiness) -> Result<bool, Errno> {
+        // A socket that connects is not writable, one whose connect failed has hung up (tcp_poll).
+        if readiness.has(Readiness::WRITE) && !readiness.has(Readiness::ERROR) {
+            return Ok(true);
+        }
+        self.take_error(handle)?;
+        Ok(self.peer_name(handle).is_ok())
+    }
+
     fn lasting(&self, handle: Handle) -> Option<RawFd> {
         self.fd(handle).ok()
     }

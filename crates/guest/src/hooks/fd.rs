@@ -9,7 +9,7 @@ use crate::next::next;
 use crate::options::{self, Ioctl};
 use crate::sys::{self, raw};
 use crate::table::{self, Slot};
-use crate::{epoll, guest};
+use crate::{epoll, guest, spare};
 
 /// Takes `fd` out of all books; the real close follows. False: it is GuestLib's own and stays open.
 pub fn leave(fd: c_int) -> bool {
@@ -47,9 +47,16 @@ fn joined(slot: Slot, to: c_int) {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn close(fd: c_int) -> c_int {
+    let sock = guest_socket(fd);
+    let real = || next!(close(fd => c_int) -> c_int);
+    if let Some(s) = &sock
+        && let Some(r) = spare::close(s, || _ = leave(fd), real)
+    {
+        return r;
+    }
     // A listener, or what else holds a port without being connected, is really closed when close returns: the next
     // bind to the port, or connect to it, must find it so.
-    let holds_port = guest_socket(fd).filter(|s| {
+    let holds_port = sock.filter(|s| {
         let state = s.state();
         let connected = state & state::CONNECTED != 0 && state & state::DATAGRAM == 0;
         state & (state::LISTENING | state::BOUND) != 0 && !connected && !guest::engine_gone()
@@ -58,7 +65,7 @@ pub unsafe extern "C" fn close(fd: c_int) -> c_int {
         sys::set_errno(libc::EBADF);
         return -1;
     }
-    let r = next!(close(fd => c_int) -> c_int);
+    let r = real();
     if let Some(s) = holds_port
         && table::references(s.id) == 0
     {
@@ -151,6 +158,9 @@ fn dup_onto(fd: c_int, to: c_int, flags: c_int, three: bool) -> c_int {
 /// The program wants the number of one of GuestLib's own descriptors: that one moves.
 fn move_own(fd: c_int) -> bool {
     let Some(guest) = guest::guest() else { return false };
+    if spare::make_way(fd) {
+        return true;
+    }
     let keep = raw!(libc::SYS_fcntl, fd, libc::F_GETFD) & libc::FD_CLOEXEC as isize == 0;
     let command = if keep { libc::F_DUPFD } else { libc::F_DUPFD_CLOEXEC };
     let to = raw!(libc::SYS_fcntl, fd, command, fd + 1) as c_int;
@@ -180,6 +190,7 @@ unsafe extern "C" fn dup3(fd: c_int, to: c_int, flags: c_int) -> c_int {
 
 /// Not in the libc crate.
 const F_SETOWN_EX: c_int = 15;
+const F_SETSIG: c_int = 10;
 
 // fcntl and ioctl have one optional argument, which travels in a register whether it was passed or not.
 unsafe fn fcntl_common(fd: c_int, command: c_int, argument: c_long) -> c_int {
@@ -190,25 +201,34 @@ unsafe fn fcntl_common(fd: c_int, command: c_int, argument: c_long) -> c_int {
     if let Some(s) = guest_socket(fd) {
         match command {
             libc::F_GETFL => {
-                let real = raw!(libc::SYS_fcntl, fd, libc::F_GETFL);
+                let f = s.flags();
+                let real = match f & gflag::STATUS_FLAGS {
+                    0 => libc::O_RDWR as isize,
+                    _ => raw!(libc::SYS_fcntl, fd, libc::F_GETFL),
+                };
                 if real < 0 {
                     return finish_int(Err(-real as i32));
                 }
-                let f = s.flags();
                 let nonblock = if f & gflag::NONBLOCK != 0 { libc::O_NONBLOCK } else { 0 };
                 let asynchronous = if f & gflag::ASYNC != 0 { libc::O_ASYNC } else { 0 };
                 return real as c_int & !(libc::O_NONBLOCK | libc::O_ASYNC) | nonblock | asynchronous;
             }
             libc::F_SETFL => {
                 s.set_flag(gflag::NONBLOCK, argument as c_int & libc::O_NONBLOCK != 0);
-                s.set_flag(gflag::ASYNC, argument as c_int & libc::O_ASYNC != 0);
-                // The placeholder itself stays blocking: sleeping on it is how this library waits.
+                // The placeholder itself stays blocking: sleeping on it is how this library waits. All else that F_SETFL
+                // changes (man 2 fcntl) is told to it, and found there.
                 let rest = argument & !(libc::O_NONBLOCK as c_long);
-                raw!(libc::SYS_fcntl, fd, libc::F_SETFL, rest);
+                const ELSE: c_int = libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME;
+                if s.flags() & (gflag::STATUS_FLAGS | gflag::ASYNC) != 0 || argument as c_int & ELSE != 0 {
+                    s.set_flag(gflag::STATUS_FLAGS, true);
+                    s.set_flag(gflag::ASYNC, argument as c_int & libc::O_ASYNC != 0);
+                    raw!(libc::SYS_fcntl, fd, libc::F_SETFL, rest);
+                }
                 return 0;
             }
             libc::F_SETOWN => s.set_flag(gflag::OWNED, argument != 0),
             F_SETOWN_EX => s.set_flag(gflag::OWNED, true),
+            F_SETSIG => s.set_flag(gflag::STATUS_FLAGS, true),
             _ => {}
         }
     }

@@ -1,12 +1,12 @@
 //! fork, exec and spawn: the guest's identity must reach every program that it starts.
 
-use core::ffi::{CStr, c_char, c_int, c_uint, c_ulong};
+use core::ffi::{CStr, c_char, c_int, c_uint, c_ulong, c_void};
 
 use netkernel_abi::control::env;
 
 use crate::next::next;
 use crate::sys::raw;
-use crate::{guest, handover, table, target};
+use crate::{guest, handover, spare, table, target};
 
 unsafe extern "C" {
     static mut environ: *mut *mut c_char;
@@ -248,9 +248,11 @@ unsafe extern "C" fn posix_spawn(
     unsafe { spawning(path, actions) };
     // SAFETY: the program's own arrays.
     unsafe {
-        with_environment(envp, |envp| {
-            next!(posix_spawn(pid => *mut libc::pid_t, path => *const c_char, actions => Actions,
+        copying(|| {
+            with_environment(envp, |envp| {
+                next!(posix_spawn(pid => *mut libc::pid_t, path => *const c_char, actions => Actions,
                 attributes => Attributes, argv => Strings, envp => Strings) -> c_int)
+            })
         })
     }
 }
@@ -268,11 +270,58 @@ unsafe extern "C" fn posix_spawnp(
     unsafe { with_program(file, |path| spawning(path.as_ptr(), actions)) };
     // SAFETY: the program's own arrays.
     unsafe {
-        with_environment(envp, |envp| {
-            next!(posix_spawnp(pid => *mut libc::pid_t, file => *const c_char, actions => Actions,
+        copying(|| {
+            with_environment(envp, |envp| {
+                next!(posix_spawnp(pid => *mut libc::pid_t, file => *const c_char, actions => Actions,
                 attributes => Attributes, argv => Strings, envp => Strings) -> c_int)
+            })
         })
     }
+}
+
+/// A call that starts a program with copies of this process's descriptors, past the handlers of fork.
+fn copying<R>(call: impl FnOnce() -> R) -> R {
+    spare::before_fork();
+    let r = call();
+    spare::after_fork();
+    r
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn system(command: *const c_char) -> c_int {
+    copying(|| next!(system(command => *const c_char) -> c_int))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn popen(command: *const c_char, mode: *const c_char) -> *mut libc::FILE {
+    copying(|| next!(popen(command => *const c_char, mode => *const c_char) -> *mut libc::FILE))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn wordexp(words: *const c_char, result: *mut c_void, flags: c_int) -> c_int {
+    copying(|| next!(wordexp(words => *const c_char, result => *mut c_void, flags => c_int) -> c_int))
+}
+
+/// libc's own, which has as many arguments as its flags say: it is gone on with as it was called.
+#[unsafe(naked)]
+#[unsafe(no_mangle)]
+unsafe extern "C" fn clone() {
+    core::arch::naked_asm!(
+        "push rdi", "push rsi", "push rdx", "push rcx", "push r8", "push r9", "sub rsp, 8",
+        "call {before}",
+        "add rsp, 8", "pop r9", "pop r8", "pop rcx", "pop rdx", "pop rsi", "pop rdi",
+        "jmp rax",
+        before = sym before_clone,
+    )
+}
+
+/// Where `clone` goes on.
+extern "C" fn before_clone(_: usize, _: usize, flags: c_int) -> usize {
+    static CLONE: crate::next::Symbol = crate::next::Symbol::new(b"clone\0");
+    if flags & libc::CLONE_FILES == 0 {
+        spare::never_again();
+    }
+    CLONE.address()
 }
 
 /// Sandboxes: what GuestLib needs beyond them is fetched before they close.
@@ -287,6 +336,9 @@ unsafe extern "C" fn prctl(option: c_int, a: c_ulong, b: c_ulong, c: c_ulong, d:
 type Limit = *const libc::rlimit;
 
 unsafe fn before_limit(resource: c_uint, limit: Limit) {
+    if resource == libc::RLIMIT_NOFILE {
+        spare::limit_changes();
+    }
     // SAFETY: the program's own limit, or null.
     if resource == libc::RLIMIT_NOFILE && unsafe { limit.as_ref() }.is_some_and(|l| l.rlim_cur < 64) {
         guest::before_confinement(false);

@@ -7,6 +7,7 @@ use core::ffi::{c_int, c_long, c_void};
 
 use super::guest_socket;
 use crate::socket::Told;
+use crate::spare;
 use crate::sys;
 use crate::table::{self, Slot};
 use crate::{guest, next::next};
@@ -31,6 +32,8 @@ unsafe extern "C" fn syscall(
                 return -1;
             }
             libc::SYS_seccomp => guest::before_confinement(true),
+            libc::SYS_clone if a as c_int & libc::CLONE_FILES != 0 => {}
+            libc::SYS_clone | libc::SYS_clone3 | libc::SYS_fork | libc::SYS_vfork => spare::never_again(),
             libc::SYS_close if ours => {
                 // SAFETY: a plain number.
                 return unsafe { super::fd::close(fd) } as c_long;

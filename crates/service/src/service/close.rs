@@ -6,6 +6,12 @@ impl Core {
     pub(super) fn close(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
         let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return Ok(()) };
         match sock.kind {
+            // Whoever kept the placeholder for another socket has closed it.
+            Kind::Free if sock.bits & SPARE != 0 => {
+                sock.bits &= !SPARE;
+                self.return_id(cx.region, id);
+                return Ok(());
+            }
             Kind::Free => return Ok(()),
             Kind::Listener => {
                 self.drop_untaken(cx, id);
@@ -20,6 +26,7 @@ impl Core {
             Kind::Stream | Kind::Datagram => {}
         }
         if sock.bits & CLOSING != 0 {
+            sock.bits &= !SPARE;
             return Ok(());
         }
         if sock.kind == Kind::Stream && sock.state & state::CONNECTED != 0 {
@@ -41,6 +48,24 @@ impl Core {
         let rx = std::mem::take(&mut sock.rx);
         self.give_block(rx);
         self.send(cx, id, false)
+    }
+
+    /// Job `Close`: the program has closed the last descriptor, and the guest kept the placeholder.
+    pub(super) fn close_and_keep(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
+        let own = id < self.guest_sockets && sock.kind == Kind::Stream;
+        if !own || sock.state & state::HANDED != 0 || sock.bits & CLOSING != 0 {
+            return Ok(());
+        }
+        sock.bits |= SPARE;
+        self.close(cx, id)
+    }
+
+    /// The guest uses a placeholder again: the first element about the socket that it is of now.
+    pub(super) fn reopen(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+        let kind = cx.region.socket(id).map_or(0, |entry| entry.kind.load(Relaxed));
+        self.turn.charge(SOCKET);
+        self.open(cx, id, kind >> 16, libc::SOCK_STREAM as u32, kind & 0xffff)
     }
 
     /// Closes (RST) the connections of a listener that nobody took.
@@ -89,9 +114,9 @@ impl Core {
         }
         let (rx, tx) = (sock.rx, sock.tx);
         let generation = sock.generation.wrapping_add(1);
-        let queued = sock.bits & (QUEUED | STARVED | THROTTLED);
+        let kept = sock.bits & (QUEUED | STARVED | THROTTLED | SPARE);
         let counted = sock.bits & COUNTED != 0;
-        *sock = Sock { generation, bits: queued, ..Sock::default() };
+        *sock = Sock { generation, bits: kept, ..Sock::default() };
         self.sockets -= 1;
         self.ended = self.ended.wrapping_add(1);
         self.uncount(counted);
@@ -101,10 +126,10 @@ impl Core {
         entry.generation.store(generation, Release);
         self.give_block(rx);
         self.give_block(tx);
-        if id < self.guest_sockets {
-            self.return_id(cx.region, id);
-        } else {
+        if id >= self.guest_sockets {
             self.free_ids.push(id);
+        } else if kept & SPARE == 0 {
+            self.return_id(cx.region, id);
         }
         if !self.starved.is_empty() {
             self.retry_starved();

@@ -3,11 +3,16 @@
 use super::*;
 
 impl Core {
-    pub(super) fn finish_connect(&mut self, cx: &mut Cx, id: u32) -> Result<(), Violation> {
+    pub(super) fn finish_connect(
+        &mut self,
+        cx: &mut Cx,
+        id: u32,
+        readiness: Readiness,
+    ) -> Result<(), Violation> {
         let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return Ok(()) };
         let generation = sock.generation;
-        match cx.stack.take_error(sock.handle) {
-            Ok(()) if cx.stack.peer_name(sock.handle).is_ok() => {
+        match cx.stack.connected(sock.handle, readiness) {
+            Ok(true) => {
                 sock.state = (sock.state & !state::CONNECTING) | state::CONNECTED | state::BOUND;
                 sock.bits &= !TX_BLOCKED;
                 sock.bits |= RX_READY;
@@ -24,7 +29,7 @@ impl Core {
                 }
             }
             // Not over yet: a report that came too early.
-            Ok(()) => {}
+            Ok(false) => {}
             Err(errno) => {
                 sock.state = (sock.state & !state::CONNECTING) | state::CONNECT_FAILED;
                 entry.error.store(errno.0 as u32, Relaxed);

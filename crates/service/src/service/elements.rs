@@ -143,6 +143,10 @@ impl Core {
                 let sock = self.socks.make(id).ok_or(Violation("element for a socket out of range"))?;
                 // Pushed before its socket was closed, by a process that has gone on since; the id is in use again.
                 let stale = nqe.status as u32 != sock.generation;
+                if sock.kind == Kind::Free && !stale && sock.bits & SPARE != 0 {
+                    self.reopen(cx, id)?;
+                }
+                let Some(sock) = self.socks.get_mut(id) else { return Ok(()) };
                 if sock.kind == Kind::Free && !last && !stale {
                     self.held = Some((q, nqe));
                     return Ok(());
@@ -155,6 +159,10 @@ impl Core {
                         Done::Answer(-libc::EBADF, 0, 0)
                     }
                     Op::Send => return self.element_send(cx, id, nqe),
+                    Op::Close => {
+                        self.close_and_keep(cx, id)?;
+                        Done::Answer(0, 0, 0)
+                    }
                     Op::Peer => {
                         self.pair_element(cx, id, nqe.flags);
                         return Ok(());
@@ -264,8 +272,8 @@ impl Core {
                     && let Some(quota) = &self.limits.connections
                 {
                     if !quota.take() {
-                        // As when no local port is left.
-                        return Ok(Done::Answer(-libc::EADDRNOTAVAIL, 0, 0));
+                        // As when no local port is left. The guest may have closed one that the engine did not look at.
+                        return Ok(Done::Again(libc::EADDRNOTAVAIL));
                     }
                     sock.bits |= COUNTED;
                 }
@@ -412,9 +420,14 @@ impl Core {
                 self.events.wake(id, u32::MAX);
                 Done::Answer(0, 0, 0)
             }
-            Op::Release | Op::Fence | Op::Send | Op::Credit | Op::Peer | Op::Complete | Op::Event => {
-                Done::Answer(-libc::EINVAL, 0, 0)
-            }
+            Op::Release
+            | Op::Fence
+            | Op::Close
+            | Op::Send
+            | Op::Credit
+            | Op::Peer
+            | Op::Complete
+            | Op::Event => Done::Answer(-libc::EINVAL, 0, 0),
         })
     }
 

@@ -16,6 +16,12 @@ impl Core {
                 && sock.handle != Handle::NONE
                 && sock.bits & (CLOSING | UNTAKEN) == 0
         };
+        // A placeholder that is used again, and no element named its socket so far.
+        let unopened =
+            |sock: &Sock| sock.generation == generation && sock.kind == Kind::Free && sock.bits & SPARE != 0;
+        if self.socks.get(id).is_some_and(unopened) {
+            self.reopen(cx, id)?;
+        }
         if !self.socks.get(id).is_some_and(usable) {
             return Ok(Err(Errno(libc::EBADF)));
         }

@@ -282,6 +282,11 @@ impl Core {
             }
         }
         for &(id, sock) in &used {
+            // A placeholder without a socket is kept, whatever was under way.
+            let kept = sock.kind == Kind::Free && id < self.guest_sockets && held(id);
+            if kept || sock.bits & SPARE != 0 {
+                self.resume_spare(cx, id, held(id));
+            }
             if sock.kind == Kind::Free {
                 if id >= self.guest_sockets && id < self.next_id {
                     self.free_ids.push(id);
@@ -300,6 +305,25 @@ impl Core {
             }
         }
         Ok(())
+    }
+
+    /// A socket whose placeholder the guest keeps, or has closed meanwhile (`held` false).
+    fn resume_spare(&mut self, cx: &mut Cx, id: u32, held: bool) {
+        let (Some(sock), Some(entry)) = (self.socks.get_mut(id), cx.region.socket(id)) else { return };
+        if sock.kind == Kind::Free && entry.generation.load(Relaxed) != sock.generation {
+            // That it was closed was not published.
+            super::clear_engine_lines(entry);
+            entry.inode.store(0, Relaxed);
+            entry.generation.store(sock.generation, Release);
+        }
+        if held {
+            sock.bits |= SPARE;
+        } else {
+            sock.bits &= !SPARE;
+            if sock.kind == Kind::Free && id < self.guest_sockets {
+                self.return_id(cx.region, id);
+            }
+        }
     }
 
     /// Elements that were taken and not done.
