@@ -5,9 +5,9 @@
 //! namespace) gives for each inode its addresses, state and TCP_INFO counters. It costs about 10 us for each process and
 //! nothing at all while nobody asks.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use crate::{Carried, TcpInfo};
@@ -152,6 +152,8 @@ const REQUEST: usize = 56;
 const MESSAGE: usize = 72;
 /// idiag_cookie in struct inet_diag_msg.
 const COOKIE: usize = 44;
+/// idiag_inode.
+const INODE: usize = 68;
 /// tcpi_bytes_acked and tcpi_bytes_received in struct tcp_info.
 const BYTES_ACKED: usize = 120;
 const BYTES_RECEIVED: usize = 128;
@@ -163,6 +165,7 @@ const LISTEN: u32 = 1 << 10;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Seen {
     pub cookie: u64,
+    pub inode: u64,
     pub local: SocketAddr,
     /// `None`: a listener, or not connected.
     pub peer: Option<SocketAddr>,
@@ -171,28 +174,32 @@ pub(crate) struct Seen {
 
 /// All TCP sockets with a name in the calling thread's network namespace.
 pub(crate) fn connections() -> io::Result<Vec<Seen>> {
-    seen(u32::MAX)
+    seen(libc::IPPROTO_TCP, u32::MAX)
 }
 
 pub(crate) fn listeners() -> io::Result<Vec<Seen>> {
-    seen(LISTEN)
+    seen(libc::IPPROTO_TCP, LISTEN)
 }
 
-/// Cookies of all UDP sockets with a name in the calling thread's network namespace.
-pub(crate) fn datagrams() -> io::Result<HashSet<u64>> {
-    let mut all = HashSet::new();
-    for family in [libc::AF_INET, libc::AF_INET6] {
-        request(family as u8, libc::IPPROTO_UDP as u8, u32::MAX, |message| {
-            all.insert(u64_at(message, COOKIE));
-        })?;
-    }
-    Ok(all)
+/// All UDP sockets with a name in the calling thread's network namespace.
+pub(crate) fn datagrams() -> io::Result<Vec<Seen>> {
+    seen(libc::IPPROTO_UDP, u32::MAX)
 }
 
-fn seen(states: u32) -> io::Result<Vec<Seen>> {
+/// The cookie of a TCP connection of the calling thread's network namespace. Errors: ENOENT, there is none.
+pub(crate) fn find(local: SocketAddr, peer: SocketAddr) -> io::Result<u64> {
+    let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let mut found = 0;
+    ask(family as u8, libc::IPPROTO_TCP as u8, u32::MAX, Some((local, peer)), |message| {
+        found = u64_at(message, COOKIE);
+    })?;
+    Ok(found)
+}
+
+fn seen(protocol: i32, states: u32) -> io::Result<Vec<Seen>> {
     let mut all = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
-        request(family as u8, libc::IPPROTO_TCP as u8, states, |message| all.extend(see(message)))?;
+        request(family as u8, protocol as u8, states, |message| all.extend(see(message)))?;
     }
     Ok(all)
 }
@@ -212,6 +219,7 @@ fn see(message: &[u8]) -> Option<Seen> {
     let (local, peer) = names(message);
     let mut seen = Seen {
         cookie: u64_at(message, COOKIE),
+        inode: u64::from(u32_at(message, INODE)),
         local,
         peer: (peer.port() != 0).then_some(peer),
         carried: Carried::default(),
@@ -268,7 +276,18 @@ fn dump(family: u8, protocol: u8, mut each: impl FnMut(u64, DirectSocket)) -> io
 }
 
 /// Asks for all sockets in these states, and gives each message.
-fn request(family: u8, protocol: u8, states: u32, mut each: impl FnMut(&[u8])) -> io::Result<()> {
+fn request(family: u8, protocol: u8, states: u32, each: impl FnMut(&[u8])) -> io::Result<()> {
+    ask(family, protocol, states, None, each)
+}
+
+/// Of all sockets, or of the connection of two names.
+fn ask(
+    family: u8,
+    protocol: u8,
+    states: u32,
+    one: Option<(SocketAddr, SocketAddr)>,
+    mut each: impl FnMut(&[u8]),
+) -> io::Result<()> {
     // SAFETY: takes integers; the result is checked.
     let fd = unsafe {
         libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_SOCK_DIAG)
@@ -281,11 +300,27 @@ fn request(family: u8, protocol: u8, states: u32, mut each: impl FnMut(&[u8])) -
     let mut request = Vec::with_capacity(HEADER + REQUEST);
     request.extend(((HEADER + REQUEST) as u32).to_ne_bytes());
     request.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    request.extend(((libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16).to_ne_bytes());
+    // One is answered by one message, and then acknowledged.
+    let how = if one.is_some() { libc::NLM_F_ACK } else { libc::NLM_F_DUMP };
+    request.extend(((libc::NLM_F_REQUEST | how) as u16).to_ne_bytes());
     request.extend([0; 8]);
     let wanted = 1 << (INET_DIAG_INFO - 1) | 1 << (INET_DIAG_CONG - 1);
     request.extend([family, protocol, wanted, 0]);
     request.extend(states.to_ne_bytes());
+    if let Some((local, peer)) = one {
+        request.extend([local.port(), peer.port()].map(u16::to_be_bytes).concat());
+        for address in [local.ip(), peer.ip()] {
+            let mut bytes = [0; 16];
+            match address {
+                IpAddr::V4(address) => bytes[..4].copy_from_slice(&address.octets()),
+                IpAddr::V6(address) => bytes = address.octets(),
+            }
+            request.extend(bytes);
+        }
+        // Any interface; whatever its cookie is.
+        request.extend([0; 4]);
+        request.extend([0xff; 8]);
+    }
     request.resize(HEADER + REQUEST, 0);
     // SAFETY: the bytes are valid for reads of their length.
     let sent = unsafe { libc::send(fd.as_raw_fd(), request.as_ptr().cast(), request.len(), 0) };
@@ -328,7 +363,7 @@ fn request(family: u8, protocol: u8, states: u32, mut each: impl FnMut(&[u8])) -
 fn parse(message: &[u8], protocol: u8) -> (u64, DirectSocket) {
     let state = message[1];
     let (local, peer) = names(message);
-    let inode = u64::from(u32_at(message, 68));
+    let inode = u64::from(u32_at(message, INODE));
     let listening = state == 10;
     let mut socket = DirectSocket {
         inode,

@@ -9,7 +9,7 @@
 //! it is bounded) counts as far as the last look at the open sockets saw it. Counted is what TCP counts: an end of the stream that
 //! was received is one byte.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
@@ -78,6 +78,20 @@ impl Carried {
         }
         self
     }
+}
+
+/// A socket of a guest.
+#[derive(Clone, Copy, Debug)]
+pub struct Known {
+    pub guest: u32,
+    /// SO_COOKIE.
+    pub cookie: u64,
+    pub inode: u64,
+    /// IPPROTO_TCP or IPPROTO_UDP.
+    pub protocol: u8,
+    pub local: SocketAddr,
+    /// `None`: it listens, or is not connected.
+    pub peer: Option<SocketAddr>,
 }
 
 /// The connections of one network namespace. Its thread ends with it.
@@ -199,7 +213,8 @@ impl Ledger {
 
     /// Forgets those that are no more. To be called in the network namespace.
     pub fn forget_datagrams(&self) {
-        let alive = census::datagrams().unwrap_or_default();
+        let alive: HashSet<u64> =
+            census::datagrams().unwrap_or_default().iter().map(|seen| seen.cookie).collect();
         let mut books = lock(&self.books);
         books.datagrams.retain(|cookie, _| alive.contains(cookie));
         // One without a name is in no list: those given lately are left until the next time.
@@ -211,9 +226,42 @@ impl Ledger {
     pub fn stack_of(&self, guest: u32, cookie: u64) -> Option<String> {
         let books = lock(&self.books);
         let stream = books.open.get(&cookie).map(|open| open.account);
-        let account = stream.or_else(|| books.lately.get(&cookie).or(books.datagrams.get(&cookie)).copied());
-        let account = Account::of(account?);
+        let account = Account::of(stream.or_else(|| books.datagram(cookie))?);
         (account.guest == guest).then(|| books.stacks.get(account.stack as usize).cloned())?
+    }
+
+    /// The sockets of guests that have a name. `besides`: whose another one is, by its cookie. To be called in the network
+    /// namespace.
+    pub fn known(&self, besides: impl Fn(u64) -> Option<u32>) -> io::Result<Vec<Known>> {
+        let streams = census::connections()?;
+        let datagrams = census::datagrams()?;
+        let mut books = lock(&self.books);
+        books.look(streams.clone());
+        let whose = |account: u64| Account::of(account).guest;
+        let mut all = Vec::new();
+        for (is_stream, seen) in
+            streams.iter().map(|seen| (true, seen)).chain(datagrams.iter().map(|seen| (false, seen)))
+        {
+            let account = if is_stream { books.account_of(seen) } else { books.datagram(seen.cookie) };
+            if let Some(guest) = account.map(whose).or_else(|| besides(seen.cookie)) {
+                let protocol = if is_stream { libc::IPPROTO_TCP } else { libc::IPPROTO_UDP } as u8;
+                let (cookie, inode, local, peer) = (seen.cookie, seen.inode, seen.local, seen.peer);
+                all.push(Known { guest, cookie, inode, protocol, local, peer });
+            }
+        }
+        Ok(all)
+    }
+
+    /// Whose the socket of a connection is: of a guest, or `None`. To be called in the network namespace.
+    pub fn owner(
+        &self,
+        local: SocketAddr,
+        peer: SocketAddr,
+        besides: impl Fn(u64) -> Option<u32>,
+    ) -> Option<u32> {
+        let cookie = census::find(local, peer).ok()?;
+        let account = lock(&self.books).open.get(&cookie).map(|open| open.account);
+        account.map(|account| Account::of(account).guest).or_else(|| besides(cookie))
     }
 
     /// What each guest's connections carried so far. To be called in the network namespace.
@@ -267,6 +315,10 @@ impl Ledger {
 }
 
 impl Books {
+    fn datagram(&self, cookie: u64) -> Option<u64> {
+        self.lately.get(&cookie).or_else(|| self.datagrams.get(&cookie)).copied()
+    }
+
     fn account(&mut self, guest: u32, stack: &str) -> u64 {
         let known = self.stacks.iter().position(|name| name == stack);
         let number = known.unwrap_or_else(|| {

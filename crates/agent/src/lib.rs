@@ -23,9 +23,11 @@ pub mod ledger;
 pub mod memory;
 pub mod notify;
 mod tcp_info;
+mod window;
 
 pub use agent::{Agent, Counters, Exchange, Offer, Policy, Settings, SocketRequest, Sockets, TcpCounters};
 pub use census::{Census, DirectSocket, Processes, process_name};
 pub use clock::ThreadClock;
-pub use ledger::{ByGuest, Carried, Ledger};
+pub use ledger::{ByGuest, Carried, Known, Ledger};
 pub use tcp_info::{TCP_INFO_BYTES, TcpInfo, tcp_state};
+pub use window::{set_window, window};

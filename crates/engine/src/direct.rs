@@ -35,7 +35,7 @@ pub(crate) struct Direct {
 }
 
 /// A network namespace, by device and inode.
-type Namespace = (u64, u64);
+pub(crate) type Namespace = (u64, u64);
 
 /// What direct sockets carried: a ledger for each network namespace in which some were ever given away.
 #[derive(Debug, Default)]
@@ -59,6 +59,10 @@ impl Handed {
         }
     }
 
+    pub fn guest_of(&self, cookie: u64) -> Option<u32> {
+        lock(&self.0).get(&cookie).map(|(of, _)| *of)
+    }
+
     fn stack_of(&self, guest: u32, cookie: u64) -> Option<String> {
         lock(&self.0).get(&cookie).filter(|(of, _)| *of == guest).map(|(_, nsm)| nsm.clone())
     }
@@ -71,7 +75,7 @@ struct Kept {
     ledger: Option<Arc<Ledger>>,
 }
 
-fn namespace_of(sockets: &dyn Sockets) -> Namespace {
+pub(crate) fn namespace_of(sockets: &dyn Sockets) -> Namespace {
     let mut found = (0, 0);
     sockets.within(&mut || {
         if let Ok(file) = std::fs::metadata("/proc/thread-self/ns/net") {
@@ -133,7 +137,10 @@ impl Ledgers {
     }
 
     fn existing(&self, sockets: &dyn Sockets) -> Option<Arc<Ledger>> {
-        let namespace = namespace_of(sockets);
+        self.at(namespace_of(sockets))
+    }
+
+    pub fn at(&self, namespace: Namespace) -> Option<Arc<Ledger>> {
         lock(&self.0).get(&namespace)?.ledger.clone()
     }
 }
@@ -253,6 +260,7 @@ pub(crate) fn sockets(
     } else {
         "the guest has no preloaded library"
     };
+    let held = shared.held.says(guest);
     let mut all: Vec<SocketStatus> = Vec::new();
     for nsm in &nsms {
         let Some(Ok(maker)) = shared.config.kinds.direct(nsm) else { continue };
@@ -271,21 +279,35 @@ pub(crate) fn sockets(
             if !all.iter().any(|other| other.inode == socket.inode) {
                 let known = ledger.as_ref().and_then(|ledger| ledger.stack_of(guest, socket.cookie));
                 let of = known.or_else(|| shared.ledgers.handed().stack_of(guest, socket.cookie));
-                all.push(status(guest, socket, of.unwrap_or_else(|| nsm.name.clone()), reason));
+                let stack = of.unwrap_or_else(|| nsm.name.clone());
+                all.push(status(guest, socket, stack, reason, held.as_deref()));
             }
         }
     }
     all
 }
 
-fn status(guest: u32, socket: DirectSocket, stack: String, reason: &'static str) -> SocketStatus {
+fn status(
+    guest: u32,
+    socket: DirectSocket,
+    stack: String,
+    reason: &'static str,
+    held: Option<&str>,
+) -> SocketStatus {
     let listens = socket.kind == "listener";
+    let reason = match held {
+        None => reason.into(),
+        Some(held) if socket.kind == "datagram" => {
+            format!("{reason}; what it sends is {held}; what it receives is not held").into()
+        }
+        Some(held) => format!("{reason}; {held}").into(),
+    };
     SocketStatus {
         guest,
         id: socket.inode as u32,
         stack,
         attachment: "direct",
-        reason: reason.into(),
+        reason,
         kind: socket.kind,
         state: socket.state,
         local: socket.local,

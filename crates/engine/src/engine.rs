@@ -17,6 +17,7 @@ use crate::capture::Captures;
 use crate::direct::{self, Direct};
 use crate::direct_capture::DirectTap;
 use crate::heir::Heirs;
+use crate::held::Held;
 use crate::placement::{self, Load, Placement};
 use crate::process::Form;
 use crate::process::journal::{Left, Root};
@@ -71,6 +72,7 @@ pub(crate) struct Shared {
     pub ledgers: Arc<direct::Ledgers>,
     pub captures: Captures,
     pub direct_tap: DirectTap,
+    pub held: Held,
     watches: Vec<Arc<Watch>>,
     pub heirs: Heirs,
 }
@@ -260,6 +262,7 @@ impl Engine {
             ledgers: Arc::default(),
             captures: Captures::default(),
             direct_tap: DirectTap::default(),
+            held: Held::default(),
         });
         let mut threads = Vec::new();
         for index in 0..shared.workers.len() {
@@ -505,6 +508,7 @@ impl Engine {
 
     /// The switch thread of the process of an NSM stops where it is.
     pub(crate) fn freeze(&self) {
+        self.shared.held.stop();
         let _ = self.ask(0, Command::Freeze);
     }
 
@@ -727,8 +731,9 @@ impl Engine {
         self.keep_shares()
     }
 
-    /// There may be something to share, or to keep, only now.
+    /// There may be something to share, to keep, or to hold, only now.
     fn keep_shares(&self) -> Result<(), EngineError> {
+        self.shared.held.look(&self.shared);
         let resource = |e| EngineError::Resource(format!("no thread for the tenants' shares: {e}"));
         Tenants::start(&self.shared.tenants, &self.shared.config.nsms).map_err(resource)
     }
@@ -900,6 +905,7 @@ impl Engine {
     pub fn shutdown(&self) {
         self.end_captures();
         self.shared.stopping.store(true, Ordering::Relaxed);
+        self.shared.held.stop();
         for worker in self.shared.seats() {
             self.shared.tell(worker, Command::Stop);
         }
@@ -1048,11 +1054,17 @@ impl Shared {
     }
 
     /// A guest has an agent now.
-    pub fn has_agent(&self, id: u32, nsm: usize, direct: Direct) {
+    pub fn has_agent(self: &Arc<Shared>, id: u32, nsm: usize, direct: Direct) {
         if let Some(guest) = lock(&self.registry).guests.get_mut(&id) {
             guest.direct = Some(direct);
             guest.agent_nsm = nsm;
         }
+        self.held.look(self);
+    }
+
+    /// Of an NSM.
+    pub fn is_process(&self) -> bool {
+        self.over_hook.is_some()
     }
 
     /// The guest is over and nothing of it is left.

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use self::relays::Relays;
 use crate::engine::{Command, LeftNsm, Registered, Shared, lock};
+use crate::held;
 use crate::process::journal::{GuestJournal, Left, OfStack, Root};
 use crate::process::remote::{LeftRunning, Remote, Still, abandon};
 use crate::process::wire::{self, NewGuest};
@@ -188,6 +189,7 @@ pub struct Stopped<'a> {
     _relays: Relays,
     _processes: Vec<Still<'a>>,
     _ledgers: Ledgers,
+    _held: held::Stopped<'a>,
 }
 
 /// Of agents that stand still, by guest. Opened when this is dropped.
@@ -316,6 +318,7 @@ impl Engine {
         self.can_be_exchanged(lose)?;
         self.close_gates(&mut gates, lose)?;
         relays.stop(self, lose)?;
+        let held = held::Stopped::new(shared);
         let mut ledgers = Ledgers::default();
         ledgers.stop(shared)?;
         let mut losing = self.fleeting();
@@ -386,6 +389,7 @@ impl Engine {
             _relays: relays,
             _processes: processes,
             _ledgers: ledgers,
+            _held: held,
         })
     }
 

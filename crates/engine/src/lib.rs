@@ -16,6 +16,7 @@ mod engine;
 mod handed;
 pub mod handover;
 pub mod heir;
+mod held;
 mod keeper;
 mod kinds;
 mod moves;

@@ -124,6 +124,15 @@ pub(crate) struct Tenant {
     means: OnceLock<Means>,
 }
 
+/// A tenant's most rates.
+#[derive(Clone, Debug)]
+pub(crate) struct Caps {
+    pub send: Police,
+    pub receive: Police,
+    /// Bytes per second, or [`UNLIMITED`].
+    pub receive_rate: u64,
+}
+
 /// What a tenant uses. Made for its first guest: thousands that have none take no memory.
 struct Means {
     memory: TenantMemory,
@@ -257,6 +266,13 @@ impl Tenant {
                 nsm: means.seats.get(nsm).cloned().flatten(),
             }),
         }
+    }
+
+    /// Of sending and of receiving, if it may not have as much as it likes of both: what holds for the tenant as a whole.
+    pub fn caps(&self) -> Option<Caps> {
+        let means = self.means.get().filter(|means| means.send.is_limited() || means.receive.is_limited())?;
+        let of = |bucket: &Arc<Bucket>| Police::new(vec![Arc::clone(bucket)]);
+        Some(Caps { send: of(&means.send), receive: of(&means.receive), receive_rate: means.receive.rate() })
     }
 
     /// Its part of a resource of an NSM, once it had a guest.

@@ -4,7 +4,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::netlink::{NETFILTER, SocketAddrNetlink};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, send, socket_with};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, send, socket_with,
+};
 
 /// struct nlmsghdr and struct nfgenmsg.
 const HEADER: usize = 20;
@@ -114,7 +116,14 @@ impl Messages {
     }
 
     /// A message that is acknowledged. `number`: res_id.
-    pub fn message(&mut self, kind: u16, flags: u16, family: u8, number: u16, fill: impl FnOnce(&mut Vec<u8>)) {
+    pub fn message(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        family: u8,
+        number: u16,
+        fill: impl FnOnce(&mut Vec<u8>),
+    ) {
         self.count += 1;
         self.raw(kind, flags | ACKNOWLEDGE, family, number, fill);
     }

@@ -34,7 +34,8 @@ impl Packet {
     pub(crate) fn parse(id: u32, bytes: &[u8], length: usize) -> Option<Packet> {
         let (protocol, mut at, from, to): (u8, usize, IpAddr, IpAddr) = match bytes.first()? >> 4 {
             4 => {
-                let address = |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes.get(at..at + 4)?).ok()?));
+                let address =
+                    |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes.get(at..at + 4)?).ok()?));
                 (*bytes.get(9)?, usize::from(bytes[0] & 15) * 4, address(12)?.into(), address(16)?.into())
             }
             6 => {
@@ -52,11 +53,8 @@ impl Packet {
         }
         let header = bytes.get(at..)?;
         let port = |at: usize| Some(u16::from_be_bytes([*header.get(at)?, *header.get(at + 1)?]));
-        let flow = Flow {
-            protocol,
-            local: SocketAddr::new(from, port(0)?),
-            peer: SocketAddr::new(to, port(2)?),
-        };
+        let flow =
+            Flow { protocol, local: SocketAddr::new(from, port(0)?), peer: SocketAddr::new(to, port(2)?) };
         let (own, acknowledges, begins) = match protocol {
             TCP => {
                 let flags = *header.get(13)?;
@@ -98,10 +96,7 @@ mod tests {
             local: "10.0.0.1:80".parse().unwrap(),
             peer: "10.0.0.2:1234".parse().unwrap(),
         };
-        assert_eq!(
-            packet,
-            Packet { id: 9, flow, payload: 60_000, acknowledges: Some(77), begins: false }
-        );
+        assert_eq!(packet, Packet { id: 9, flow, payload: 60_000, acknowledges: Some(77), begins: false });
 
         let mut six = vec![0; 40];
         (six[0], six[6]) = (0x60, 60);

@@ -12,7 +12,11 @@ const UDP: u8 = 17;
 const WATCHDOG: Duration = Duration::from_secs(20);
 
 /// Lets all go until `enough`, and says what was of interest.
-fn let_go(hold: &mut Hold, interesting: impl Fn(&Packet) -> bool, mut enough: impl FnMut(&[Packet]) -> bool) -> Vec<Packet> {
+fn let_go(
+    hold: &mut Hold,
+    interesting: impl Fn(&Packet) -> bool,
+    mut enough: impl FnMut(&[Packet]) -> bool,
+) -> Vec<Packet> {
     let began = Instant::now();
     let mut all = Vec::new();
     while !enough(&all) {
@@ -50,7 +54,8 @@ fn packets_wait_until_they_are_let_go_and_say_what_they_are() {
     let mut bytes = vec![0; 100_000];
     assert!(server.read(&mut bytes).is_err(), "it waits");
     let from_client = |packet: &Packet| packet.flow.local == own && packet.flow.peer == name;
-    let sent = let_go(&mut hold, from_client, |all| all.iter().map(|packet| packet.payload).sum::<u32>() >= 100_000);
+    let sent =
+        let_go(&mut hold, from_client, |all| all.iter().map(|packet| packet.payload).sum::<u32>() >= 100_000);
     assert_eq!(sent.iter().map(|packet| packet.payload).sum::<u32>(), 100_000, "{sent:?}");
     server.set_read_timeout(Some(WATCHDOG)).unwrap();
     server.read_exact(&mut bytes).unwrap();
@@ -60,7 +65,9 @@ fn packets_wait_until_they_are_let_go_and_say_what_they_are() {
     let acknowledged = sent[0].acknowledges.unwrap();
     server.write_all(&[9; 5000]).unwrap();
     client.read_exact(&mut bytes[..5000]).unwrap();
-    let upto = |all: &[Packet]| all.last().and_then(|packet| packet.acknowledges) == Some(acknowledged.wrapping_add(5000));
+    let upto = |all: &[Packet]| {
+        all.last().and_then(|packet| packet.acknowledges) == Some(acknowledged.wrapping_add(5000))
+    };
     let_go(&mut hold, from_client, upto);
 
     // Datagrams, and what is not watched any more.

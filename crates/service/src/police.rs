@@ -132,6 +132,11 @@ impl Bucket {
     /// Counts what passed; it may be more than was there.
     pub fn take(&self, units: u64, now_ns: u64) {
         self.used.fetch_add(units, Relaxed);
+        self.pay(units, now_ns);
+    }
+
+    /// As [`Bucket::take`], of what is counted elsewhere.
+    pub fn pay(&self, units: u64, now_ns: u64) {
         let rate = self.rate();
         if rate == UNLIMITED || units == 0 {
             return;
@@ -394,6 +399,11 @@ impl Police {
         for bucket in &self.0 {
             bucket.take(units, now_ns);
         }
+    }
+
+    /// As [`Bucket::pay`].
+    pub fn pay(&self, units: u64, now_ns: u64) {
+        self.0.iter().for_each(|bucket| bucket.pay(units, now_ns));
     }
 
     /// As [`Police::take`], now.
