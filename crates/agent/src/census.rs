@@ -169,8 +169,6 @@ pub(crate) struct Seen {
     pub local: SocketAddr,
     /// `None`: a listener, or not connected.
     pub peer: Option<SocketAddr>,
-    /// Of the window that it gives its peer.
-    pub window_shift: Option<u8>,
     pub carried: Carried,
 }
 
@@ -224,15 +222,12 @@ fn see(message: &[u8]) -> Option<Seen> {
         inode: u64::from(u32_at(message, INODE)),
         local,
         peer: (peer.port() != 0).then_some(peer),
-        window_shift: None,
         carried: Carried::default(),
     };
     attributes(message, |kind, value| {
         if kind == INET_DIAG_INFO
             && let Some(tcp) = TcpInfo::parse(value)
         {
-            // Agreed on when both are connected.
-            seen.window_shift = (message[1] == 1).then_some(tcp.window_scale.1);
             seen.carried = Carried {
                 bytes_in: tcp.bytes_received,
                 bytes_out: tcp.bytes_sent.saturating_sub(tcp.bytes_retransmitted),

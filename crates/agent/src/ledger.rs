@@ -92,8 +92,6 @@ pub struct Known {
     pub local: SocketAddr,
     /// `None`: it listens, or is not connected.
     pub peer: Option<SocketAddr>,
-    /// Of TCP: by how many bits what it says of its window is to be shifted.
-    pub window_shift: Option<u8>,
 }
 
 /// The connections of one network namespace. Its thread ends with it.
@@ -248,8 +246,7 @@ impl Ledger {
             if let Some(guest) = account.map(whose).or_else(|| besides(seen.cookie)) {
                 let protocol = if is_stream { libc::IPPROTO_TCP } else { libc::IPPROTO_UDP } as u8;
                 let (cookie, inode, local, peer) = (seen.cookie, seen.inode, seen.local, seen.peer);
-                let window_shift = seen.window_shift;
-                all.push(Known { guest, cookie, inode, protocol, local, peer, window_shift });
+                all.push(Known { guest, cookie, inode, protocol, local, peer });
             }
         }
         Ok(all)

@@ -332,11 +332,7 @@ impl Space {
             self.ports.insert((socket.protocol, local.port()));
             match socket.peer.map(canonical) {
                 Some(peer) => {
-                    let flow = Flow { protocol: socket.protocol, local, peer };
-                    self.exact.insert(flow, socket.guest);
-                    if let Some(shift) = socket.window_shift {
-                        self.line.shift(flow, shift);
-                    }
+                    self.exact.insert(Flow { protocol: socket.protocol, local, peer }, socket.guest);
                 }
                 None => {
                     let open = self.open.entry((socket.protocol, local.port())).or_default();

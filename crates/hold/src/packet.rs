@@ -14,8 +14,6 @@ pub struct Packet {
     pub payload: u32,
     /// Of TCP: up to where the other side's bytes are here.
     pub acknowledges: Option<u32>,
-    /// Of TCP: how much further the other side may send, before the shift that both agreed on.
-    pub window: u16,
     /// It is the first of a connection that is made from here.
     pub begins: bool,
 }
@@ -57,19 +55,18 @@ impl Packet {
         let port = |at: usize| Some(u16::from_be_bytes([*header.get(at)?, *header.get(at + 1)?]));
         let flow =
             Flow { protocol, local: SocketAddr::new(from, port(0)?), peer: SocketAddr::new(to, port(2)?) };
-        let (own, acknowledges, window, begins) = match protocol {
+        let (own, acknowledges, begins) = match protocol {
             TCP => {
                 let flags = *header.get(13)?;
                 let number = u32::from_be_bytes(header.get(8..12)?.try_into().ok()?);
                 let own = usize::from(header.get(12)? >> 4) * 4;
-                let window = u16::from_be_bytes([*header.get(14)?, *header.get(15)?]);
-                (own, (flags & 0x10 != 0).then_some(number), window, flags & 0x12 == 2)
+                (own, (flags & 0x10 != 0).then_some(number), flags & 0x12 == 2)
             }
-            UDP => (8, None, 0, false),
+            UDP => (8, None, false),
             _ => return None,
         };
         let payload = length.saturating_sub(at + own) as u32;
-        Some(Packet { id, flow, payload, acknowledges, window, begins })
+        Some(Packet { id, flow, payload, acknowledges, begins })
     }
 }
 
@@ -84,7 +81,6 @@ mod tests {
         header[8..12].copy_from_slice(&acknowledges.to_be_bytes());
         header[12] = 8 << 4;
         header[13] = flags;
-        header[14] = 1;
         header
     }
 
@@ -100,10 +96,7 @@ mod tests {
             local: "10.0.0.1:80".parse().unwrap(),
             peer: "10.0.0.2:1234".parse().unwrap(),
         };
-        assert_eq!(
-            packet,
-            Packet { id: 9, flow, payload: 60_000, acknowledges: Some(77), window: 256, begins: false }
-        );
+        assert_eq!(packet, Packet { id: 9, flow, payload: 60_000, acknowledges: Some(77), begins: false });
 
         let mut six = vec![0; 40];
         (six[0], six[6]) = (0x60, 60);
@@ -127,7 +120,7 @@ mod tests {
         let mut four = vec![0; 20];
         (four[0], four[9]) = (0x45, TCP);
         four.extend(tcp(0x10, 77));
-        for length in 0..20 + 16 {
+        for length in 0..20 + 14 {
             assert_eq!(Packet::parse(1, &four[..length], 5000), None, "{length}");
         }
         four[9] = 1;

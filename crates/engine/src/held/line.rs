@@ -22,35 +22,19 @@ struct State {
     packets: VecDeque<Packet>,
     /// Up to where the peer was told that its bytes are here.
     acknowledged: Option<u32>,
-    /// Of the window; `None`: not known yet.
-    shift: Option<u8>,
-    /// Up to where the peer may send.
-    edge: Option<u32>,
-}
-
-/// How far `now` is ahead; numbers of TCP begin again at 0. What is behind is not.
-fn ahead(now: Option<u32>, before: Option<u32>) -> Option<u64> {
-    let ahead = now?.wrapping_sub(before?);
-    Some(if ahead < 1 << 31 { ahead.into() } else { 0 })
 }
 
 impl State {
-    fn edge(&self, packet: &Packet) -> Option<u32> {
-        Some(packet.acknowledges?.wrapping_add(u32::from(packet.window) << self.shift?))
-    }
-
-    /// How many bytes more the peer may send by this packet. What it was allowed before it was held is its own.
-    fn grants(&self, packet: &Packet) -> u64 {
-        let by_edge = ahead(self.edge(packet), self.edge);
-        by_edge.or_else(|| ahead(packet.acknowledges, self.acknowledged)).unwrap_or(0)
+    /// How many of the peer's bytes the packet acknowledges for the first time: so many more it may send.
+    fn advance(&self, packet: &Packet) -> u64 {
+        let new = packet.acknowledges.zip(self.acknowledged).map(|(now, before)| now.wrapping_sub(before));
+        new.filter(|&new| new < 1 << 31).unwrap_or(0).into()
     }
 
     fn passed(&mut self, packet: &Packet) {
-        let further = |now: Option<u32>, before: Option<u32>| {
-            if ahead(now, before).is_none_or(|ahead| ahead > 0) { now.or(before) } else { before }
-        };
-        self.edge = further(self.edge(packet), self.edge);
-        self.acknowledged = further(packet.acknowledges, self.acknowledged);
+        if self.acknowledged.is_none() || self.advance(packet) > 0 {
+            self.acknowledged = packet.acknowledges.or(self.acknowledged);
+        }
     }
 }
 
@@ -61,11 +45,6 @@ impl Line {
             self.turns.entry(tenant).or_default().push_back(packet.flow);
         }
         state.packets.push_back(packet);
-    }
-
-    /// The shift of the window of this connection, as of its beginning.
-    pub fn shift(&mut self, flow: Flow, shift: u8) {
-        self.flows.entry(flow).or_default().shift = Some(shift.min(14));
     }
 
     /// Lets go what may go now. Returns when something may go again, in nanoseconds of the same clock. A tenant without caps is not held.
@@ -84,7 +63,7 @@ impl Line {
             while let Some(flow) = turns.pop_front() {
                 let Some(state) = self.flows.get_mut(&flow) else { continue };
                 let Some(packet) = state.packets.front().copied() else { continue };
-                let granted = state.grants(&packet);
+                let advance = state.advance(&packet);
                 if let Some(caps) = &caps {
                     let mut may = |police: &netkernel_service::Police, bytes: u64, open: &mut bool| {
                         if bytes == 0 {
@@ -97,12 +76,12 @@ impl Line {
                         *open
                     };
                     let payload = u64::from(packet.payload);
-                    if !may(&caps.send, payload, &mut sends) || !may(&caps.receive, granted, &mut receives) {
+                    if !may(&caps.send, payload, &mut sends) || !may(&caps.receive, advance, &mut receives) {
                         waiting.push_back(flow);
                         continue;
                     }
                     caps.send.pay(payload, now_ns);
-                    caps.receive.pay(granted, now_ns);
+                    caps.receive.pay(advance, now_ns);
                 }
                 state.passed(&packet);
                 state.packets.pop_front();
@@ -142,7 +121,7 @@ mod tests {
     fn packet(id: u32, port: u16, payload: u32, acknowledges: Option<u32>) -> Packet {
         let flow =
             Flow { protocol: 6, local: ([127, 0, 0, 1], port).into(), peer: ([127, 0, 0, 1], 9).into() };
-        Packet { id, flow, payload, acknowledges, window: 100, begins: false }
+        Packet { id, flow, payload, acknowledges, begins: false }
     }
 
     /// Packets that go in a second from `from`, of a sender that always has some more; `next` makes them.
@@ -228,21 +207,5 @@ mod tests {
         line.add(packet(5, 1, 0, Some(90_000)), 0);
         line.go(START, |_| Some(caps.clone()), |id| released.push(id));
         assert_eq!(released, [1, 2, 3, 4], "the fifth waits for what the second took");
-    }
-    #[test]
-    fn what_the_peer_was_allowed_before_is_its_own_and_a_wider_window_costs() {
-        let caps = caps(UNLIMITED, 1000);
-        let mut line = Line::default();
-        let first = packet(1, 1, 0, Some(u32::MAX - 99));
-        line.shift(first.flow, 10);
-        // 100 KiB ahead; then it acknowledges half of them, and says 50 more.
-        line.add(first, 0);
-        line.add(Packet { window: 50, ..packet(2, 1, 0, Some((50u32 << 10).wrapping_sub(100))) }, 0);
-        line.add(Packet { window: 74, ..packet(3, 1, 0, Some((50u32 << 10).wrapping_sub(100))) }, 0);
-        line.add(Packet { window: 75, ..packet(4, 1, 0, Some((50u32 << 10).wrapping_sub(100))) }, 0);
-        let mut released = Vec::new();
-        let at = line.go(START, |_| Some(caps.clone()), |id| released.push(id)).unwrap();
-        assert_eq!(released, [1, 2, 3], "the third for 24 KiB, of which a bucket has 16 at first");
-        assert!(at > START + 1000 * MS);
     }
 }
