@@ -154,6 +154,8 @@ const MESSAGE: usize = 72;
 const COOKIE: usize = 44;
 /// idiag_inode.
 const INODE: usize = 68;
+/// tcpi_rcv_mss in struct tcp_info.
+const RECEIVED_SEGMENT: usize = 20;
 /// tcpi_bytes_acked and tcpi_bytes_received in struct tcp_info.
 const BYTES_ACKED: usize = 120;
 const BYTES_RECEIVED: usize = 128;
@@ -169,6 +171,8 @@ pub(crate) struct Seen {
     pub local: SocketAddr,
     /// `None`: a listener, or not connected.
     pub peer: Option<SocketAddr>,
+    /// Of the segments that it gets.
+    pub segment_bytes: u32,
     pub carried: Carried,
 }
 
@@ -222,12 +226,14 @@ fn see(message: &[u8]) -> Option<Seen> {
         inode: u64::from(u32_at(message, INODE)),
         local,
         peer: (peer.port() != 0).then_some(peer),
+        segment_bytes: 0,
         carried: Carried::default(),
     };
     attributes(message, |kind, value| {
         if kind == INET_DIAG_INFO
             && let Some(tcp) = TcpInfo::parse(value)
         {
+            seen.segment_bytes = u32_at(value, RECEIVED_SEGMENT);
             seen.carried = Carried {
                 bytes_in: tcp.bytes_received,
                 bytes_out: tcp.bytes_sent.saturating_sub(tcp.bytes_retransmitted),

@@ -92,6 +92,9 @@ pub struct Known {
     pub local: SocketAddr,
     /// `None`: it listens, or is not connected.
     pub peer: Option<SocketAddr>,
+    /// Of TCP: the size of the segments that it gets, and what it received so far.
+    pub segment_bytes: u32,
+    pub bytes_in: u64,
 }
 
 /// The connections of one network namespace. Its thread ends with it.
@@ -244,9 +247,16 @@ impl Ledger {
         {
             let account = if is_stream { books.account_of(seen) } else { books.datagram(seen.cookie) };
             if let Some(guest) = account.map(whose).or_else(|| besides(seen.cookie)) {
-                let protocol = if is_stream { libc::IPPROTO_TCP } else { libc::IPPROTO_UDP } as u8;
-                let (cookie, inode, local, peer) = (seen.cookie, seen.inode, seen.local, seen.peer);
-                all.push(Known { guest, cookie, inode, protocol, local, peer });
+                all.push(Known {
+                    guest,
+                    cookie: seen.cookie,
+                    inode: seen.inode,
+                    protocol: if is_stream { libc::IPPROTO_TCP } else { libc::IPPROTO_UDP } as u8,
+                    local: seen.local,
+                    peer: seen.peer,
+                    segment_bytes: seen.segment_bytes,
+                    bytes_in: seen.carried.bytes_in,
+                });
             }
         }
         Ok(all)

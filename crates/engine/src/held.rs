@@ -38,9 +38,11 @@ const REST: Duration = Duration::from_millis(200);
 /// Packets that are released together, at least. Buckets hold more.
 const PIECE_NS: u64 = 500_000;
 const BATCH: usize = 512;
-/// What a peer may send ahead: what its rate is for as long, within these bounds. On loopback a segment is 64 KiB.
+/// What all peers of a tenant may send ahead together: as much as the rate is for as long. It is well below the least time after which
+/// TCP sends again what is not acknowledged (200 ms), which many connections with windows of their own would not be. No connection's window is
+/// less than so many of its segments, which on loopback are of 64 KiB.
 const AHEAD_MS: u64 = 50;
-const LEAST_AHEAD: u64 = 256 << 10;
+const LEAST_SEGMENTS: u64 = 2;
 const MOST_AHEAD: u64 = 16 << 20;
 /// In the low bits of a window that was set here: the next program knows it by that.
 const OWN_BITS: u32 = 0xfff;
@@ -270,6 +272,8 @@ struct Space {
     ports: BTreeSet<(u8, u16)>,
     /// Connections with a window that was set here, by cookie.
     windows: HashMap<u64, Window>,
+    /// What they had received at the last look.
+    received: HashMap<u64, u64>,
     tried: Option<Instant>,
     /// Where the holders of windows are looked for.
     programs: HashMap<u32, (Direct, i32)>,
@@ -297,6 +301,7 @@ impl Space {
             open: HashMap::new(),
             ports: BTreeSet::new(),
             windows: HashMap::new(),
+            received: HashMap::new(),
             tried: None,
             programs: HashMap::new(),
         })
@@ -332,7 +337,8 @@ impl Space {
             self.ports.insert((socket.protocol, local.port()));
             match socket.peer.map(canonical) {
                 Some(peer) => {
-                    self.exact.insert(Flow { protocol: socket.protocol, local, peer }, socket.guest);
+                    let flow = Flow { protocol: socket.protocol, local, peer };
+                    self.exact.insert(flow, socket.guest);
                 }
                 None => {
                     let open = self.open.entry((socket.protocol, local.port())).or_default();
@@ -362,19 +368,39 @@ impl Space {
     ) {
         let is_connection =
             |socket: &&Known| i32::from(socket.protocol) == libc::IPPROTO_TCP && socket.peer.is_some();
-        let wanted = |guest: u32| guests.get(&guest).and_then(|guest| ahead(guest.caps.receive_rate));
+        let rate = |guest: u32| {
+            guests.get(&guest).map(|guest| guest.caps.receive_rate).filter(|&rate| rate != UNLIMITED)
+        };
+        let connections: Vec<Known> = known.iter().filter(is_connection).copied().collect();
+        // By tenant: connections on which something came since the last look.
+        let mut busy: HashMap<usize, u64> = HashMap::new();
+        for socket in &connections {
+            let before = self.received.insert(socket.cookie, socket.bytes_in);
+            if let Some(guest) = guests.get(&socket.guest)
+                && before != Some(socket.bytes_in)
+            {
+                *busy.entry(guest.tenant.index()).or_default() += 1;
+            }
+        }
+        let there: HashSet<u64> = connections.iter().map(|socket| socket.cookie).collect();
+        self.received.retain(|cookie, _| there.contains(cookie));
+        let wanted = |socket: &Known| {
+            let tenant = guests.get(&socket.guest)?.tenant.index();
+            let among = busy.get(&tenant).copied().unwrap_or(1);
+            Some(ahead(rate(socket.guest)?, among, socket.segment_bytes))
+        };
         // Those of guests without a cap are not known any more.
-        let lifted = self.windows.values().any(|window| wanted(window.guest).is_none());
+        let lifted = self.windows.values().any(|window| rate(window.guest).is_none());
         let is_late = self.tried.is_none_or(|tried| tried.elapsed() > TRY_AGAIN);
         let change_of = |socket: &Known| {
-            let want = wanted(socket.guest)?;
-            (self.windows.get(&socket.cookie).map(|window| window.now) != Some(want)).then_some(want)
+            let want = wanted(socket)?;
+            // Each change is a look at what processes hold: not for little.
+            let is_near = |now: u32| now / 2 <= want && want / 2 <= now;
+            let now = self.windows.get(&socket.cookie).map(|window| window.now);
+            now.is_none_or(|now| !is_near(now)).then_some(want)
         };
-        let changes: Vec<(Known, u32)> = known
-            .iter()
-            .filter(is_connection)
-            .filter_map(|socket| Some((*socket, change_of(socket)?)))
-            .collect();
+        let changes: Vec<(Known, u32)> =
+            connections.iter().filter_map(|socket| Some((*socket, change_of(socket)?))).collect();
         if !lifted && (changes.is_empty() || !is_late) {
             return;
         }
@@ -397,9 +423,8 @@ impl Space {
         if all {
             self.tried = None;
         }
-        let there: HashSet<u64> = known.iter().map(|socket| socket.cookie).collect();
         self.windows.retain(|cookie, window| {
-            let is_capped = wanted(window.guest).is_some();
+            let is_capped = rate(window.guest).is_some();
             if !is_capped {
                 restore(holders.get(&window.inode).copied(), *cookie, window.before);
             }
@@ -489,10 +514,11 @@ impl Space {
     }
 }
 
-/// What a peer may send ahead; `None`: it is not our business.
-fn ahead(rate: u64) -> Option<u32> {
-    let bytes = (rate / 1000).saturating_mul(AHEAD_MS).clamp(LEAST_AHEAD, MOST_AHEAD) as u32;
-    (rate != UNLIMITED).then_some(bytes & !OWN_BITS | OWN)
+/// What a peer may send ahead, of so many that share the rate.
+fn ahead(rate: u64, among: u64, segment_bytes: u32) -> u32 {
+    let least = LEAST_SEGMENTS * u64::from(segment_bytes).max(1500);
+    let bytes = (rate / 1000).saturating_mul(AHEAD_MS) / among.max(1);
+    bytes.clamp(least, MOST_AHEAD) as u32 & !OWN_BITS | OWN
 }
 
 /// Sets a window, through a duplicate that lives as long as this, unless it is smaller already: a program's own is its own. Returns what
