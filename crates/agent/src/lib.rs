@@ -30,4 +30,4 @@ pub use census::{Census, DirectSocket, Processes, process_name};
 pub use clock::ThreadClock;
 pub use ledger::{ByGuest, Carried, Known, Ledger};
 pub use tcp_info::{TCP_INFO_BYTES, TcpInfo, tcp_state};
-pub use window::{set_window, window};
+pub use window::Ahead;

@@ -19,7 +19,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use netkernel_agent::ledger::cookie;
-use netkernel_agent::{Known, Ledger, Processes, Sockets, memory, set_window, window};
+use netkernel_agent::{Ahead, Known, Ledger, Processes, Sockets, memory};
 use netkernel_hold::{Flow, Hold, Packet};
 use netkernel_service::{UNLIMITED, now_ns};
 use netkernel_shm::fds;
@@ -47,8 +47,6 @@ const MOST_AHEAD: u64 = 16 << 20;
 /// In the low bits of a window that was set here: the next program knows it by that.
 const OWN_BITS: u32 = 0xfff;
 const OWN: u32 = 0x4b3;
-/// What a window of an unknown past is set to. The receive buffer is the bound then, as of a new socket.
-const OPEN: u32 = 1 << 30;
 /// How often the process of a connection is looked for that is not there, or may not be looked at.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
@@ -284,7 +282,7 @@ struct Space {
 struct Window {
     guest: u32,
     inode: u64,
-    before: u32,
+    before: Ahead,
     now: u32,
 }
 
@@ -521,25 +519,28 @@ fn ahead(rate: u64, among: u64, segment_bytes: u32) -> u32 {
     bytes.clamp(least, MOST_AHEAD) as u32 & !OWN_BITS | OWN
 }
 
-/// Sets a window, through a duplicate that lives as long as this, unless it is smaller already: a program's own is its own. Returns what
-/// it was before anybody set it here, which may be known; `None`: the connection cannot be reached.
-fn change(holder: Option<(u32, u32)>, its: u64, want: u32, known: Option<u32>) -> Option<u32> {
-    let (pid, fd) = holder?;
-    let socket = memory::duplicate(pid, fd as i32).filter(|socket| cookie(socket) == Some(its))?;
-    let now = window(&socket).ok()?;
+/// Bounds a window, through a duplicate that lives as long as this, unless it is smaller already: a program's own is its own. Returns
+/// what it was before anybody bounded it here, which may be known; `None`: the connection cannot be reached.
+fn change(holder: Option<(u32, u32)>, its: u64, want: u32, known: Option<Ahead>) -> Option<Ahead> {
+    let socket = reach(holder, its)?;
+    let now = Ahead::of(&socket).ok()?;
     // Of a program of this engine before this one.
-    let before = known.unwrap_or(if now & OWN_BITS == OWN { OPEN } else { now });
-    if before > want {
-        set_window(&socket, want).ok()?;
+    let before = known.unwrap_or(if now.window & OWN_BITS == OWN { Ahead::open() } else { now });
+    if before.window > want {
+        before.bounded(want).apply(&socket).ok()?;
     }
     Some(before)
 }
 
-fn restore(holder: Option<(u32, u32)>, its: u64, before: u32) {
-    let socket = holder.and_then(|(pid, fd)| memory::duplicate(pid, fd as i32));
-    if let Some(socket) = socket.filter(|socket| cookie(socket) == Some(its)) {
-        let _ = set_window(&socket, before);
+fn restore(holder: Option<(u32, u32)>, its: u64, before: Ahead) {
+    if let Some(socket) = reach(holder, its) {
+        let _ = before.apply(&socket);
     }
+}
+
+fn reach(holder: Option<(u32, u32)>, its: u64) -> Option<OwnedFd> {
+    let (pid, fd) = holder?;
+    memory::duplicate(pid, fd as i32).filter(|socket| cookie(socket) == Some(its))
 }
 
 /// An IPv4 address is one, also in a socket of IPv6.
