@@ -233,9 +233,9 @@ impl Ledger {
         (account.guest == guest).then(|| books.stacks.get(account.stack as usize).cloned())?
     }
 
-    /// The sockets of guests that have a name. `besides`: whose another one is, by its cookie. To be called in the network
+    /// The sockets of guests that have a name. `besides`: whose another one is, by its cookie and inode. To be called in the network
     /// namespace.
-    pub fn known(&self, besides: impl Fn(u64) -> Option<u32>) -> io::Result<Vec<Known>> {
+    pub fn known(&self, besides: impl Fn(u64, u64) -> Option<u32>) -> io::Result<Vec<Known>> {
         let streams = census::connections()?;
         let datagrams = census::datagrams()?;
         let mut books = lock(&self.books);
@@ -246,7 +246,7 @@ impl Ledger {
             streams.iter().map(|seen| (true, seen)).chain(datagrams.iter().map(|seen| (false, seen)))
         {
             let account = if is_stream { books.account_of(seen) } else { books.datagram(seen.cookie) };
-            if let Some(guest) = account.map(whose).or_else(|| besides(seen.cookie)) {
+            if let Some(guest) = account.map(whose).or_else(|| besides(seen.cookie, seen.inode)) {
                 all.push(Known {
                     guest,
                     cookie: seen.cookie,
@@ -267,11 +267,11 @@ impl Ledger {
         &self,
         local: SocketAddr,
         peer: SocketAddr,
-        besides: impl Fn(u64) -> Option<u32>,
+        besides: impl Fn(u64, u64) -> Option<u32>,
     ) -> Option<u32> {
         let cookie = census::find(local, peer).ok()?;
         let account = lock(&self.books).open.get(&cookie).map(|open| open.account);
-        account.map(|account| Account::of(account).guest).or_else(|| besides(cookie))
+        account.map(|account| Account::of(account).guest).or_else(|| besides(cookie, 0))
     }
 
     /// What each guest's connections carried so far. To be called in the network namespace.

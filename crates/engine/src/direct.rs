@@ -86,7 +86,7 @@ pub(crate) fn namespace_of(sockets: &dyn Sockets) -> Namespace {
 }
 
 impl Ledgers {
-    fn of(&self, nsm: &str, sockets: &dyn Sockets) -> Option<Arc<Ledger>> {
+    pub fn of(&self, nsm: &str, sockets: &dyn Sockets) -> Option<Arc<Ledger>> {
         let namespace = namespace_of(sockets);
         let mut all = lock(&self.0);
         let kept = all.entry(namespace).or_insert_with(|| {

@@ -226,7 +226,7 @@ fn look(
         let namespace = namespace_of(&*maker);
         let whose = guests.iter().filter(|(_, guest)| guest.nsms.contains(&nsm)).map(|(id, _)| *id);
         if !spaces.contains_key(&namespace) && !failed.contains_key(&namespace) {
-            match Space::open(maker) {
+            match Space::open(&config.name, maker) {
                 Ok(space) => _ = spaces.insert(namespace, space),
                 Err(error) => {
                     let stack = &config.name;
@@ -260,6 +260,8 @@ fn look(
 
 /// The sockets of one network namespace.
 struct Space {
+    /// One of the stacks that give sockets there.
+    nsm: String,
     maker: Box<dyn Sockets>,
     ledger: Option<Arc<Ledger>>,
     hold: Hold,
@@ -273,6 +275,9 @@ struct Space {
     /// What they had received at the last look.
     received: HashMap<u64, u64>,
     tried: Option<Instant>,
+    /// Of which guest sockets are that nobody here gave away, by inode, and as of when.
+    adopted: HashMap<u64, u32>,
+    adopted_at: Option<Instant>,
     /// Where the holders of windows are looked for.
     programs: HashMap<u32, (Direct, i32)>,
 }
@@ -287,10 +292,11 @@ struct Window {
 }
 
 impl Space {
-    fn open(maker: Box<dyn Sockets>) -> io::Result<Space> {
+    fn open(nsm: &str, maker: Box<dyn Sockets>) -> io::Result<Space> {
         let mut opened = Err(io::ErrorKind::NotFound.into());
         maker.within(&mut || opened = Hold::open());
         Ok(Space {
+            nsm: nsm.to_owned(),
             hold: opened?,
             maker,
             ledger: None,
@@ -301,6 +307,8 @@ impl Space {
             windows: HashMap::new(),
             received: HashMap::new(),
             tried: None,
+            adopted: HashMap::new(),
+            adopted_at: None,
             programs: HashMap::new(),
         })
     }
@@ -313,11 +321,21 @@ impl Space {
         guests: &HashMap<u32, Capped>,
         processes: &mut Option<Processes>,
     ) {
-        self.ledger = shared.ledgers.at(namespace);
+        if self.ledger.is_none() {
+            // Of the process of an NSM: opened with the first socket that it gives away.
+            self.ledger = shared
+                .ledgers
+                .at(namespace)
+                .or_else(|| shared.is_process().then(|| shared.ledgers.of(&self.nsm, &*self.maker))?);
+        }
         let Some(ledger) = self.ledger.clone() else { return };
+        self.adopt(shared, guests, processes);
         let handed = shared.ledgers.handed();
+        let adopted = &self.adopted;
+        let besides =
+            |cookie: u64, inode: u64| handed.guest_of(cookie).or_else(|| adopted.get(&inode).copied());
         let mut known = Err(io::ErrorKind::NotFound.into());
-        self.maker.within(&mut || known = ledger.known(|cookie| handed.guest_of(cookie)));
+        self.maker.within(&mut || known = ledger.known(besides));
         let known = match known {
             Ok(known) => known,
             Err(error) => {
@@ -349,6 +367,20 @@ impl Space {
         self.line
             .keep(|flow| exact.contains_key(flow) || open.contains_key(&(flow.protocol, flow.local.port())));
         self.set_windows(&known, guests, processes);
+    }
+
+    /// The process of an NSM does not know what the one before it gave away: it is what its guests' programs have.
+    fn adopt(&mut self, shared: &Shared, guests: &HashMap<u32, Capped>, processes: &mut Option<Processes>) {
+        if !shared.is_process() || self.adopted_at.is_some_and(|at| at.elapsed() < TRY_AGAIN) {
+            return;
+        }
+        self.adopted_at = Some(Instant::now());
+        let processes = processes.get_or_insert_with(Processes::look);
+        let of = |(id, guest): (&u32, &Capped)| {
+            let inodes = direct::census(&guest.direct, guest.pid, processes).inodes();
+            inodes.into_keys().map(|inode| (inode, *id)).collect::<Vec<_>>()
+        };
+        self.adopted = guests.iter().flat_map(of).collect();
     }
 
     fn watch(&mut self) {
@@ -473,7 +505,7 @@ impl Space {
         let Flow { protocol, local, peer } = packet.flow;
         let mut owner = None;
         let handed = shared.ledgers.handed();
-        self.maker.within(&mut || owner = ledger.owner(local, peer, |cookie| handed.guest_of(cookie)));
+        self.maker.within(&mut || owner = ledger.owner(local, peer, |cookie, _| handed.guest_of(cookie)));
         let owner = owner.filter(|owner| guests.contains_key(owner))?;
         self.exact.insert(packet.flow, owner);
         if self.ports.insert((protocol, local.port())) {

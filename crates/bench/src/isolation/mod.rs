@@ -23,6 +23,10 @@ use load::{Kind, SAMPLE};
 const CAPS: [f64; 2] = [1e9, 500e6];
 const NEAR_PERCENT: f64 = 3.0;
 const FAIR_PERCENT: f64 = 5.0;
+/// Of caps that come while sockets are open.
+const LATE_PERCENT: f64 = 10.0;
+/// After such a cap: what windows allowed before is on its way.
+const SETTLE_S: f64 = 1.0;
 const WINDOW_S: f64 = 1.0;
 /// Left out at the beginning: connections are made, and windows open.
 const WARM_S: f64 = 1.0;
@@ -53,6 +57,14 @@ pub fn catalog(_: &Settings) -> Vec<Benchmark> {
             ),
             row(ids[2], &format!("third guest without a cap, {words}"), "Gbit/s", Promise::None),
             row(ids[3], &format!("the third guest alone, {words}"), "Gbit/s", Promise::None),
+        ]
+    };
+    let late = |words: &str, ids: [&'static str; 3]| {
+        let held = |cap: &str| format!("{cap} cap on direct sockets that are {words} through: worst 1 s");
+        vec![
+            row(ids[0], &held("1 Gbit/s"), "% off", Promise::AlwaysAtMost(LATE_PERCENT)),
+            row(ids[1], &held("500 Mbit/s"), "% off", Promise::AlwaysAtMost(LATE_PERCENT)),
+            row(ids[2], &format!("third guest, direct, without a cap, {words}"), "Gbit/s", Promise::None),
         ]
     };
     let shares = |words: &str, ids: [&'static str; 2]| {
@@ -113,6 +125,18 @@ pub fn catalog(_: &Settings) -> Vec<Benchmark> {
                 ],
             ),
             |session| Ok(Box::new(Caps::start(session, Kind::Receive, true)?)),
+        ),
+        benchmark(
+            "caps-send-late",
+            "programs with the kernel's own sockets send; two of their tenants get caps while they do",
+            late("sent", ["caps-send-1g-late", "caps-send-500m-late", "caps-send-third-late"]),
+            |session| Ok(Box::new(Late::start(session, Kind::Send)?)),
+        ),
+        benchmark(
+            "caps-receive-late",
+            "the same, receiving",
+            late("received", ["caps-receive-1g-late", "caps-receive-500m-late", "caps-receive-third-late"]),
+            |session| Ok(Box::new(Late::start(session, Kind::Receive)?)),
         ),
         benchmark(
             "shares-send",
@@ -239,7 +263,20 @@ impl Host {
         kind: Kind,
         connections: &[(usize, usize)],
     ) -> Result<Vec<Windows>> {
-        let seconds = session.settings.seconds.max(3.0) + WARM_S;
+        self.together_then(session, kind, connections, WARM_S, || Ok(()))
+    }
+
+    /// The same, with something done once all have begun. Windows begin at `from_s`.
+    fn together_then(
+        &self,
+        session: &Session,
+        kind: Kind,
+        connections: &[(usize, usize)],
+        from_s: f64,
+        mut then: impl FnMut() -> Result<()>,
+    ) -> Result<Vec<Windows>> {
+        let seconds = session.settings.seconds.max(3.0) + from_s;
+        let mut is_done = false;
         let mut loads = Vec::new();
         for &(tenant, count) in connections {
             loads.push(self.load(session, Side::Netkernel, tenant, kind, count, seconds + 0.5)?);
@@ -253,6 +290,10 @@ impl Host {
             for load in &mut loads {
                 load.still_runs(Duration::ZERO)?;
             }
+            if !is_done && begin.elapsed().as_secs_f64() >= WARM_S {
+                then()?;
+                is_done = true;
+            }
             std::thread::sleep(SAMPLE);
         }
         for (load, series) in loads.iter_mut().zip(&mut series) {
@@ -262,7 +303,7 @@ impl Host {
                 *series = parse(&text)?;
             }
         }
-        series.iter().map(|series| Windows::of(series, WARM_S, seconds)).collect()
+        series.iter().map(|series| Windows::of(series, from_s, seconds)).collect()
     }
 }
 
@@ -349,6 +390,49 @@ impl Live for Caps {
         let [one, half, third] = windows[..] else { bail!("three were started") };
         let values = vec![one.off(CAPS[0]), half.off(CAPS[1]), third.mean / 1e9, alone[0].mean / 1e9];
         Ok(sample(values, &[one, half, third, alone[0]]))
+    }
+}
+
+/// Caps that come while the kernel's own sockets are open.
+struct Late {
+    host: Host,
+    kind: Kind,
+}
+
+impl Late {
+    fn start(session: &Session, kind: Kind) -> Result<Late> {
+        let mut host = Host::start(session, "", &["", "", ""])?;
+        host.attach = vec![Attach::Direct; 3];
+        Ok(Late { host, kind })
+    }
+
+    fn cap(&self, session: &Session, rates: [&str; 2]) -> Result<()> {
+        for (tenant, rate) in ["t0", "t1"].into_iter().zip(rates) {
+            let mut command = Command::new(&session.settings.netkernel);
+            command.args(["tenant", "set", "--socket"]).arg(self.host.engine.socket());
+            command.args([tenant, "--max-send", rate, "--max-receive", rate]);
+            let done = command.output().context("netkernel tenant set")?;
+            if !done.status.success() {
+                bail!("tenant set: {}", String::from_utf8_lossy(&done.stderr).trim());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Live for Late {
+    fn measure(&mut self, session: &Session, side: Side) -> Result<Sample> {
+        if side == Side::Native {
+            return Ok(nothing(3));
+        }
+        self.cap(session, ["none"; 2])?;
+        let all = [(0, 1), (1, 1), (2, 1)];
+        let from_s = WARM_S + SETTLE_S;
+        let windows = self.host.together_then(session, self.kind, &all, from_s, || {
+            self.cap(session, ["1 Gbit/s", "500 Mbit/s"])
+        })?;
+        let [one, half, third] = windows[..] else { bail!("three were started") };
+        Ok(sample(vec![one.off(CAPS[0]), half.off(CAPS[1]), third.mean / 1e9], &windows))
     }
 }
 
