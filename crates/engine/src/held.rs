@@ -175,17 +175,15 @@ fn run(shared: &Weak<Shared>, wake: &OwnedFd) {
             let Some(shared) = shared.upgrade() else { break };
             guests = capped(&shared);
             caps = guests.values().map(|guest| (guest.tenant.index(), guest.caps.clone())).collect();
-            let is_over = {
+            let is_over = |state: &State| state.stopped || !is_needed(&shared);
+            if is_over(&lock(&shared.held.0)) {
+                // Before another thread may begin to set what is restored here.
+                spaces.drain().for_each(|(_, mut space)| space.end());
                 let mut state = lock(&shared.held.0);
-                let is_over = state.stopped || !is_needed(&shared);
-                if is_over {
-                    // Who looks from now on starts another one, which has a queue of its own.
+                if is_over(&state) {
                     (state.wake, state.guests) = (None, HashMap::new());
+                    return;
                 }
-                is_over
-            };
-            if is_over {
-                break;
             }
             look(&shared, &guests, &mut spaces, &mut failed);
             let pause = if guests.is_empty() { REST } else { LOOK.max(now.elapsed() * LOOK_SHARE) };
@@ -243,12 +241,9 @@ fn look(
             *state = state.take().or_else(|| failed.get(&namespace).cloned());
         }
     }
-    // What fails now may do later: when there is a cap again.
+    // Of a process that goes on looking. What fails now may do later: when there is a cap again.
     if guests.is_empty() {
         failed.clear();
-    }
-    // Of a process that goes on looking.
-    if guests.is_empty() {
         spaces.drain().for_each(|(_, mut space)| space.end());
     }
     let mut processes = None;
