@@ -276,7 +276,7 @@ impl Host {
         mut then: impl FnMut() -> Result<()>,
     ) -> Result<Vec<Windows>> {
         let seconds = session.settings.seconds.max(3.0) + from_s;
-        let mut is_done = false;
+        let (mut is_done, mut from_s) = (false, from_s);
         let mut loads = Vec::new();
         for &(tenant, count) in connections {
             loads.push(self.load(session, Side::Netkernel, tenant, kind, count, seconds + 0.5)?);
@@ -291,8 +291,11 @@ impl Host {
                 load.still_runs(Duration::ZERO)?;
             }
             if !is_done && begin.elapsed().as_secs_f64() >= WARM_S {
+                let before = begin.elapsed();
                 then()?;
                 is_done = true;
+                // It may have waited for a core.
+                from_s += (begin.elapsed() - before).as_secs_f64();
             }
             std::thread::sleep(SAMPLE);
         }
