@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::{Arc, Mutex};
 
-use netkernel_agent::ledger::{Books, cookie};
+use netkernel_agent::ledger::{Books, Moved, cookie};
 use netkernel_agent::notify::Listener;
 use netkernel_agent::{
     Agent, ByGuest, Carried, Census, Counters, DirectSocket, Exchange, Ledger, Offer, Processes, Settings,
@@ -159,6 +159,24 @@ pub(crate) fn carried(shared: &Shared) -> ByGuest {
         }
     });
     all
+}
+
+/// What the process of an NSM knew of a guest's direct sockets, when it gave the guest away: it is counted here from now on.
+pub(crate) fn adopt_books(shared: &Shared, guest: u32, nsm: usize, moved: Moved) {
+    let nsm = &shared.config.nsms[nsm];
+    let Some(Ok(sockets)) = shared.config.kinds.direct(nsm) else { return };
+    if let Some(ledger) = shared.ledgers.of(&nsm.name, &*sockets) {
+        ledger.adopt(guest, &nsm.name, moved);
+    }
+}
+
+/// For the engine: what is known here of the direct sockets of a guest, which leaves this process; and what they carried.
+pub(crate) fn moved_books(shared: &Shared, guest: u32) -> (Moved, Carried) {
+    let mut moved = Moved::default();
+    // One NSM has one namespace.
+    with_ledgers(shared, |ledger| moved = ledger.moved(guest));
+    let told = moved.told();
+    (moved, told)
 }
 
 /// What one guest's did, by stack; it is over.

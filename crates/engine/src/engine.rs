@@ -16,11 +16,13 @@ use netkernel_shm::{Region, fds};
 use crate::capture::Captures;
 use crate::direct::{self, Direct};
 use crate::direct_capture::DirectTap;
+use crate::far;
 use crate::heir::Heirs;
 use crate::placement::{self, Load, Placement};
 use crate::process::Form;
 use crate::process::journal::{Left, Root};
 use crate::process::remote::Remote;
+use crate::process::transit::Packed;
 use crate::process::wire;
 use crate::relay::RELAY_SLOT;
 use crate::seats;
@@ -163,6 +165,10 @@ pub(crate) enum Command {
     Leave(Sender<Result<Vec<Leaving>, EngineError>>, Receiver<()>),
     /// Give a guest away: another switch thread is to go on with it.
     Depart(u32, Sender<Result<Box<Left>, EngineError>>),
+    /// Take a guest apart, for another process to go on with; true: its agent is under no call.
+    Pack(u32, bool, Sender<Result<(Box<Left>, Usage), EngineError>>),
+    /// Make the stack of an NSM, if there is none yet.
+    Prepare(usize, Sender<Result<(), EngineError>>),
     /// Do nothing any more, and leave everything as it is.
     Freeze(Sender<()>),
     End(u32),
@@ -474,12 +480,39 @@ impl Engine {
     }
 
     fn recover_one(&self, mut left: Left, place: usize, exact: bool) -> Result<(), EngineError> {
-        let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
         let memory = left.memory.take().ok_or(EngineError::Stopped)?;
         let tenant = self.shared.tenants.join(&left.guest.tenant, memory, place, true);
         left.may_use = tenant.limits(0);
+        self.register(&left, &tenant)?;
+        self.ask(0, |answer| Command::Recover(Box::new(left), tenant, exact, answer))?
+    }
+
+    /// Goes on, in the process of an NSM, with a guest that comes from another process, of which no sooner than that anything
+    /// stands in the list of guests. On error it does not stand there.
+    pub(crate) fn take_in(&self, mut packed: Packed, tenant: Arc<Tenant>) -> Result<(), EngineError> {
+        let (Some(root), Some(left)) = (&self.shared.root, packed.left()) else {
+            return Err(EngineError::Stopped);
+        };
+        let id = left.guest.id;
+        self.register(left, &tenant)?;
+        let numbers = (left.region.as_raw_fd(), left.doorbell.as_raw_fd());
+        if !root.add(&left.guest, numbers.0, numbers.1, tenant.memory(), &left.journal) {
+            self.shared.forget(id);
+            return Err(EngineError::Resource("the process of this stack has too many guests".into()));
+        }
+        let come = far::unpack(&self.shared, packed, tenant, 0);
+        if come.is_err() {
+            root.remove(id);
+            self.shared.forget(id);
+        }
+        come
+    }
+
+    /// A guest that another process had is known from now on.
+    fn register(&self, left: &Left, tenant: &Arc<Tenant>) -> Result<(), EngineError> {
+        let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
         let registered = Registered {
-            tenant: Arc::clone(&tenant),
+            tenant: Arc::clone(tenant),
             token: random_token().map_err(resource)?,
             name: left.guest.name.clone(),
             nsm: 0,
@@ -500,7 +533,7 @@ impl Engine {
             left: HashMap::new(),
         };
         lock(&self.shared.registry).guests.insert(left.guest.id, registered);
-        self.ask(0, |answer| Command::Recover(Box::new(left), tenant, exact, answer))?
+        Ok(())
     }
 
     /// The switch thread of the process of an NSM stops where it is.
@@ -679,6 +712,8 @@ impl Engine {
         let running = self.running().is_ok();
         let carried = direct::carried(shared);
         for worker in shared.seats().filter(|_| running) {
+            // What is told is of the NSM that the guest is on: it stays there meanwhile.
+            let _stays = shared.seats.read().unwrap_or_else(PoisonError::into_inner);
             let counts = self.ask(worker, Command::Usage).unwrap_or_default();
             all.extend(
                 counts.into_iter().flat_map(|(id, usage)| shared.usage_of(id, usage, &carried, false)),
@@ -1058,7 +1093,10 @@ impl Shared {
     /// The guest is over and nothing of it is left.
     pub fn guest_over(&self, id: u32, usage: Usage) {
         self.counters.over.fetch_add(1, Ordering::Relaxed);
-        let has_agent = lock(&self.registry).guests.get(&id).is_some_and(|guest| guest.direct.is_some());
+        let may_have_some = |guest: &Registered| {
+            guest.direct.is_some() || !guest.agent_before.is_empty() || !guest.left.is_empty()
+        };
+        let has_agent = lock(&self.registry).guests.get(&id).is_some_and(may_have_some);
         let mut carried = ByGuest::new();
         if has_agent {
             carried.insert(id, direct::last_carried(self, id));
@@ -1092,16 +1130,19 @@ impl Shared {
         }
     }
 
-    /// What a guest used until now was used on the NSM before.
-    pub fn guest_moved(&self, id: u32, nsm: usize, used: Usage) {
-        let mut carried = direct::carried(self);
+    /// What a guest used until now was used on the NSM before. `goes_on`: what the next one counts on from; `adopt`: what was counted
+    /// elsewhere of direct sockets is known here from then on.
+    pub fn guest_moved(&self, id: u32, nsm: usize, used: Usage, goes_on: Usage, adopt: impl FnOnce()) {
+        let carried = direct::carried(self);
         let mut rows = self.usage_of(id, used, &carried, true);
         // The rest goes on: sockets that are open stay with their stacks.
         rows.truncate(1);
+        adopt();
+        let mut carried = direct::carried(self);
         let mut registry = lock(&self.registry);
         let Some(guest) = registry.guests.get_mut(&id) else { return };
         let before = std::mem::replace(&mut guest.nsm, nsm);
-        (guest.before, guest.came) = (used, Instant::now());
+        (guest.before, guest.came) = (goes_on, Instant::now());
         let left = &self.config.nsms[before].name;
         let carried = carried.get_mut(&id).and_then(|carried| carried.remove(left)).unwrap_or_default();
         let times = guest.left.get(left).map_or(0, |left| left.times) + 1;

@@ -288,6 +288,8 @@ impl Engine {
         besides: impl FnOnce() -> serde_json::Value,
     ) -> Result<Stopped<'_>, EngineError> {
         self.can_be_exchanged(lose)?;
+        // Who moves a guest may need a process, and the seats.
+        let _nobody_moves = lock(&self.shared.moves);
         // These wait for nobody, and nobody waits for them.
         let remotes = self.shared.remotes.iter().flatten();
         let processes = remotes.map(Remote::still).collect::<Result<Vec<_>, _>>()?;
