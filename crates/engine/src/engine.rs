@@ -114,6 +114,8 @@ pub(crate) struct Registered {
     pub direct: Option<Direct>,
     /// Its switch thread, or process, has it.
     pub begun: bool,
+    /// But for a moment, for it goes from one to another.
+    pub on_the_way: bool,
     /// What it used on NSMs before this one, and when it came.
     pub before: Usage,
     pub came: Instant,
@@ -362,6 +364,7 @@ impl Engine {
             doorbell: doorbell.try_clone().map_err(resource)?,
             direct: None,
             begun: false,
+            on_the_way: false,
             before: Usage::default(),
             came: Instant::now(),
             agent_nsm: nsm,
@@ -424,6 +427,7 @@ impl Engine {
             doorbell: doorbell.try_clone().map_err(resource)?,
             direct: None,
             begun: true,
+            on_the_way: false,
             before: Usage::default(),
             came: Instant::now(),
             agent_nsm: 0,
@@ -525,6 +529,7 @@ impl Engine {
             doorbell: left.doorbell.try_clone().map_err(resource)?,
             direct: None,
             begun: true,
+            on_the_way: false,
             before: Usage::default(),
             came: Instant::now(),
             agent_nsm: 0,
@@ -580,6 +585,10 @@ impl Engine {
         let mut agents = Vec::new();
         let carried = direct::carried(shared);
         let registry = lock(&shared.registry);
+        // Those whose process is just started again, or that go from one to another.
+        let silent = registry.guests.iter().filter(|(_, guest)| guest.begun).map(|(id, _)| *id);
+        let silent: Vec<u32> = silent.filter(|id| guests.iter().all(|told| told.id != *id)).collect();
+        guests.extend(silent.into_iter().map(|id| GuestStatus { id, ..GuestStatus::default() }));
         for status in &mut guests {
             if let Some(guest) = registry.guests.get(&status.id) {
                 for carried in carried.get(&status.id).into_iter().flat_map(HashMap::values) {
@@ -1070,7 +1079,8 @@ impl Shared {
     pub fn missing_of(&self, nsm: usize, alive: &[u32]) -> Vec<u32> {
         let seat = self.workers.len() + nsm;
         let of_nsm = |(id, guest): (&u32, &Registered)| {
-            (guest.worker == seat && guest.begun && !alive.contains(id)).then_some(*id)
+            let here = guest.worker == seat && guest.begun && !guest.on_the_way;
+            (here && !alive.contains(id)).then_some(*id)
         };
         lock(&self.registry).guests.iter().filter_map(of_nsm).collect()
     }

@@ -188,12 +188,12 @@ impl Engine {
             let mut registry = lock(&shared.registry);
             let known = registry.guests.get_mut(&guest).ok_or(EngineError::UnknownGuest(guest))?;
             let found = (known.worker, known.nsm, Arc::clone(&known.tenant), known.sizes);
-            known.begun = false;
+            known.on_the_way = true;
             found
         };
         let settle = || {
             if let Some(known) = lock(&shared.registry).guests.get_mut(&guest) {
-                known.begun = true;
+                known.on_the_way = false;
             }
         };
         let to = match shared.remote(nsm) {

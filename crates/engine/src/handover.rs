@@ -607,6 +607,7 @@ impl Engine {
             doorbell,
             direct: None,
             begun: true,
+            on_the_way: false,
             before: written.before,
             came: ago(written.here_ms),
             agent_nsm,

@@ -1,6 +1,7 @@
 //! What the tests of the command share. Every wait has a watchdog.
 #![allow(dead_code)]
 
+pub mod load;
 pub mod machine;
 pub mod namespace;
 pub mod peer;
