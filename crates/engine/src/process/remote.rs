@@ -636,7 +636,10 @@ impl Remote {
                 }
             }
         };
-        lock(&self.state).on_the_way.retain(|(on_the_way, _)| *on_the_way != guest);
+        let mut state = lock(&self.state);
+        state.on_the_way.retain(|(on_the_way, _)| *on_the_way != guest);
+        state.pending.retain(|_, pending| !matches!(pending, Pending::Transit(_)));
+        drop(state);
         settled
     }
 
@@ -768,7 +771,8 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, child: &Child, g
                 log::error!(nsm:% = name; "the process of stack {name} died ({how}) and is started again");
                 // Of what it was asked nobody knows how far it came.
                 let mut state = lock(&remote.state);
-                state.pending.clear();
+                // Whether the next one was asked, or who died, those who wait for a guest hear by other ways.
+                state.pending.retain(|_, pending| matches!(pending, Pending::Transit(_)));
                 state.captures.clear();
                 if state.on_trial && state.runs(control) {
                     // Who waits need not wait longer.
