@@ -6,7 +6,9 @@ use std::io::{Read as _, Write as _};
 use std::process::Stdio;
 
 use common::load::{LOAD, echo};
+use common::program::static_program;
 use common::python::{CONNECTED, Python};
+use common::streams::{Guest, guests};
 use common::{Engine, Place, children, until};
 
 const CONFIG: &str = "\
@@ -282,5 +284,290 @@ fn streams_survive_deaths_of_processes_that_they_go_to_and_come_from() {
         load.look(round);
     }
     load.ends(&place, &format!("{moved} moves, {stayed} that a death undid"));
+    engine.end();
+}
+
+/// What stack each socket of a guest is of, by descriptor, as `sockets` says.
+fn stacks(place: &Place) -> Vec<(u64, String)> {
+    let all = place.run(&["sockets", "--json"]).json();
+    let one = |socket: &serde_json::Value| {
+        (socket["fd"].as_u64().unwrap_or(0), socket["stack"].as_str().unwrap().to_owned())
+    };
+    let mut all: Vec<_> = all["sockets"].as_array().unwrap().iter().map(one).collect();
+    all.sort();
+    all
+}
+
+/// How many sockets went over, and how many stayed on each stack.
+fn moves(place: &Place, guest: &str, to: &str) -> (u64, Vec<(String, u64)>) {
+    let moved = place.run(&["guest", "move", "--json", guest, to]).json();
+    let one = |left: &serde_json::Value| {
+        (left["stack"].as_str().unwrap().to_owned(), left["sockets"].as_u64().unwrap())
+    };
+    let mut stayed: Vec<_> = moved["stayed"].as_array().unwrap().iter().map(one).collect();
+    stayed.sort();
+    (moved["sockets"].as_u64().unwrap(), stayed)
+}
+
+fn stays(on: &[(&str, u64)]) -> Vec<(String, u64)> {
+    on.iter().map(|(stack, count)| ((*stack).to_owned(), *count)).collect()
+}
+
+#[test]
+fn a_guest_that_cannot_go_over_stays_and_is_told_why() {
+    let place = Place::new("far-unmoved");
+    let engine = up(&place);
+    let to = |guest: &str, stack: &str| place.run(&["guest", "move", guest, stack]);
+    // Joined in memory, on the stack that it is on, then on one that it was on before.
+    let mut guest = Python::start_with(&place, &["--stack", "memory"]);
+    assert_eq!(guest.run(CONNECTED), "1");
+    to("1", "apart").fails(125, &["guest 1 stays", "2 of its sockets exist in stack memory only"]);
+    assert_eq!(guest.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
+    to("1", "reno").succeeds();
+    to("1", "apart").fails(125, &["guest 1 stays", "2 of its sockets stayed on stack memory"]);
+    assert_eq!(guest.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
+    assert_eq!(guest.run("c.close(); a.close(); say(1)"), "1");
+    until("they are gone", || to("1", "apart").code == Some(0));
+    assert_eq!(guest.run("c = socket.create_connection(l.getsockname()); a, _ = l.accept(); say(1)"), "1");
+    assert_eq!(control(&mut guest, "c"), "cubic");
+    // Connections than which there is less room.
+    assert_eq!(guest.run("d = socket.create_connection(l.getsockname()); b, _ = l.accept(); say(1)"), "1");
+    for from in ["reno", "other", "apart"] {
+        to("1", from).succeeds();
+        to("1", "tight").fails(125, &["guest 1 stays", "no room for its 4 connections"]);
+        assert_eq!(guest.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
+        assert_eq!(stacks(&place).iter().filter(|(_, stack)| stack == from).count(), 5);
+    }
+    assert_eq!(guest.run("d.close(); b.close(); say(1)"), "1");
+    until("there is room", || to("1", "tight").code == Some(0));
+    // One more is all that there is room for.
+    let one = "g = socket.socket(); g.connect(l.getsockname()); h = socket.socket(); h.connect(l.getsockname()); say(1)";
+    assert_eq!(guest.run(one), "EADDRNOTAVAIL");
+    to("1", "nowhere").fails(125, &["no stack named 'nowhere'", "apart"]);
+    assert!(to("1", "tight").succeeds().out.contains("with 0 sockets"));
+    // A tenant's list.
+    let token = place.dir.join("token");
+    let mut few = Python::start_with(&place, &["--stack", "reno", "--token-file", token.to_str().unwrap()]);
+    assert_eq!(few.run(CONNECTED), "1");
+    to("2", "apart").fails(125, &["guest 2 stays", "tenant few may not use stack apart"]);
+    assert_eq!(few.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
+    few.ends();
+    guest.ends();
+    engine.end();
+}
+
+#[test]
+fn a_guest_goes_on_through_exchanges_of_everything_after_it_was_moved() {
+    let place = Place::new("far-restart");
+    let engine = up(&place);
+    let mut guest = Python::start_with(&place, &["--stack", "reno"]);
+    assert_eq!(guest.run(CONNECTED), "1");
+    let write = "import threading, hashlib; part = bytes(i * i % 251 for i in range(1 << 20)); \
+                 t = threading.Thread(target=lambda: [c.sendall(part) for _ in range(150)]); t.start(); \
+                 h = hashlib.sha256(); say(1)";
+    assert_eq!(guest.run(write), "1");
+    let some = |guest: &mut Python| {
+        let some = "say(sum(h.update(b) or len(b) for b in (a.recv(1 << 18) for _ in range(20))))";
+        assert!(guest.run(some).parse::<u64>().unwrap() > 0);
+    };
+    for to in ["apart", "other", "reno"] {
+        place.run(&["guest", "move", "1", to]).succeeds();
+        some(&mut guest);
+        place.run(&["restart"]).succeeds();
+        some(&mut guest);
+        if to != "reno" {
+            place.run(&["nsm", "restart", to]).succeeds();
+            some(&mut guest);
+            place.run(&["nsm", "swap", to, "--congestion-control", "cubic"]).succeeds();
+            some(&mut guest);
+            let all = workers(&engine);
+            kill(all.iter().find(|(name, _)| name == to).unwrap().1);
+            some(&mut guest);
+        }
+    }
+    place.run(&["guest", "move", "1", "apart"]).succeeds();
+    let rest = "t2 = threading.Thread(target=lambda: (t.join(), c.shutdown(1))); t2.start(); \
+                [h.update(b) for b in iter(lambda: a.recv(1 << 18), b'')]; w = hashlib.sha256(); \
+                [w.update(part) for _ in range(150)]; say(h.digest() == w.digest())";
+    assert_eq!(guest.run(rest), "True");
+    guest.ends();
+    let sum = 150 << 20;
+    let mut seen = 0;
+    until("it is counted", || {
+        seen = used(&place).iter().map(|(_, bytes)| bytes).sum::<u64>();
+        seen >= sum
+    });
+    std::thread::sleep(std::time::Duration::from_millis(1200));
+    assert_eq!(used(&place).iter().map(|(_, bytes)| bytes).sum::<u64>(), sum);
+    engine.end();
+}
+
+#[test]
+fn a_static_program_goes_over_under_a_stream_there_and_back() {
+    let place = Place::new("far-static");
+    let engine = up(&place);
+    let program = static_program(&place);
+    let mut guest = Python::start_program(&place, &["--stack", "reno"], program.to_str().unwrap());
+    assert_eq!(guest.run("pair"), "reno reno reno");
+    let total: u64 = 300_000_000;
+    assert_eq!(guest.run(&format!("write {total}")), "0");
+    let all = place.run(&["guest", "move", "--all-or-nothing", "1", "apart"]);
+    all.fails(125, &["guest 1 stays", "3 of its sockets would stay on stack reno", "attachment direct"]);
+    for i in 0..14 {
+        assert_eq!(guest.run("read 5000000"), (5_000_000 * (i + 1)).to_string());
+        let to = WAYS[i % 7];
+        // The three of the stream are reno's.
+        let left = if to == "reno" { vec![] } else { stays(&[("reno", 3)]) };
+        assert_eq!(moves(&place, "1", to), (0, left));
+        let control = if to == "apart" { "cubic" } else { "reno" };
+        let expected = if to == "memory" { guest.run("new") } else { control.into() };
+        assert_eq!(guest.run("new"), expected, "on {to}");
+        assert_eq!(guest.run("old"), "reno reno reno");
+        let seen = stacks(&place);
+        assert_eq!(seen.len(), 3, "on {to}: {seen:?}");
+        assert!(seen.iter().all(|(_, stack)| stack == "reno"), "on {to}: {seen:?}");
+    }
+    place.run(&["guest", "move", "1", "apart"]).succeeds();
+    assert_eq!(guest.run(&format!("read {total}")), total.to_string());
+    assert_eq!(guest.run("pair"), "cubic cubic cubic");
+    let of = |name: &str| stacks(&place).iter().filter(|(_, stack)| stack == name).count();
+    assert_eq!((of("reno"), of("apart")), (3, 3), "{:?}", stacks(&place));
+    let explained = place.run(&["explain"]);
+    let on = |name: &str| explained.succeeds().out.matches(&format!("on stack {name}")).count();
+    assert_eq!((on("reno"), on("apart")), (3, 3), "{}", explained.out);
+    guest.ends();
+    engine.end();
+}
+
+#[test]
+fn what_direct_sockets_carry_is_counted_once_and_on_their_own_stack() {
+    let place = Place::new("far-direct-usage");
+    let engine = up(&place);
+    let mut guest = Python::start_with(&place, &["--stack", "reno", "--attach", "direct"]);
+    assert_eq!(guest.run(CONNECTED), "1");
+    let send = "say(sum(1 for _ in range(TIMES) if S.sendall(b'x' * 1000) or len(R.recv(1000, socket.MSG_WAITALL)) == 1000))";
+    let send = |guest: &mut Python, times: u64, from: &str, to: &str| {
+        let line = send
+            .replace("TIMES", &times.to_string())
+            .replace("S.", &format!("{from}."))
+            .replace("R.", &format!("{to}."));
+        assert_eq!(guest.run(&line), times.to_string());
+    };
+    let to = |to: &str| _ = place.run(&["guest", "move", "1", to]).succeeds();
+    send(&mut guest, 100, "c", "a");
+    to("apart");
+    // Both at once: each is billed where it is from.
+    let second =
+        CONNECTED.replace("l ", "m ").replace("l.", "m.").replace("c ", "d ").replace("a, _", "b, _");
+    assert_eq!(guest.run(&second), "1");
+    assert_eq!(control(&mut guest, "d"), "cubic");
+    assert_eq!(control(&mut guest, "c"), "reno");
+    send(&mut guest, 30, "c", "a");
+    send(&mut guest, 7, "d", "b");
+    used_will_be(&place, &[("apart", 7_000), ("reno", 130_000)]);
+    to("reno");
+    send(&mut guest, 20, "c", "a");
+    send(&mut guest, 3, "d", "b");
+    used_will_be(&place, &[("apart", 10_000), ("reno", 150_000)]);
+    to("apart");
+    send(&mut guest, 2, "c", "a");
+    send(&mut guest, 4, "d", "b");
+    used_will_be(&place, &[("apart", 14_000), ("reno", 152_000)]);
+    to("other");
+    send(&mut guest, 6, "d", "b");
+    used_will_be(&place, &[("apart", 20_000), ("reno", 152_000)]);
+    // What the listener accepts is its stack's, and closed ones count on.
+    assert_eq!(guest.run("c.close(); a.close(); d.close(); b.close(); say(1)"), "1");
+    let again = "e = socket.socket(); e.connect(l.getsockname()); f, _ = l.accept(); say(1)";
+    assert_eq!(guest.run(again), "1");
+    send(&mut guest, 11, "e", "f");
+    send(&mut guest, 5, "f", "e");
+    used_will_be(&place, &[("apart", 20_000), ("other", 11_000), ("reno", 157_000)]);
+    guest.ends();
+    std::thread::sleep(std::time::Duration::from_millis(1200));
+    used_will_be(&place, &[("apart", 20_000), ("other", 11_000), ("reno", 157_000)]);
+    engine.end();
+}
+
+#[test]
+fn relayed_sockets_go_over_under_a_stream_and_with_calls_that_wait() {
+    let place = Place::new("far-relay");
+    let engine = up(&place);
+    let mut guest = Python::start_with(&place, &["--stack", "reno", "--attach", "relay"]);
+    assert_eq!(guest.run(CONNECTED), "1");
+    assert_eq!(guest.run("u = socket.socket(type=2); u.bind(('127.0.0.1', 0)); say(1)"), "1");
+    let write = "import threading, hashlib; part = bytes(i * i % 251 for i in range(1 << 20)); \
+                 t = threading.Thread(target=lambda: ([c.sendall(part) for _ in range(150)], c.shutdown(1))); t.start(); \
+                 h = hashlib.sha256(); say(1)";
+    assert_eq!(guest.run(write), "1");
+    // A call that waits for the whole time.
+    let waits = "m = socket.create_server(('127.0.0.1', 0)); got = []; \
+                 w = threading.Thread(target=lambda: got.append(m.accept()[0])); w.start(); say(1)";
+    assert_eq!(guest.run(waits), "1");
+    for i in 0..20 {
+        let some = "say(sum(h.update(b) or len(b) for b in (a.recv(1 << 18) for _ in range(20))))";
+        assert!(guest.run(some).parse::<u64>().unwrap() > 0);
+        let to = ["apart", "reno", "other", "apart", "other", "reno"][i % 6];
+        assert_eq!(moves(&place, "1", to), (5, vec![]), "to {to}");
+        let seen = stacks(&place);
+        assert!(seen.len() == 5 && seen.iter().all(|(_, stack)| stack == to), "on {to}: {seen:?}");
+    }
+    place.run(&["guest", "move", "1", "apart"]).succeeds();
+    assert_eq!(control(&mut guest, "c"), "cubic");
+    let rest = "[h.update(b) for b in iter(lambda: a.recv(1 << 18), b'')]; w2 = hashlib.sha256(); \
+                [w2.update(part) for _ in range(150)]; say(h.digest() == w2.digest(), t.join())";
+    assert_eq!(guest.run(rest), "True None");
+    assert_eq!(
+        guest.run(
+            "n = socket.create_connection(m.getsockname()); w.join(); n.sendall(b'1'); say(got[0].recv(9))"
+        ),
+        "b'1'"
+    );
+    assert_eq!(guest.run("u.sendto(b'1', u.getsockname()); say(u.recv(9))"), "b'1'");
+    let next =
+        "d = socket.create_connection(l.getsockname()); b, _ = l.accept(); d.sendall(b'new'); say(b.recv(9))";
+    assert_eq!(guest.run(next), "b'new'");
+    assert_eq!(control(&mut guest, "b"), "cubic");
+    guest.ends();
+    let sum = (150 << 20) + 1 + 1 + 3;
+    let total = || used(&place).iter().map(|(_, bytes)| bytes).sum::<u64>();
+    until("it is counted", || total() >= sum);
+    std::thread::sleep(std::time::Duration::from_millis(1200));
+    assert_eq!(total(), sum);
+    engine.end();
+}
+
+#[test]
+fn thousands_of_sockets_go_over_and_come_back() {
+    let place = Place::new("far-thousands");
+    let engine = up(&place);
+    let program = "
+import resource, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+l = socket.create_server(('127.0.0.1', 0), backlog=100)
+def pair(): c = socket.create_connection(l.getsockname()); return c, l.accept()[0]
+pairs = [pair() for _ in range(3000)]
+print('up', flush=True); sys.stdin.readline()
+for n, (c, a) in enumerate(pairs): c.sendall(b'%d' % n)
+wrong = [n for n, (c, a) in enumerate(pairs) if a.recv(10) != b'%d' % n]
+for c, a in pairs: c.close()
+wrong += [n for n, (c, a) in enumerate(pairs) if a.recv(10) != b'']
+pairs = [pair() for _ in range(3000)]
+print(wrong, flush=True); sys.stdin.readline()";
+    let mut guest = Guest::start(&place, &["--stack", "reno"], program);
+    assert_eq!(guest.line(), "up");
+    let began = std::time::Instant::now();
+    for to in ["apart", "other", "reno", "apart", "reno", "other"] {
+        assert_eq!(moves(&place, "1", to), (6001, vec![]), "to {to}");
+    }
+    eprintln!("6001 sockets went over six times in {:?}", began.elapsed());
+    guest.tell();
+    assert_eq!(guest.line(), "[]");
+    assert_eq!(moves(&place, "1", "reno").1, vec![]);
+    let descriptors = |pid: i32| std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, |list| list.count());
+    until("nobody else has any of them", || workers(&engine).iter().all(|(_, pid)| descriptors(*pid) < 60));
+    guest.ends();
+    until("the guest is over", || guests(&place) == 0);
+    assert!(descriptors(engine.pid()) < 100, "{}", descriptors(engine.pid()));
     engine.end();
 }

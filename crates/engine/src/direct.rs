@@ -296,6 +296,38 @@ pub(crate) fn sockets(
     all
 }
 
+/// Kernel sockets of a guest in a process that it has from NSMs of before: these are counted here.
+pub(crate) fn of_before(
+    shared: &Shared,
+    guest: u32,
+    nsms: &[usize],
+    first: i32,
+    processes: &Processes,
+) -> Vec<SocketStatus> {
+    let census = processes.of(u32::try_from(first));
+    let mut all: Vec<SocketStatus> = Vec::new();
+    for nsm in nsms.iter().map(|nsm| &shared.config.nsms[*nsm]) {
+        let Some(Ok(maker)) = shared.config.kinds.direct(nsm) else { continue };
+        let Some(ledger) = shared.ledgers.existing(&*maker) else { continue };
+        let mut found = Vec::new();
+        maker.within(&mut || {
+            drop(ledger.carried());
+            found = census.sockets().unwrap_or_default();
+        });
+        for socket in found {
+            if ledger.stack_of(guest, socket.cookie).as_ref() == Some(&nsm.name) {
+                all.push(status(
+                    guest,
+                    socket,
+                    nsm.name.clone(),
+                    "made on a stack that the guest was on before",
+                ));
+            }
+        }
+    }
+    all
+}
+
 fn status(guest: u32, socket: DirectSocket, stack: String, reason: &'static str) -> SocketStatus {
     let listens = socket.kind == "listener";
     SocketStatus {

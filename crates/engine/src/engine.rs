@@ -828,6 +828,7 @@ impl Engine {
             .get(&guest)
             .map(|guest| (guest.worker, guest.agent_nsms(), guest.pid, guest.direct.clone()));
         let Some((worker, nsms, pid, direct)) = known else { return Vec::new() };
+        let apart = worker >= self.shared.workers.len();
         let mut sockets = Vec::new();
         let mut next = Some(0);
         while let Some(first) = next.take() {
@@ -840,6 +841,13 @@ impl Engine {
         if let Some(direct) = &direct {
             let census = direct::census(direct, pid, processes);
             sockets.extend(direct::sockets(&self.shared, guest, &nsms, direct, &census));
+        }
+        if apart && nsms.len() > 1 {
+            // Its process sees them, and takes them for its own.
+            for socket in direct::of_before(&self.shared, guest, &nsms[1..], pid, processes) {
+                sockets.retain(|other| other.attachment != "direct" || other.inode != socket.inode);
+                sockets.push(socket);
+            }
         }
         sockets
     }

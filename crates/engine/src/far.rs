@@ -11,8 +11,9 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use netkernel_abi::Limits;
 use netkernel_agent::{Counters, Processes};
-use netkernel_relay::{Still, left_descriptors};
+use netkernel_relay::{Still, left_descriptors, left_sockets};
 use netkernel_service::{Service, now_ns, take_descriptor};
 
 use crate::engine::{Command, Shared, lock};
@@ -212,8 +213,7 @@ impl Engine {
             }
         };
         let mut packed = packed;
-        let sockets =
-            packed.left().map_or((0, 0), |left| Service::journal_sockets(&left.journal.memory, limits));
+        let sockets = packed.left().map_or((0, 0), |left| sockets_of(left, limits));
         let before: Vec<usize> = (0..shared.config.nsms.len())
             .filter(|at| direct.iter().any(|left| left.stack == shared.config.nsms[*at].name))
             .collect();
@@ -276,10 +276,7 @@ impl Engine {
         let config = &shared.config.nsms[nsm];
         let Some(left) = packed.left() else { return Err(EngineError::Stopped) };
         let agent = left.journal.agent[0];
-        let relay = agent.relay - 1;
-        // SAFETY: the journal's own; the borrow ends with this statement.
-        let relayed = relay >= 0 && !left_descriptors(unsafe { BorrowedFd::borrow_raw(relay) }).is_empty();
-        if (sockets > 0 || relayed) && !shared.config.kinds.lasts(config) {
+        if sockets > 0 && !shared.config.kinds.lasts(config) {
             return refused(format!(
                 "stack {} takes no sockets that are the kernel's, and none can stay behind in another process: close them first",
                 config.name
@@ -360,6 +357,15 @@ impl Engine {
         }
         all
     }
+}
+
+/// The sockets of a guest that was taken apart, and those of them that count as connections in its journal.
+fn sockets_of(left: &Left, limits: Limits) -> (usize, usize) {
+    let (queued, connections) = Service::journal_sockets(&left.journal.memory, limits);
+    let relay = left.journal.agent[0].relay - 1;
+    // SAFETY: the journal's own; the borrow ends with this statement.
+    let relayed = if relay < 0 { 0 } else { left_sockets(unsafe { BorrowedFd::borrow_raw(relay) }) };
+    (queued + relayed, connections)
 }
 
 /// Whether so many connections may come.

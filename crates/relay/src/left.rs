@@ -49,8 +49,7 @@ pub struct Left {
     /// For [`Relay::resume`].
     pub memory: OwnedFd,
     pub descriptors: Vec<RawFd>,
-    /// How many sockets it has, and how many of them are known to their stack only, which must go on, too.
-    pub sockets: usize,
+    /// How many of its sockets are known to their stack only, which must go on, too.
     pub bound: usize,
 }
 
@@ -236,7 +235,7 @@ impl Writer {
     fn finish(self, table: &Table) -> io::Result<Left> {
         let bound = table.sockets.iter().filter(|entry| entry.stack < 0 && entry.has_stack).count();
         let memory = memory(&self.descriptors, table, &self.payload)?;
-        Ok(Left { memory, descriptors: self.descriptors, sockets: table.sockets.len(), bound })
+        Ok(Left { memory, descriptors: self.descriptors, bound })
     }
 }
 
@@ -299,6 +298,12 @@ pub fn left_descriptors(memory: impl AsFd) -> Vec<RawFd> {
     };
     let numbers = read().unwrap_or_default();
     numbers.chunks_exact(4).map(|n| i32::from_le_bytes([n[0], n[1], n[2], n[3]])).collect()
+}
+
+/// How many sockets a relay left.
+pub fn left_sockets(memory: impl AsFd) -> usize {
+    let read = || Found::read(memory.as_fd().try_clone_to_owned()?);
+    read().map_or(0, |found| found.table.sockets.len())
 }
 
 /// Closes what a relay left that nobody goes on with: peers see a reset, programs that nobody is there.

@@ -5,6 +5,7 @@ pub mod load;
 pub mod machine;
 pub mod namespace;
 pub mod peer;
+pub mod program;
 pub mod python;
 pub mod screen;
 pub mod streams;

@@ -509,9 +509,10 @@ impl Remote {
         let request = Request::Depart(guest, succession::format());
         let on_the_way = self.send_off(guest, request, &[theirs.as_raw_fd()])?;
         drop(theirs);
+        let process = transit::hear(&ours);
         let taken = transit::take(&ours, new.sizes());
-        let (process, taken) = match taken {
-            Ok((process, used, journal)) => {
+        let taken = match taken {
+            Ok((used, journal)) => {
                 let left = Left {
                     guest: new,
                     nsm: self.nsm,
@@ -525,11 +526,11 @@ impl Remote {
                     of_stack: OfStack::default(),
                 };
                 // What comes from here on decides.
-                let said = transit::say(&ours, process);
+                let said = transit::say(&ours, transit::ALL);
                 let packed = Packed::new(Box::new(left));
-                (Some(process), said.map(|()| (packed, used)))
+                said.map(|()| (packed, used))
             }
-            Err(error) => (None, Err(error)),
+            Err(error) => Err(error),
         };
         drop(ours);
         let settled = self.settle(on_the_way, process);
@@ -582,12 +583,11 @@ impl Remote {
             Err(error) => return Err((error, Some(packed))),
         };
         drop(theirs);
-        let process = match transit::give(&ours, left, Used::default()) {
-            // All of it came, and there is room.
-            Ok(()) => transit::hear(&ours),
-            Err(_) => None,
-        };
-        let told = process.map(|process| transit::say(&ours, process));
+        let process = transit::hear(&ours);
+        let given = process.map(|_| transit::give(&ours, left, Used::default()));
+        // All of it came, and there is room. What comes from here on decides.
+        let came = if matches!(given, Some(Ok(()))) { transit::hear(&ours) } else { None };
+        let told = came.map(|came| transit::say(&ours, came));
         drop(ours);
         match (told, self.settle(on_the_way, process)) {
             (_, Settled::Answered(Ok(())) | Settled::Is) => Ok(()),

@@ -52,8 +52,6 @@ impl Drop for Packed {
 /// What is said first, with the journal attached.
 #[derive(Debug, Serialize, Deserialize)]
 struct About {
-    /// Of who gives.
-    process: u32,
     used: Used,
     count: usize,
 }
@@ -91,7 +89,7 @@ pub(crate) fn give(socket: &OwnedFd, left: &Left, used: Used) -> io::Result<()> 
     let mut numbers: Vec<RawFd> = descriptors(&left.journal, left.guest.sizes());
     numbers.sort_unstable();
     numbers.dedup();
-    let about = About { process: std::process::id(), used, count: numbers.len() };
+    let about = About { used, count: numbers.len() };
     send(socket.as_raw_fd(), &about, &[left.journal.memory.fd()])?;
     for some in numbers.chunks(fds::MAX_FDS) {
         send(socket.as_raw_fd(), &some, some)?;
@@ -99,9 +97,9 @@ pub(crate) fn give(socket: &OwnedFd, left: &Left, used: Used) -> io::Result<()> 
     Ok(())
 }
 
-/// Takes what another process gives: a journal of this process's, and the number of the other one. Errors: it gave nothing, what it
+/// Takes what another process gives, in a journal of this process's. Errors: it gave nothing, what it
 /// gave is no journal of such a guest, or there is no room for its descriptors.
-pub(crate) fn take(socket: &OwnedFd, limits: Limits) -> io::Result<(u32, Used, GuestJournal)> {
+pub(crate) fn take(socket: &OwnedFd, limits: Limits) -> io::Result<(Used, GuestJournal)> {
     let mut reader = Reader::default();
     let ended = || io::Error::other("the other process gave nothing");
     let (about, mut memory) = reader.receive::<About>(socket)?.ok_or_else(ended)?;
@@ -134,8 +132,11 @@ pub(crate) fn take(socket: &OwnedFd, limits: Limits) -> io::Result<(u32, Used, G
     for fd in given.into_values().filter(|fd| named.contains(&fd.as_raw_fd())) {
         let _ = fd.into_raw_fd();
     }
-    Ok((about.process, about.used, journal))
+    Ok((about.used, journal))
 }
+
+/// The word for: all of it came.
+pub(crate) const ALL: u32 = 1;
 
 /// Says one word; errors as for [`give`].
 pub(crate) fn say(socket: &OwnedFd, word: u32) -> io::Result<()> {

@@ -191,6 +191,7 @@ fn depart(engine: &Engine, id: u32, format: &str, fds: Vec<OwnedFd>) -> Result<(
     let text = |error: EngineError| error.to_string();
     same_format(format)?;
     let socket = fds.into_iter().next().ok_or("this NSM has no descriptor left")?;
+    transit::say(&socket, std::process::id()).map_err(|e| e.to_string())?;
     let shared = engine.shared();
     let tenant = lock(&shared.registry).guests.get(&id).map(|known| Arc::clone(&known.tenant));
     let tenant = tenant.ok_or(EngineError::UnknownGuest(id)).map_err(text)?;
@@ -232,9 +233,10 @@ fn arrive(
     let Ok([socket, region, doorbell, memory]) = <[OwnedFd; 4]>::try_from(fds) else {
         return Err("its process has no descriptors left for a guest".into());
     };
+    transit::say(&socket, std::process::id()).map_err(|e| e.to_string())?;
     let limits = guest.sizes();
     let memory = TenantMemory::open(memory).map_err(|e| e.to_string())?;
-    let (_, _, journal) = transit::take(&socket, limits).map_err(|e| e.to_string())?;
+    let (_, journal) = transit::take(&socket, limits).map_err(|e| e.to_string())?;
     let (_, connections) = Service::journal_sockets(&journal.memory, limits);
     let tenant = engine.shared().tenants.join(&guest.tenant, memory, place, false);
     let may_use = tenant.limits(0);
@@ -254,8 +256,7 @@ fn arrive(
     if !has_room {
         return Err(format!("there is no room for its {connections} connections on the other stack"));
     }
-    let own = std::process::id();
-    transit::say(&socket, own).map_err(|e| e.to_string())?;
+    transit::say(&socket, transit::ALL).map_err(|e| e.to_string())?;
     if transit::hear(&socket).is_none() {
         return Err("it was not given after all".into());
     }
