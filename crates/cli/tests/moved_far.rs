@@ -571,3 +571,191 @@ print(wrong, flush=True); sys.stdin.readline()";
     assert!(descriptors(engine.pid()) < 100, "{}", descriptors(engine.pid()));
     engine.end();
 }
+
+/// Holder of the process of a stack.
+fn holder(engine: &Engine, stack: &str) -> i32 {
+    let is = |pid: &i32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        words.contains(&&b"nsm-process"[..]) && words.contains(&stack.as_bytes())
+    };
+    children(engine.pid()).into_iter().find(is).unwrap()
+}
+
+/// No open sockets of the guest's are left open anywhere but where it is.
+fn sockets_of(pid: i32) -> usize {
+    let all = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    let is_socket = |path: std::path::PathBuf| {
+        std::fs::read_link(path).is_ok_and(|name| name.to_string_lossy().starts_with("socket:"))
+    };
+    all.filter(|entry| is_socket(entry.path())).count()
+}
+
+#[test]
+fn a_process_without_room_for_its_descriptors_takes_no_guest_and_leaves_nothing() {
+    let place = Place::new("far-room");
+    let engine = up(&place);
+    let mut guest = Python::start_with(&place, &["--stack", "reno", "--attach", "queued"]);
+    assert_eq!(guest.run(CONNECTED), "1");
+    let many =
+        "us = [socket.socket(type=2) for _ in range(200)]; [u.bind(('127.0.0.1', 0)) for u in us]; say(1)";
+    assert_eq!(guest.run(many), "1");
+    // So that there is a process.
+    assert_eq!(moves(&place, "1", "apart"), (203, vec![]));
+    assert_eq!(moves(&place, "1", "reno"), (203, vec![]));
+    let holder = holder(&engine, "apart");
+    let limit = |soft: u64| {
+        for pid in [holder, children(holder)[0]] {
+            let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: 1024 };
+            // SAFETY: the value is valid for reads; the processes are descendants of this test's engine.
+            let set = unsafe { libc::prlimit64(pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) };
+            assert_eq!(set, 0);
+        }
+    };
+    let before = sockets_of(children(holder)[0]);
+    limit(120);
+    for _ in 0..3 {
+        place
+            .run(&["guest", "move", "1", "apart"])
+            .fails(125, &["guest 1 stays", "no room for its descriptors"]);
+        assert_eq!(guest.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
+        assert_eq!(guest.run("us[0].sendto(b'x', us[199].getsockname()); say(us[199].recv(9))"), "b'x'");
+    }
+    assert_eq!(sockets_of(children(holder)[0]), before);
+    limit(1024);
+    assert_eq!(moves(&place, "1", "apart"), (203, vec![]));
+    assert_eq!(guest.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
+    assert_eq!(guest.run("us[0].sendto(b'x', us[199].getsockname()); say(us[199].recv(9))"), "b'x'");
+    guest.ends();
+    engine.end();
+}
+
+#[test]
+fn a_process_that_hangs_or_is_gone_keeps_nobody_waiting() {
+    let place = Place::new("far-hangs");
+    let engine = up(&place);
+    let mut guest = Python::start_with(&place, &["--stack", "reno"]);
+    assert_eq!(guest.run(CONNECTED), "1");
+    place.run(&["guest", "move", "1", "apart"]).succeeds();
+    let pair = |stack: &str| {
+        let holder = holder(&engine, stack);
+        (holder, children(holder)[0])
+    };
+    let works = |guest: &mut Python| assert_eq!(guest.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
+    // One that is to give it does not listen: it is killed, and the next one has the guest.
+    let stop = |pid: i32| {
+        // SAFETY: plain system call; the process is a descendant of this test's engine.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGSTOP) }, 0);
+    };
+    stop(pair("apart").1);
+    place.run(&["guest", "move", "1", "other"]).fails(125, &["guest 1 stays"]);
+    works(&mut guest);
+    place.run(&["guest", "move", "1", "other"]).succeeds();
+    works(&mut guest);
+    // The same of one that is to take it; it goes back to where it was.
+    stop(pair("apart").1);
+    place.run(&["guest", "move", "1", "apart"]).fails(125, &["guest 1 stays"]);
+    assert!(stacks(&place).iter().all(|(_, stack)| stack == "other"));
+    works(&mut guest);
+    place.run(&["guest", "move", "1", "apart"]).succeeds();
+    works(&mut guest);
+    // A holder that is killed takes along whom it has, and nobody else.
+    kill(pair("other").0);
+    works(&mut guest);
+    place.run(&["guest", "move", "1", "other"]).succeeds();
+    works(&mut guest);
+    kill(pair("apart").0);
+    works(&mut guest);
+    kill(pair("other").0);
+    assert_eq!(guest.run("say(c.recv(1))"), "ECONNRESET");
+    guest.ends();
+    engine.end();
+}
+
+/// Kills holders in the middle of moves: the guest may be lost with one, but then it is told so, and all others go on.
+#[test]
+fn a_holder_that_dies_in_the_middle_leaves_the_guest_whole_or_takes_it_along() {
+    let place = Place::new("far-holder");
+    let engine = up(&place);
+    let rounds = rounds(12);
+    let mut seed = u64::from(std::process::id());
+    let (mut kept, mut lost) = (0, 0);
+    // There are processes for those who come.
+    let come = || {
+        for stack in ["apart", "other"] {
+            let mut next = Python::start_with(&place, &["--stack", stack]);
+            assert_eq!(next.run(CONNECTED), "1");
+            next.ends();
+        }
+        until("nothing of them is left", || guests(&place) == 0);
+    };
+    come();
+    for round in 0..rounds {
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        let from = ["apart", "reno", "other"][round % 3];
+        let mut guest = Python::start_with(&place, &["--stack", from]);
+        let ps = place.run(&["ps", "--json"]).json();
+        let id = ps["engines"][0]["guests"][0]["id"].to_string();
+        assert_eq!(guest.run(CONNECTED), "1");
+        let to = ["other", "apart", "reno"][round % 3];
+        // That which it comes from, or that which it goes to.
+        let victim = if from == "reno" || to != "reno" && round % 2 == 0 { to } else { from };
+        let victim = holder(&engine, victim);
+        std::thread::scope(|scope| {
+            let mover = scope.spawn(|| place.run(&["guest", "move", &id, to]));
+            std::thread::sleep(std::time::Duration::from_micros(seed >> 33 & 0x1fff));
+            kill(victim);
+            mover.join().unwrap()
+        });
+        match guest.run("c.sendall(b'abc'); say(a.recv(9))").as_str() {
+            "b'abc'" => kept += 1,
+            "ECONNRESET" | "EPIPE" | "b''" => lost += 1,
+            other => panic!("round {round}: {other}"),
+        }
+        guest.ends();
+        until("nothing of it is left", || guests(&place) == 0);
+        come();
+    }
+    eprintln!("{kept} guests went on, {lost} were lost with a holder");
+    engine.end();
+}
+
+#[test]
+fn a_capture_goes_on_through_moves() {
+    let place = Place::new("far-pcap");
+    let engine = up(&place);
+    let port = echo();
+    let mut guest = Python::start_with(&place, &["--stack", "reno", "--attach", "queued"]);
+    assert_eq!(guest.run(&format!("c = socket.create_connection(('127.0.0.1', {port})); say(1)")), "1");
+    let file = place.dir.join("all.pcapng");
+    let socket = place.socket();
+    let args = ["pcap", "1", "-w", file.to_str().unwrap(), "--socket", socket.to_str().unwrap()];
+    let capture = Engine::of(place.netkernel(&args).spawn().unwrap());
+    until("the capture began", || std::fs::metadata(&file).is_ok_and(|file| file.len() > 0));
+    let mut said = Vec::new();
+    for (i, to) in ["apart", "reno", "other", "apart", "reno"].into_iter().enumerate() {
+        for moved in [false, true] {
+            if moved {
+                place.run(&["guest", "move", "1", to]).succeeds();
+            }
+            let word = format!("word-{i}-{moved}-of-this-guest");
+            let line = format!("c.sendall(b'{word}'); say(c.recv(99) == b'{word}')");
+            assert_eq!(guest.run(&line), "True");
+            said.push(word);
+        }
+    }
+    let count = |word: &str| {
+        let bytes = std::fs::read(&file).unwrap();
+        bytes.windows(word.len()).filter(|window| *window == word.as_bytes()).count()
+    };
+    // There and back, once each.
+    until("all was written", || said.iter().all(|word| count(word) >= 2));
+    capture.end();
+    assert!(
+        said.iter().all(|word| count(word) == 2),
+        "{:?}",
+        said.iter().map(|word| count(word)).collect::<Vec<_>>()
+    );
+    guest.ends();
+    engine.end();
+}

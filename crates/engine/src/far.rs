@@ -178,6 +178,7 @@ impl Engine {
         let shared = self.shared();
         let name = &shared.config.nsms[nsm].name;
         let refused = |why: String| EngineError::Refused(format!("guest {guest} stays: {why}"));
+        self.listens(guest)?;
         let direct = self.direct_sockets_of(guest);
         if let Some(first) = direct.first().filter(|left| all_or_nothing && left.stack != *name) {
             let why = format!("{} of its sockets would stay on stack {}: ", first.sockets, first.stack);
@@ -245,6 +246,25 @@ impl Engine {
         };
         settle();
         result
+    }
+
+    /// A process that hangs would keep everybody waiting: the one after it has the guest, and may be asked again.
+    fn listens(&self, guest: u32) -> Result<(), EngineError> {
+        let shared = self.shared();
+        let seat = lock(&shared.registry).guests.get(&guest).map(|known| known.worker);
+        let seat = seat.ok_or(EngineError::UnknownGuest(guest))?;
+        let Some(nsm) = seat.checked_sub(shared.workers.len()) else { return Ok(()) };
+        let (answer, answered) = channel();
+        shared.tell(seat, Command::Sockets(guest, 0, answer));
+        if let Err(RecvTimeoutError::Timeout) = answered.recv_timeout(PATIENCE) {
+            let name = &shared.config.nsms[nsm].name;
+            log::warn!(guest, nsm:% = name; "the process of stack {name} does not answer and is killed");
+            shared.remote(nsm).inspect(|remote| remote.kill_worker());
+            return Err(EngineError::Refused(format!(
+                "guest {guest} stays: the process of stack {name} did not answer, and was started again"
+            )));
+        }
+        Ok(())
     }
 
     /// What can be known before anything is done.

@@ -509,9 +509,9 @@ impl Remote {
         let request = Request::Depart(guest, succession::format());
         let on_the_way = self.send_off(guest, request, &[theirs.as_raw_fd()])?;
         drop(theirs);
-        let process = transit::hear(&ours);
-        let taken = transit::take(&ours, new.sizes());
-        let taken = match taken {
+        let (asked, process) = (Instant::now(), transit::hear(&ours));
+        let hangs = process.is_none() && asked.elapsed() >= transit::PATIENCE;
+        let taken = match transit::take(&ours, new.sizes()) {
             Ok((used, journal)) => {
                 let left = Left {
                     guest: new,
@@ -533,7 +533,7 @@ impl Remote {
             Err(error) => Err(error),
         };
         drop(ours);
-        let settled = self.settle(on_the_way, process);
+        let settled = self.settle(on_the_way, process, hangs);
         match (taken, settled) {
             (Ok((packed, used)), Settled::Answered(Ok(())) | Settled::IsNot | Settled::Gone) => {
                 Ok((packed.unpack().ok_or(EngineError::Stopped)?, used))
@@ -583,13 +583,14 @@ impl Remote {
             Err(error) => return Err((error, Some(packed))),
         };
         drop(theirs);
-        let process = transit::hear(&ours);
+        let (asked, process) = (Instant::now(), transit::hear(&ours));
+        let hangs = process.is_none() && asked.elapsed() >= transit::PATIENCE;
         let given = process.map(|_| transit::give(&ours, left, Used::default()));
         // All of it came, and there is room. What comes from here on decides.
         let came = if matches!(given, Some(Ok(()))) { transit::hear(&ours) } else { None };
         let told = came.map(|came| transit::say(&ours, came));
         drop(ours);
-        match (told, self.settle(on_the_way, process)) {
+        match (told, self.settle(on_the_way, process, hangs)) {
             (_, Settled::Answered(Ok(())) | Settled::Is) => Ok(()),
             (_, Settled::Answered(Err(reason))) => Err((stays(reason), Some(packed))),
             (_, Settled::IsNot) => Err((stays(format!("the process of stack {name} died")), Some(packed))),
@@ -612,12 +613,18 @@ impl Remote {
     }
 
     /// Waits until it is known where a guest is. `process`: the worker that was spoken to, if it said anything; what those before it had
-    /// does not matter. One that hangs is killed: the next one knows.
-    fn settle(&self, OnTheWay { guest, worker, fate }: OnTheWay, process: Option<u32>) -> Settled {
+    /// does not matter. One that hangs is killed: the next one knows. `hangs`: it does not listen.
+    fn settle(
+        &self,
+        OnTheWay { guest, worker, fate }: OnTheWay,
+        process: Option<u32>,
+        hangs: bool,
+    ) -> Settled {
         let mut killed = false;
+        let mut patience = if hangs { Duration::ZERO } else { PATIENCE };
         let mut of_those_after = process.is_none_or(|process| process == worker);
         let settled = loop {
-            match fate.recv_timeout(PATIENCE) {
+            match fate.recv_timeout(std::mem::replace(&mut patience, PATIENCE)) {
                 Ok(Fate::Answered(result)) => break Settled::Answered(result),
                 Ok(Fate::Next(worker, _)) if Some(worker) == process => of_those_after = true,
                 // Said before the one that was spoken to came.
@@ -676,6 +683,11 @@ impl Remote {
             self.kill(|running| Some(running.holder));
         }
         let _ = reader.join();
+    }
+
+    /// Ends a worker that does not answer; the next one goes on for it.
+    pub fn kill_worker(&self) {
+        self.kill(|running| Some(running.worker).filter(|&worker| worker != 0));
     }
 
     fn kill(&self, which: impl Fn(&Running) -> Option<u32>) {

@@ -21,7 +21,7 @@ use crate::usage::Usage;
 use crate::worker::{is_eventfd, is_unix};
 
 /// How long either side waits for the next word of the other.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A guest that no thread serves. Its descriptors are closed with this.
 pub(crate) struct Packed(Option<Box<Left>>);
