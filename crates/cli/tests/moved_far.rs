@@ -18,6 +18,7 @@ const CONFIG: &str = "\
 [[nsm]]\nname = \"apart\"\nform = \"process\"\ncongestion_control = \"cubic\"
 [[nsm]]\nname = \"other\"\nform = \"process\"\ncongestion_control = \"reno\"
 [[nsm]]\nname = \"tight\"\nform = \"process\"\ncapacity_connections = 3
+[[nsm]]\nname = \"narrow\"\ncapacity_connections = 3
 [[tenant]]\nname = \"few\"\ntoken_file = \"TOKEN\"\nnsms = [\"reno\"]
 ";
 
@@ -85,6 +86,10 @@ fn a_guest_goes_over_with_its_sockets_under_a_stream() {
     );
     assert_eq!(guest.run("f.connect(l.getsockname()); g, _ = l.accept(); f.close(); say(g.recv(1))"), "b''");
     assert_eq!(guest.run("x.close(); say(y.recv(1))"), "b''");
+    // A program that begins now.
+    let child = "import subprocess; code = 'import socket; l = socket.create_server((\"127.0.0.1\", 0)); c = socket.create_connection(l.getsockname()); print(c.getsockopt(6, 13, 16)[:5])'; \
+                 say(subprocess.run(['python3', '-c', code], capture_output=True).stdout)";
+    assert_eq!(guest.run(child), "b\"b'cubic'\\n\"");
     // Who is asked says where it is.
     let ps = place.run(&["ps", "--json"]).json();
     assert_eq!(ps["engines"][0]["guests"][0]["stack"], "apart", "{ps}");
@@ -335,6 +340,7 @@ fn a_guest_that_cannot_go_over_stays_and_is_told_why() {
     for from in ["reno", "other", "apart"] {
         to("1", from).succeeds();
         to("1", "tight").fails(125, &["guest 1 stays", "no room for its 4 connections"]);
+        to("1", "narrow").fails(125, &["guest 1 stays", "no room for its 4 connections"]);
         assert_eq!(guest.run("c.sendall(b'abc'); say(a.recv(9))"), "b'abc'");
         assert_eq!(stacks(&place).iter().filter(|(_, stack)| stack == from).count(), 5);
     }

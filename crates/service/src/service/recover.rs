@@ -173,6 +173,7 @@ impl Service {
 
 impl Core {
     fn resume(&mut self, cx: &mut Cx, held: &dyn Fn(u32) -> bool, exact: bool) -> Result<(), Violation> {
+        self.clear_free();
         self.claim_places();
         self.resume_sockets(cx, exact)?;
         self.resume_ids(cx, held)?;
@@ -180,6 +181,18 @@ impl Core {
         self.resume_queues(cx)?;
         self.sweep_wanted = true;
         Ok(())
+    }
+
+    /// What is none (yet) has nothing of a stack's: a process can end before it says that a socket is one.
+    fn clear_free(&mut self) {
+        let mut at = Some(0);
+        while let Some(id) = at {
+            at = self.socks.next_id(id);
+            if let Some(sock) = self.socks.get_mut(id).filter(|sock| sock.kind == Kind::Free) {
+                sock.handle = Handle::NONE;
+                drop(take_descriptor(std::mem::take(&mut sock.fd)));
+            }
+        }
     }
 
     /// Connections that were counted are.
