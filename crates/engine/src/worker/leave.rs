@@ -275,8 +275,10 @@ impl Worker {
         let mut guest = *self.guests.get_mut(slot as usize)?.take()?;
         if let Some(module) = &mut self.modules[guest.nsm] {
             guest.service.depart(&mut *module.stack);
-            for (_, lender) in &mut guest.lenders {
-                self.poller.remove(lender.bell());
+        }
+        for (nsm, lender) in &mut guest.lenders {
+            self.poller.remove(lender.bell());
+            if let Some(module) = &mut self.modules[*nsm] {
                 lender.end(&mut *module.stack);
             }
         }
