@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use netkernel_abi::Limits;
 use netkernel_agent::{Counters, Processes};
-use netkernel_relay::{Still, left_descriptors, left_sockets};
+use netkernel_relay::{Link, Still, left_descriptors, left_sockets};
 use netkernel_service::{Service, now_ns, take_descriptor};
 
 use crate::engine::{Command, Shared, lock};
@@ -33,7 +33,7 @@ const LOOK: Duration = Duration::from_secs(1);
 enum Standing {
     Nobody,
     Agent(Arc<Counters>),
-    Relay(Option<Still>),
+    Relay(Option<Still>, Link),
 }
 
 impl Standing {
@@ -54,7 +54,7 @@ impl Standing {
                 "{} of its relayed sockets exist in their stack only, and can go to no other process: close them first",
                 still.left.bound
             ))),
-            Some(still) => Ok(Standing::Relay(Some(still))),
+            Some(still) => Ok(Standing::Relay(Some(still), link.clone())),
         }
     }
 }
@@ -86,7 +86,7 @@ pub(crate) fn pack(shared: &Arc<Shared>, guest: u32) -> Result<(Packed, Usage), 
     let worker = worker.ok_or(EngineError::UnknownGuest(guest))?;
     let mut standing = Standing::of(shared, guest)?;
     let mut copy = Copy(match &standing {
-        Standing::Relay(Some(still)) => Some(copy_of_relay(still.left.memory.as_fd()).map_err(resource)?),
+        Standing::Relay(Some(still), _) => Some(copy_of_relay(still.left.memory.as_fd()).map_err(resource)?),
         _ => None,
     });
     let (answer, answered) = channel();
@@ -103,10 +103,12 @@ pub(crate) fn pack(shared: &Arc<Shared>, guest: u32) -> Result<(Packed, Usage), 
         left.journal.agent[0].relay = memory.into_raw_fd() + 1;
     }
     // Its thread ends: with the pair, which the switch thread closed, or at once.
-    if let Standing::Relay(still) = &mut standing
+    if let Standing::Relay(still, link) = &mut standing
         && let Some(still) = still.take()
     {
         still.end();
+        // Until then its connections count, and the next one's would not.
+        let _ = link.is_here().recv_timeout(PATIENCE);
     }
     if let Some(known) = lock(&shared.registry).guests.get_mut(&guest) {
         known.direct = None;
