@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 
 use crate::step::{Tally, run};
 
-const TARGETS: [&str; 5] = ["engine", "region", "ring", "channel", "control"];
+const TARGETS: [&str; 6] = ["engine", "journal", "region", "ring", "channel", "control"];
 const TRIPLE: &str =
     if cfg!(target_arch = "aarch64") { "aarch64-unknown-linux-gnu" } else { "x86_64-unknown-linux-gnu" };
 /// What cargo-fuzz passes: coverage by counters, comparisons told to the fuzzer, the sanitizer.

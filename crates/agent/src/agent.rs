@@ -239,6 +239,10 @@ impl Agent {
             }
             if polled[0].revents & libc::POLLIN != 0 {
                 let _passed = counters.gate.pass();
+                // Another one goes on for this one, which waited here.
+                if self.is_ended() {
+                    return;
+                }
                 // An error: the thread that asked is dead, or was interrupted.
                 if let Ok(notification) = self.listener.receive() {
                     if let Some(offer) = self.exchange.take() {
@@ -250,6 +254,12 @@ impl Agent {
                 return;
             }
         }
+    }
+
+    fn is_ended(&self) -> bool {
+        let mut end = libc::pollfd { fd: self.end.as_raw_fd(), events: 0, revents: 0 };
+        // SAFETY: one entry, valid for reads and writes.
+        unsafe { libc::poll(&mut end, 1, 0) > 0 }
     }
 
     fn answer(&self, offers: &mut Offers, call: &Notification) {

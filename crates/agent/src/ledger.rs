@@ -150,6 +150,29 @@ pub struct Books {
     datagrams: HashMap<u64, u64>,
 }
 
+/// What is known of one guest's sockets of one stack, on the way to another ledger.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Moved {
+    /// Open sockets by cookie, with what each carried.
+    open: Vec<(u64, Carried)>,
+    closed: Carried,
+    /// What was told of all of it.
+    told: Carried,
+    listeners: Vec<SocketAddr>,
+    datagrams: Vec<u64>,
+}
+
+impl Moved {
+    /// What all of it carried, as it was told last.
+    pub fn told(&self) -> Carried {
+        self.told
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.open.is_empty() && self.told == Carried::default() && self.datagrams.is_empty()
+    }
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Open {
     account: u64,
@@ -302,6 +325,41 @@ impl Ledger {
     /// Whether [`Ledger::carried`] can tell more of the guest than [`Ledger::forget`]: it has, or had a moment ago, open sockets.
     pub fn has_open(&self, guest: u32) -> bool {
         lock(&self.books).open.values().any(|open| Account::of(open.account).guest == guest)
+    }
+
+    /// What is known of a guest, of all stacks, for the ledger of another process: [`Ledger::adopt`]. To be called in the network
+    /// namespace; nothing of it is forgotten.
+    pub fn moved(&self, guest: u32) -> Moved {
+        drop(self.carried());
+        let books = lock(&self.books);
+        let own = |account: u64| Account::of(account).guest == guest;
+        let mut moved = Moved::default();
+        for (account, closed) in books.closed.iter().filter(|(account, _)| own(**account)) {
+            moved.closed.add(*closed);
+            moved.told.add(books.told.get(account).copied().unwrap_or_default());
+        }
+        let open = books.open.iter().filter(|(_, open)| own(open.account));
+        moved.open = open.map(|(cookie, open)| (*cookie, open.carried)).collect();
+        moved.listeners =
+            books.listeners.iter().filter(|(_, of)| own(*of)).map(|(local, _)| *local).collect();
+        let datagrams = books.lately.iter().chain(&books.datagrams);
+        moved.datagrams = datagrams.filter(|(_, of)| own(**of)).map(|(cookie, _)| *cookie).collect();
+        moved
+    }
+
+    /// Goes on with what another process's ledger knew of a guest's sockets of this stack.
+    pub fn adopt(&self, guest: u32, stack: &str, moved: Moved) {
+        let mut books = lock(&self.books);
+        let (look, account) = (books.looks, books.account(guest, stack));
+        books.closed.entry(account).or_default().add(moved.closed);
+        books.told.entry(account).or_default().add(moved.told);
+        for (cookie, carried) in moved.open {
+            books.open.insert(cookie, Open { account, carried, look });
+        }
+        for local in moved.listeners.into_iter().rev() {
+            books.listens(local, account);
+        }
+        books.lately.extend(moved.datagrams.into_iter().map(|cookie| (cookie, account)));
     }
 
     /// The guest is over, and nobody will ask for it again. What its closed connections carried, by stack.

@@ -506,6 +506,9 @@ pub struct PrivateEngineArgs {
 pub enum GuestCommand {
     /// Put a running guest on another stack: new sockets are opened there, open ones go over, and those that cannot stay where
     /// they are until they end
+    ///
+    /// If one of the two stacks is a process of its own (form = "process"), all sockets go over but those that the kernel gave to the
+    /// programs themselves (attachment direct), or none does and the guest stays.
     Move(GuestMoveArgs),
 }
 

@@ -179,6 +179,39 @@ fn connections_are_counted_once_whatever_becomes_of_the_process() {
     engine.end();
 }
 
+#[test]
+fn connections_are_counted_once_wherever_the_guest_is_moved() {
+    let rig = Rig::new("apart-moved");
+    let engine = up(&rig, "max_connections = 6");
+    for attach in ["queued", "relay"] {
+        let guest = |stack: &str| {
+            let arguments = ["--socket", &rig.socket, "--attach", attach, "--stack", stack];
+            Python::start_with(&rig.place, &arguments)
+        };
+        let (mut moved, mut stays) = (guest("inside"), guest("apart"));
+        assert_eq!(connect(&mut moved, &rig, 2), 2);
+        assert_eq!(connect(&mut stays, &rig, 3), 3);
+        let id = rig.place.run(&["ps", "--json"]).json()["engines"][0]["guests"][0]["id"].to_string();
+        for round in 0..8 {
+            let to = ["apart", "inside"][round % 2];
+            rig.place.run(&["guest", "move", &id, to]).succeeds();
+            until("the count is right", || connections(&rig) == 5);
+            if round % 3 == 0 && attach == "queued" {
+                kill_worker(&engine);
+                until("the count is right", || connections(&rig) == 5);
+            }
+            assert_eq!(connect(&mut moved, &rig, 2), 1, "round {round}");
+            assert_eq!(connect(&mut stays, &rig, 1), 0, "round {round}");
+            moved.run("k.pop().close(); say(1)");
+            until("it is given back", || connections(&rig) == 5);
+        }
+        moved.ends();
+        stays.ends();
+        until("nothing is counted any more", || connections(&rig) == 0);
+    }
+    engine.end();
+}
+
 /// The process dies while connections come and go, so that counts and journals are at odds in every way they can be.
 #[test]
 fn counts_are_right_after_deaths_at_any_moment() {

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::{Arc, Mutex};
 
-use netkernel_agent::ledger::{Books, cookie};
+use netkernel_agent::ledger::{Books, Moved, cookie};
 use netkernel_agent::notify::Listener;
 use netkernel_agent::{
     Agent, ByGuest, Carried, Census, Counters, DirectSocket, Exchange, Ledger, Offer, Processes, Settings,
@@ -168,6 +168,24 @@ pub(crate) fn carried(shared: &Shared) -> ByGuest {
     all
 }
 
+/// What the process of an NSM knew of a guest's direct sockets, when it gave the guest away: it is counted here from now on.
+pub(crate) fn adopt_books(shared: &Shared, guest: u32, nsm: usize, moved: Moved) {
+    let nsm = &shared.config.nsms[nsm];
+    let Some(Ok(sockets)) = shared.config.kinds.direct(nsm) else { return };
+    if let Some(ledger) = shared.ledgers.of(&nsm.name, &*sockets) {
+        ledger.adopt(guest, &nsm.name, moved);
+    }
+}
+
+/// For the engine: what is known here of the direct sockets of a guest, which leaves this process; and what they carried.
+pub(crate) fn moved_books(shared: &Shared, guest: u32) -> (Moved, Carried) {
+    let mut moved = Moved::default();
+    // One NSM has one namespace.
+    with_ledgers(shared, |ledger| moved = ledger.moved(guest));
+    let told = moved.told();
+    (moved, told)
+}
+
 /// What one guest's did, by stack; it is over.
 pub(crate) fn last_carried(shared: &Shared, guest: u32) -> HashMap<String, Carried> {
     lock(&shared.ledgers.handed().0).retain(|_, (of, _)| *of != guest);
@@ -281,6 +299,40 @@ pub(crate) fn sockets(
                 let of = known.or_else(|| shared.ledgers.handed().stack_of(guest, socket.cookie));
                 let stack = of.unwrap_or_else(|| nsm.name.clone());
                 all.push(status(guest, socket, stack, reason, held.as_deref()));
+            }
+        }
+    }
+    all
+}
+
+/// Kernel sockets of a guest in a process that it has from NSMs of before: these are counted here.
+pub(crate) fn of_before(
+    shared: &Shared,
+    guest: u32,
+    nsms: &[usize],
+    first: i32,
+    processes: &Processes,
+) -> Vec<SocketStatus> {
+    let census = processes.of(u32::try_from(first));
+    let held = shared.held.says(guest);
+    let mut all: Vec<SocketStatus> = Vec::new();
+    for nsm in nsms.iter().map(|nsm| &shared.config.nsms[*nsm]) {
+        let Some(Ok(maker)) = shared.config.kinds.direct(nsm) else { continue };
+        let Some(ledger) = shared.ledgers.existing(&*maker) else { continue };
+        let mut found = Vec::new();
+        maker.within(&mut || {
+            drop(ledger.carried());
+            found = census.sockets().unwrap_or_default();
+        });
+        for socket in found {
+            if ledger.stack_of(guest, socket.cookie).as_ref() == Some(&nsm.name) {
+                all.push(status(
+                    guest,
+                    socket,
+                    nsm.name.clone(),
+                    "made on a stack that the guest was on before",
+                    held.as_deref(),
+                ));
             }
         }
     }

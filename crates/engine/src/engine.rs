@@ -16,12 +16,14 @@ use netkernel_shm::{Region, fds};
 use crate::capture::Captures;
 use crate::direct::{self, Direct};
 use crate::direct_capture::DirectTap;
+use crate::far;
 use crate::heir::Heirs;
 use crate::held::Held;
 use crate::placement::{self, Load, Placement};
 use crate::process::Form;
 use crate::process::journal::{Left, Root};
 use crate::process::remote::Remote;
+use crate::process::transit::Packed;
 use crate::process::wire;
 use crate::relay::RELAY_SLOT;
 use crate::seats;
@@ -114,6 +116,8 @@ pub(crate) struct Registered {
     pub direct: Option<Direct>,
     /// Its switch thread, or process, has it.
     pub begun: bool,
+    /// But for a moment, for it goes from one to another.
+    pub on_the_way: bool,
     /// What it used on NSMs before this one, and when it came.
     pub before: Usage,
     pub came: Instant,
@@ -165,6 +169,10 @@ pub(crate) enum Command {
     Leave(Sender<Result<Vec<Leaving>, EngineError>>, Receiver<()>),
     /// Give a guest away: another switch thread is to go on with it.
     Depart(u32, Sender<Result<Box<Left>, EngineError>>),
+    /// Take a guest apart, for another process to go on with; true: its agent is under no call.
+    Pack(u32, bool, Sender<Result<(Box<Left>, Usage), EngineError>>),
+    /// Make the stack of an NSM, if there is none yet.
+    Prepare(usize, Sender<Result<(), EngineError>>),
     /// Do nothing any more, and leave everything as it is.
     Freeze(Sender<()>),
     End(u32),
@@ -359,6 +367,7 @@ impl Engine {
             doorbell: doorbell.try_clone().map_err(resource)?,
             direct: None,
             begun: false,
+            on_the_way: false,
             before: Usage::default(),
             came: Instant::now(),
             agent_nsm: nsm,
@@ -421,6 +430,7 @@ impl Engine {
             doorbell: doorbell.try_clone().map_err(resource)?,
             direct: None,
             begun: true,
+            on_the_way: false,
             before: Usage::default(),
             came: Instant::now(),
             agent_nsm: 0,
@@ -477,12 +487,39 @@ impl Engine {
     }
 
     fn recover_one(&self, mut left: Left, place: usize, exact: bool) -> Result<(), EngineError> {
-        let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
         let memory = left.memory.take().ok_or(EngineError::Stopped)?;
         let tenant = self.shared.tenants.join(&left.guest.tenant, memory, place, true);
         left.may_use = tenant.limits(0);
+        self.register(&left, &tenant)?;
+        self.ask(0, |answer| Command::Recover(Box::new(left), tenant, exact, answer))?
+    }
+
+    /// Goes on, in the process of an NSM, with a guest that comes from another process, of which no sooner than that anything
+    /// stands in the list of guests. On error it does not stand there.
+    pub(crate) fn take_in(&self, mut packed: Packed, tenant: Arc<Tenant>) -> Result<(), EngineError> {
+        let (Some(root), Some(left)) = (&self.shared.root, packed.left()) else {
+            return Err(EngineError::Stopped);
+        };
+        let id = left.guest.id;
+        self.register(left, &tenant)?;
+        let numbers = (left.region.as_raw_fd(), left.doorbell.as_raw_fd());
+        if !root.add(&left.guest, numbers.0, numbers.1, tenant.memory(), &left.journal) {
+            self.shared.forget(id);
+            return Err(EngineError::Resource("the process of this stack has too many guests".into()));
+        }
+        let come = far::unpack(&self.shared, packed, tenant, 0);
+        if come.is_err() {
+            root.remove(id);
+            self.shared.forget(id);
+        }
+        come
+    }
+
+    /// A guest that another process had is known from now on.
+    fn register(&self, left: &Left, tenant: &Arc<Tenant>) -> Result<(), EngineError> {
+        let resource = |e: io::Error| EngineError::Resource(format!("no descriptors for a guest: {e}"));
         let registered = Registered {
-            tenant: Arc::clone(&tenant),
+            tenant: Arc::clone(tenant),
             token: random_token().map_err(resource)?,
             name: left.guest.name.clone(),
             nsm: 0,
@@ -495,6 +532,7 @@ impl Engine {
             doorbell: left.doorbell.try_clone().map_err(resource)?,
             direct: None,
             begun: true,
+            on_the_way: false,
             before: Usage::default(),
             came: Instant::now(),
             agent_nsm: 0,
@@ -503,7 +541,7 @@ impl Engine {
             left: HashMap::new(),
         };
         lock(&self.shared.registry).guests.insert(left.guest.id, registered);
-        self.ask(0, |answer| Command::Recover(Box::new(left), tenant, exact, answer))?
+        Ok(())
     }
 
     /// The switch thread of the process of an NSM stops where it is.
@@ -551,6 +589,10 @@ impl Engine {
         let mut agents = Vec::new();
         let carried = direct::carried(shared);
         let registry = lock(&shared.registry);
+        // Those whose process is just started again, or that go from one to another.
+        let silent = registry.guests.iter().filter(|(_, guest)| guest.begun).map(|(id, _)| *id);
+        let silent: Vec<u32> = silent.filter(|id| guests.iter().all(|told| told.id != *id)).collect();
+        guests.extend(silent.into_iter().map(|id| GuestStatus { id, ..GuestStatus::default() }));
         for status in &mut guests {
             if let Some(guest) = registry.guests.get(&status.id) {
                 for carried in carried.get(&status.id).into_iter().flat_map(HashMap::values) {
@@ -683,6 +725,8 @@ impl Engine {
         let running = self.running().is_ok();
         let carried = direct::carried(shared);
         for worker in shared.seats().filter(|_| running) {
+            // What is told is of the NSM that the guest is on: it stays there meanwhile.
+            let _stays = shared.seats.read().unwrap_or_else(PoisonError::into_inner);
             let counts = self.ask(worker, Command::Usage).unwrap_or_default();
             all.extend(
                 counts.into_iter().flat_map(|(id, usage)| shared.usage_of(id, usage, &carried, false)),
@@ -789,6 +833,7 @@ impl Engine {
             .get(&guest)
             .map(|guest| (guest.worker, guest.agent_nsms(), guest.pid, guest.direct.clone()));
         let Some((worker, nsms, pid, direct)) = known else { return Vec::new() };
+        let apart = worker >= self.shared.workers.len();
         let mut sockets = Vec::new();
         let mut next = Some(0);
         while let Some(first) = next.take() {
@@ -801,6 +846,13 @@ impl Engine {
         if let Some(direct) = &direct {
             let census = direct::census(direct, pid, processes);
             sockets.extend(direct::sockets(&self.shared, guest, &nsms, direct, &census));
+        }
+        if apart && nsms.len() > 1 {
+            // Its process sees them, and takes them for its own.
+            for socket in direct::of_before(&self.shared, guest, &nsms[1..], pid, processes) {
+                sockets.retain(|other| other.attachment != "direct" || other.inode != socket.inode);
+                sockets.push(socket);
+            }
         }
         sockets
     }
@@ -1041,7 +1093,8 @@ impl Shared {
     pub fn missing_of(&self, nsm: usize, alive: &[u32]) -> Vec<u32> {
         let seat = self.workers.len() + nsm;
         let of_nsm = |(id, guest): (&u32, &Registered)| {
-            (guest.worker == seat && guest.begun && !alive.contains(id)).then_some(*id)
+            let here = guest.worker == seat && guest.begun && !guest.on_the_way;
+            (here && !alive.contains(id)).then_some(*id)
         };
         lock(&self.registry).guests.iter().filter_map(of_nsm).collect()
     }
@@ -1070,7 +1123,10 @@ impl Shared {
     /// The guest is over and nothing of it is left.
     pub fn guest_over(&self, id: u32, usage: Usage) {
         self.counters.over.fetch_add(1, Ordering::Relaxed);
-        let has_agent = lock(&self.registry).guests.get(&id).is_some_and(|guest| guest.direct.is_some());
+        let may_have_some = |guest: &Registered| {
+            guest.direct.is_some() || !guest.agent_before.is_empty() || !guest.left.is_empty()
+        };
+        let has_agent = lock(&self.registry).guests.get(&id).is_some_and(may_have_some);
         let mut carried = ByGuest::new();
         if has_agent {
             carried.insert(id, direct::last_carried(self, id));
@@ -1104,16 +1160,19 @@ impl Shared {
         }
     }
 
-    /// What a guest used until now was used on the NSM before.
-    pub fn guest_moved(&self, id: u32, nsm: usize, used: Usage) {
-        let mut carried = direct::carried(self);
+    /// What a guest used until now was used on the NSM before. `goes_on`: what the next one counts on from; `adopt`: what was counted
+    /// elsewhere of direct sockets is known here from then on.
+    pub fn guest_moved(&self, id: u32, nsm: usize, used: Usage, goes_on: Usage, adopt: impl FnOnce()) {
+        let carried = direct::carried(self);
         let mut rows = self.usage_of(id, used, &carried, true);
         // The rest goes on: sockets that are open stay with their stacks.
         rows.truncate(1);
+        adopt();
+        let mut carried = direct::carried(self);
         let mut registry = lock(&self.registry);
         let Some(guest) = registry.guests.get_mut(&id) else { return };
         let before = std::mem::replace(&mut guest.nsm, nsm);
-        (guest.before, guest.came) = (used, Instant::now());
+        (guest.before, guest.came) = (goes_on, Instant::now());
         let left = &self.config.nsms[before].name;
         let carried = carried.get_mut(&id).and_then(|carried| carried.remove(left)).unwrap_or_default();
         let times = guest.left.get(left).map_or(0, |left| left.times) + 1;

@@ -290,6 +290,8 @@ impl Engine {
         besides: impl FnOnce() -> serde_json::Value,
     ) -> Result<Stopped<'_>, EngineError> {
         self.can_be_exchanged(lose)?;
+        // Who moves a guest may need a process, and the seats.
+        let _nobody_moves = lock(&self.shared.moves);
         // These wait for nobody, and nobody waits for them.
         let remotes = self.shared.remotes.iter().flatten();
         let processes = remotes.map(Remote::still).collect::<Result<Vec<_>, _>>()?;
@@ -609,6 +611,7 @@ impl Engine {
             doorbell,
             direct: None,
             begun: true,
+            on_the_way: false,
             before: written.before,
             came: ago(written.here_ms),
             agent_nsm,

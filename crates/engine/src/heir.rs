@@ -26,6 +26,7 @@ const I386_SOCKET: i32 = 359;
 /// What the engine says: of this guest, by its number.
 const REMEMBER: u8 = 1;
 const ANSWER: u8 = 2;
+const FORGET: u8 = 3;
 const MESSAGE: usize = 5;
 
 /// The engine's hold on its heir, which is started when it is needed first.
@@ -63,6 +64,11 @@ impl Heirs {
             };
         }
         tell(&mut state, REMEMBER, guest, &[listener.fd(), last.as_raw_fd()]);
+    }
+
+    /// The process of an NSM has the guest's agent from now on.
+    pub fn forget(&self, guest: u32) {
+        tell(&mut lock(&self.0), FORGET, guest, &[]);
     }
 
     /// Another process goes on for this one, and starts an heir of its own. This one must not answer.
@@ -179,6 +185,9 @@ pub fn main(control: OwnedFd) -> i32 {
                 Ok((MESSAGE, sent)) => {
                     let guest = u32::from_le_bytes([message[1], message[2], message[3], message[4]]);
                     listeners.extend(Inherited::new(guest, sent));
+                    if message[0] == FORGET {
+                        listeners.retain(|one| one.guest != guest || one.answered);
+                    }
                     if message[0] == ANSWER {
                         let own = listeners.iter_mut().filter(|one| one.guest == guest);
                         own.for_each(|one| one.answered = true);

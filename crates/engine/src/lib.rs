@@ -13,6 +13,7 @@ mod cpu;
 mod direct;
 mod direct_capture;
 mod engine;
+mod far;
 mod handed;
 pub mod handover;
 pub mod heir;

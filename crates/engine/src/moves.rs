@@ -37,10 +37,10 @@ pub struct StayedSockets {
 }
 
 impl Engine {
-    /// Puts a guest on another NSM of the engine's own threads: new sockets are opened there. Those that it has go over as
+    /// Puts a guest on another NSM: new sockets are opened there. Those that it has go over as
     /// descriptors of the kernel, with their names and peers; what cannot stays where it is until it ends, or, with
-    /// `all_or_nothing`, the guest does. Errors: it is not known, may not use that NSM, or cannot be moved; then it stays, and the
-    /// text says why.
+    /// `all_or_nothing`, the guest does. Into a process, and out of one, all that is not in the hands of programs goes, or nothing does.
+    /// Errors: it is not known, may not use that NSM, or cannot be moved; then it stays, and the text says why.
     pub fn move_guest(
         &self,
         guest: u32,
@@ -54,19 +54,26 @@ impl Engine {
             known: nsms.iter().map(|nsm| nsm.name.clone()).collect(),
         })?;
         let _alone = lock(&shared.moves);
+        let far = {
+            let registry = lock(&shared.registry);
+            let found = registry.guests.get(&guest).ok_or(EngineError::UnknownGuest(guest))?;
+            if !found.tenant.uses(nsm) {
+                let tenant = found.tenant.name();
+                let why = format!("guest {guest} stays: tenant {tenant} may not use stack {name}");
+                return Err(EngineError::Refused(why));
+            }
+            found.nsm != nsm && (shared.remote(nsm).is_some() || found.worker >= shared.workers.len())
+        };
+        if far {
+            let reason = shared.config.kinds.check(&shared.nsm(nsm));
+            reason.map_err(|reason| EngineError::StackUnavailable { name: name.into(), reason })?;
+            return self.move_far(guest, nsm, all_or_nothing);
+        }
         let _stays = shared.seats.read().unwrap_or_else(PoisonError::into_inner);
         let refused = |why: String| EngineError::Refused(format!("guest {guest} stays: {why}"));
         let (worker, from, agent) = {
             let registry = lock(&shared.registry);
             let found = registry.guests.get(&guest).ok_or(EngineError::UnknownGuest(guest))?;
-            if !found.tenant.uses(nsm) {
-                let tenant = found.tenant.name();
-                return Err(refused(format!("tenant {tenant} may not use stack {name}")));
-            }
-            if shared.remote(nsm).is_some() || found.worker >= shared.workers.len() {
-                let why = "an NSM in a process of its own keeps its guests; `nsm swap` changes it";
-                return Err(refused(why.into()));
-            }
             (found.worker, found.nsm, found.direct.clone())
         };
         if from == nsm {
@@ -99,7 +106,7 @@ impl Engine {
                 known.agent_before.push(before);
             }
         }
-        shared.guest_moved(guest, nsm, went.used);
+        shared.guest_moved(guest, nsm, went.used, went.used, || ());
         let queued = went.stayed.into_iter().map(|(nsm, sockets, reason)| StayedSockets {
             sockets,
             stack: nsms[nsm].name.clone(),

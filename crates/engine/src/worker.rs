@@ -9,7 +9,7 @@
 //! to sweep or to try again.
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicU32, compiler_fence, fence};
@@ -1018,6 +1018,19 @@ impl Worker {
                     log::error!(guest = id; "guest {id} is lost: {error}");
                 }
             }
+            Command::Pack(id, agent_stands, answer) => {
+                let tenant = self.slot(id).and_then(|slot| self.guests[slot as usize].as_ref());
+                let tenant = tenant.map(|guest| Arc::clone(&guest.tenant));
+                if let Err(error) = answer.send(self.pack(id, agent_stands))
+                    && let (Ok((left, _)), Some(tenant)) = (error.0, tenant)
+                    && let Err(error) = self.recover(*left, tenant, true)
+                {
+                    log::error!(guest = id; "guest {id} is lost: {error}");
+                }
+            }
+            Command::Prepare(nsm, answer) => {
+                let _ = answer.send(self.module(nsm));
+            }
             Command::Channel(id, channel, answer) => {
                 let result = self.add_channel(id, channel);
                 let _ = answer.send(result);
@@ -1299,8 +1312,13 @@ impl Worker {
         let mut doorbells = Vec::new();
         doorbells.extend(journal.bells.iter().map(|fd| take_descriptor(*fd).map_or(Bell::None, Bell::Some)));
         let (mut placeholders, mut placeholder_count) = (Table::new(limits.sockets), 0);
+        let mut beyond = Vec::new();
         for (id, fd) in journal.ends.iter().enumerate() {
             let Some(fd) = take_descriptor(*fd) else { continue };
+            if self.ends_here + placeholder_count >= self.most_ends_here {
+                beyond.push((id as u32, fd));
+                continue;
+            }
             let source = Source::Placeholder(slot as u32, id as u32);
             self.poller.add_hangup(fd.as_raw_fd(), source).map_err(resource)?;
             if let Some(place) = placeholders.make(id as u32) {
@@ -1346,10 +1364,21 @@ impl Worker {
             journal: Some(journal),
             over_since: None,
         }));
+        for (id, end) in beyond {
+            if let Err(violation) = self.keep_placeholder(slot as u32, id, end) {
+                self.violation(slot as u32, violation);
+                return Ok(());
+            }
+        }
         if let Some(kept) = kept
             && let Err(violation) = self.recover_kept(slot as u32, &kept)
         {
             self.violation(slot as u32, violation);
+        }
+        self.captures.retain(|session| !session.is_over());
+        for session in std::mem::take(&mut self.captures) {
+            self.capture_of(&session, Some(slot as u32));
+            self.captures.push(session);
         }
         match departed {
             Some(departed) => self.arrive(slot as u32, *departed)?,
@@ -1434,9 +1463,18 @@ impl Worker {
 
     /// From now on, what the guests that are meant send and receive is captured.
     fn capture(&mut self, session: &Arc<Session>) {
+        self.capture_of(session, None);
+        self.captures.push(Arc::clone(session));
+    }
+
+    /// Of one guest only, if one is named.
+    fn capture_of(&mut self, session: &Arc<Session>, only: Option<u32>) {
         let mut wanted: Vec<Vec<(u32, Vec<Known>)>> = self.modules.iter().map(|_| Vec::new()).collect();
         for (slot, guest) in self.guests.iter().enumerate() {
             let Some(guest) = guest else { continue };
+            if only.is_some_and(|only| only != slot as u32) {
+                continue;
+            }
             let uid = self.shared.who(guest.id).2;
             if !session.target.is(guest.id, &guest.tenant.name(), uid) {
                 continue;
@@ -1455,7 +1493,6 @@ impl Worker {
                 taps.begin(session, &wanted);
             }
         }
-        self.captures.push(Arc::clone(session));
     }
 
     /// Some sockets of a guest, from `first` on; and where to go on.
@@ -1553,7 +1590,7 @@ impl Worker {
     fn message(&mut self, slot: u32, message: Message, fd: OwnedFd) -> Result<(), Violation> {
         let Some(Some(guest)) = self.guests.get_mut(slot as usize) else { return Ok(()) };
         if message.kind == kind::DOORBELL {
-            if !is_eventfd(&fd) {
+            if !is_eventfd(fd.as_fd()) {
                 bury(fd);
                 return Err(Violation("doorbell that is not an eventfd"));
             }
@@ -1572,7 +1609,7 @@ impl Worker {
             return self.agent(slot, message, listener, nsm, None);
         }
         // Nothing but a real Unix stream socket: other descriptors could block this thread.
-        if !is_unix_stream(&fd) {
+        if !is_unix(fd.as_fd(), libc::SOCK_STREAM) {
             bury(fd);
             return Err(Violation("channel message with a descriptor that is not a Unix stream socket"));
         }
@@ -2047,7 +2084,7 @@ fn read_eventfd(fd: i32) {
     unsafe { libc::read(fd, (&raw mut value).cast(), 8) };
 }
 
-fn is_unix_stream(fd: &OwnedFd) -> bool {
+pub(crate) fn is_unix(fd: BorrowedFd<'_>, kind: i32) -> bool {
     let value = |name: i32| {
         let mut value = 0i32;
         let mut len = size_of::<i32>() as libc::socklen_t;
@@ -2057,10 +2094,10 @@ fn is_unix_stream(fd: &OwnedFd) -> bool {
         };
         if r == 0 { value } else { -1 }
     };
-    value(libc::SO_DOMAIN) == libc::AF_UNIX && value(libc::SO_TYPE) == libc::SOCK_STREAM
+    value(libc::SO_DOMAIN) == libc::AF_UNIX && value(libc::SO_TYPE) == kind
 }
 
-fn is_eventfd(fd: &OwnedFd) -> bool {
+pub(crate) fn is_eventfd(fd: BorrowedFd<'_>) -> bool {
     std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
         .is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
 }

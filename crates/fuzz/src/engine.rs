@@ -1,13 +1,14 @@
 //! The engine's side: ServiceLib over a region that the input writes to at will.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, IntoRawFd as _};
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
 
 use netkernel_abi::nqe::flag;
 use netkernel_abi::{Limits, Nqe, Op};
 use netkernel_service::{Host, Readiness, Service, Stack as _, Violation, key};
-use netkernel_shm::{HugePages, Region};
+use netkernel_shm::{HugePages, Journal, Region};
 
 use crate::input::Input;
 use crate::stack::Scripted;
@@ -74,6 +75,63 @@ pub fn engine(data: &[u8]) -> Verdict {
     assert_eq!(rig.stack.open_sockets(), 0, "the stack's sockets outlive the guest");
     assert!(rig.wakes.sockets.iter().all(|&(id, count)| id > 0 && id < SOCKETS && count > 0));
     assert!(rig.wakes.rings.iter().all(|&q| q < QUEUE_SETS));
+    if outcome.is_ok() { Verdict::Served } else { Verdict::Ended }
+}
+
+/// What a process of an NSM left of a guest, spoiled anywhere, and gone on with by another process: as when a guest is moved out of a
+/// process that was taken over. Panics are not excused by it.
+pub fn journal(data: &[u8]) -> Verdict {
+    let mut input = Input::new(data);
+    let script: [u8; 64] = input.take();
+    let limits = Limits { region_bytes: 8 << 20, sockets: SOCKETS, queue_sets: QUEUE_SETS };
+    let bytes = Service::journal_bytes(limits);
+    let Ok(region) = Region::create(limits, GUEST, 0, HugePages::Off) else { return Verdict::Served };
+    // SAFETY: the region owns its descriptor and lives during this statement.
+    let fd = unsafe { BorrowedFd::borrow_raw(region.fd()) };
+    let copies = (fd.try_clone_to_owned(), fd.try_clone_to_owned());
+    let (Ok(first), Ok(second)) = copies else { return Verdict::Served };
+    let (Ok(guest), Ok(again)) = (Region::attach(first), Region::open(second, limits)) else {
+        return Verdict::Served;
+    };
+    let Ok(journal) = Journal::create(c"netkernel-fuzz", bytes) else { return Verdict::Served };
+    let journal = Arc::new(journal);
+    let mut service = Service::new(region, GUEST, true);
+    if service.keep_in(&journal).is_none() {
+        return Verdict::Served;
+    }
+    let mut rig = Rig { service, guest, stack: Scripted::new(&script), wakes: Wakes::default() };
+    for _ in 0..input.below(64) {
+        if rig.act(&mut input).is_err() {
+            break;
+        }
+    }
+    // Its process is gone.
+    rig.service.depart(&mut rig.stack);
+    for _ in 0..input.below(32) {
+        let (at, value) = (input.below(bytes as u32 / 4) as usize * 4, input.u32());
+        if let Some(place) = journal.array::<u32>(at, 1) {
+            // SAFETY: inside the journal, as `array` checked; nobody else uses it meanwhile.
+            unsafe { place.write(value) };
+        }
+    }
+    let any = |_| Some(std::fs::File::open("/dev/null").ok()?.into_raw_fd());
+    if !Service::journal_is_sound(&journal, limits) || !Service::renumber_journal(&journal, limits, &any) {
+        return Verdict::Ended;
+    }
+    let _ = Service::journal_sockets(&journal, limits);
+    let (mut stack, unlimited) = (Scripted::after_spoiling(&script), netkernel_service::Limits::default());
+    let recovered =
+        Service::recover(again, GUEST, true, &journal, &mut stack, &|id| id & 1 == 0, true, unlimited);
+    let Ok(service) = recovered else { return Verdict::Ended };
+    rig = Rig { service, stack, ..rig };
+    let mut outcome = Ok(());
+    while !input.is_empty() && outcome.is_ok() {
+        outcome = rig.act(&mut input);
+    }
+    for _ in 0..LAST_TURNS {
+        outcome = outcome.and_then(|()| rig.turn());
+    }
+    rig.service.end(&mut rig.stack);
     if outcome.is_ok() { Verdict::Served } else { Verdict::Ended }
 }
 

@@ -8,7 +8,7 @@ mod input;
 mod parse;
 mod stack;
 
-pub use engine::{Verdict, engine};
+pub use engine::{Verdict, engine, journal};
 pub use parse::{channel, control, region, ring};
 
 /// A fuzz target.
@@ -18,6 +18,9 @@ pub type Target = fn(&[u8]);
 pub const TARGETS: &[(&str, Target)] = &[
     ("engine", |data| {
         engine(data);
+    }),
+    ("journal", |data| {
+        journal(data);
     }),
     ("region", region),
     ("ring", ring),

@@ -25,13 +25,20 @@ pub(crate) struct Scripted {
     at: usize,
     sockets: HashMap<u32, u64>,
     last: u32,
+    /// Its service goes on from what somebody else wrote: it may take a socket for one that it is not.
+    spoiled: bool,
     pub ready: VecDeque<Ready>,
 }
 
 impl Scripted {
     pub fn new(script: &[u8]) -> Scripted {
         let script = if script.is_empty() { vec![0] } else { script.to_vec() };
-        Scripted { script, at: 0, sockets: HashMap::new(), last: 0, ready: VecDeque::new() }
+        Scripted { script, at: 0, sockets: HashMap::new(), last: 0, spoiled: false, ready: VecDeque::new() }
+    }
+
+    /// One that says EBADF of [`Handle::NONE`], as stacks do.
+    pub fn after_spoiling(script: &[u8]) -> Scripted {
+        Scripted { spoiled: true, ..Scripted::new(script) }
     }
 
     fn next(&mut self) -> u8 {
@@ -46,6 +53,9 @@ impl Scripted {
     }
 
     fn known(&self, handle: Handle) -> u64 {
+        if self.spoiled && handle == Handle::NONE {
+            return 0;
+        }
         *self.sockets.get(&handle.0).expect("an operation on a handle that was closed or never given")
     }
 
@@ -81,6 +91,9 @@ impl Stack for Scripted {
     }
 
     fn close(&mut self, handle: Handle, _: Close) {
+        if self.spoiled && handle == Handle::NONE {
+            return;
+        }
         self.sockets.remove(&handle.0).expect("closed a handle twice");
     }
 
@@ -97,6 +110,9 @@ impl Stack for Scripted {
     fn connect(&mut self, handle: Handle, _: &SocketAddress) -> Result<Connect, Errno> {
         let key = self.known(handle);
         self.outcome()?;
+        if handle == Handle::NONE {
+            return Err(Errno(libc::EBADF));
+        }
         if self.next() & 1 == 0 {
             return Ok(Connect::Done);
         }

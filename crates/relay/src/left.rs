@@ -21,7 +21,7 @@ use crate::relay::{Link, Relay, Request, Start, Stop, Waiting};
 use crate::socket::{Buffer, Held, Socket, State};
 
 /// Changes with what the fields mean.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// struct linger.
 const LINGER: usize = 8;
 
@@ -34,7 +34,14 @@ pub struct Stopping {
 /// A relay that stands still until this is dropped.
 pub struct Still {
     pub left: Left,
-    _go_on: Sender<()>,
+    go_on: Sender<()>,
+}
+
+impl Still {
+    /// Another one goes on with copies of all that it left: this one closes its own and ends, and nobody notices.
+    pub fn end(self) {
+        let _ = self.go_on.send(());
+    }
 }
 
 /// What a relay left. Its descriptors are the relay's own, by number.
@@ -42,13 +49,15 @@ pub struct Left {
     /// For [`Relay::resume`].
     pub memory: OwnedFd,
     pub descriptors: Vec<RawFd>,
+    /// How many of its sockets are known to their stack only, which must go on, too.
+    pub bound: usize,
 }
 
 impl Stopping {
     /// `Ok(None)`: the relay is over. Errors say why its sockets cannot go on; it does then.
     pub fn wait(self, until: Instant) -> Result<Option<Still>, String> {
         match self.answered.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            Ok(left) => Ok(Some(Still { left: left?, _go_on: self.go_on })),
+            Ok(left) => Ok(Some(Still { left: left?, go_on: self.go_on })),
             Err(RecvTimeoutError::Disconnected) => Ok(None),
             Err(RecvTimeoutError::Timeout) => Err("its relay does not stop".into()),
         }
@@ -84,6 +93,8 @@ struct Entry {
     generation: u32,
     /// The stack's descriptor; -1: the stack knows it by its key.
     stack: RawFd,
+    /// There is a socket of the stack.
+    has_stack: bool,
     end: Option<RawFd>,
     inode: u64,
     /// Calls find it by its inode.
@@ -193,6 +204,7 @@ impl Writer {
             id,
             generation: socket.generation,
             stack: own.unwrap_or(-1),
+            has_stack: socket.handle != Handle::NONE,
             end: socket.end.as_ref().map(|end| self.note(end)),
             inode: socket.inode,
             known,
@@ -221,22 +233,52 @@ impl Writer {
 
     /// All of it, in memory that the next program reads.
     fn finish(self, table: &Table) -> io::Result<Left> {
-        // SAFETY: a C string and flags; the result is checked.
-        let fd = unsafe { libc::memfd_create(c"netkernel-relay".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: new and owned by nobody else.
-        let mut file = unsafe { File::from_raw_fd(fd) };
-        let numbers: Vec<u8> = self.descriptors.iter().flat_map(|fd| fd.to_le_bytes()).collect();
-        let table = serde_json::to_vec(table)?;
-        for part in [&numbers, &table] {
-            file.write_all(&(part.len() as u64).to_le_bytes())?;
-            file.write_all(part)?;
-        }
-        file.write_all(&self.payload)?;
-        Ok(Left { memory: file.into(), descriptors: self.descriptors })
+        let bound = table.sockets.iter().filter(|entry| entry.stack < 0 && entry.has_stack).count();
+        let memory = memory(&self.descriptors, table, &self.payload)?;
+        Ok(Left { memory, descriptors: self.descriptors, bound })
     }
+}
+
+fn memory(descriptors: &[RawFd], table: &Table, payload: &[u8]) -> io::Result<OwnedFd> {
+    // SAFETY: a C string and flags; the result is checked.
+    let fd = unsafe { libc::memfd_create(c"netkernel-relay".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: new and owned by nobody else.
+    let mut file = unsafe { File::from_raw_fd(fd) };
+    let numbers: Vec<u8> = descriptors.iter().flat_map(|fd| fd.to_le_bytes()).collect();
+    let table = serde_json::to_vec(table)?;
+    for part in [&numbers, &table] {
+        file.write_all(&(part.len() as u64).to_le_bytes())?;
+        file.write_all(part)?;
+    }
+    file.write_all(payload)?;
+    Ok(file.into())
+}
+
+/// What a relay left, with other numbers for its descriptors: `other` says for each which. Errors: it does not know one, or the
+/// memory cannot be read or made.
+pub fn renumber_left(left: OwnedFd, other: &dyn Fn(RawFd) -> Option<RawFd>) -> io::Result<OwnedFd> {
+    let numbers = left_descriptors(&left);
+    let mut found = Found::read(left)?;
+    let new = |fd: RawFd| other(fd).ok_or_else(|| io::Error::other("a relay's descriptor is not there"));
+    for entry in &mut found.table.sockets {
+        if entry.stack >= 0 {
+            entry.stack = new(entry.stack)?;
+        }
+        let note = entry.down_datagram.as_mut().and_then(|(_, note)| note.as_mut());
+        for fd in entry.end.iter_mut().chain(note) {
+            *fd = new(*fd)?;
+        }
+        for bytes in [&mut entry.up, &mut entry.down] {
+            if let Bytes::Pipe(reader, writer, _) = bytes {
+                (*reader, *writer) = (new(*reader)?, new(*writer)?);
+            }
+        }
+    }
+    let numbers = numbers.into_iter().map(new).collect::<io::Result<Vec<_>>>()?;
+    memory(&numbers, &found.table, &found.payload)
 }
 
 fn part(file: &mut File) -> io::Result<Vec<u8>> {
@@ -256,6 +298,12 @@ pub fn left_descriptors(memory: impl AsFd) -> Vec<RawFd> {
     };
     let numbers = read().unwrap_or_default();
     numbers.chunks_exact(4).map(|n| i32::from_le_bytes([n[0], n[1], n[2], n[3]])).collect()
+}
+
+/// How many sockets a relay left.
+pub fn left_sockets(memory: impl AsFd) -> usize {
+    let read = || Found::read(memory.as_fd().try_clone_to_owned()?);
+    read().map_or(0, |found| found.table.sockets.len())
 }
 
 /// Closes what a relay left that nobody goes on with: peers see a reset, programs that nobody is there.
@@ -349,11 +397,16 @@ impl Link {
 }
 
 impl Relay {
-    /// Answers with all that there is, and waits until it is to go on.
+    /// Answers with all that there is, and waits until it is to go on, or to end.
     pub(crate) fn stand_still(&mut self, stop: &Stop) {
         // Who asked may not wait any more, then nobody holds the other end of this either.
-        if stop.answer.send(self.write_down()).is_ok() {
-            let _ = stop.go_on.recv();
+        if stop.answer.send(self.write_down()).is_ok() && stop.go_on.recv() == Ok(()) {
+            // All of it is another one's.
+            self.run.clear();
+            self.waiting.clear();
+            self.sockets.clear();
+            self.poll.remove(self.start.listener.fd());
+            self.over_since_ns = Some(0);
         }
     }
 

@@ -38,7 +38,7 @@ mod sys;
 mod tune;
 
 pub use asked::{Asked, ask};
-pub use left::{FORMAT, Left, Still, Stopping, left_descriptors, reset_left};
+pub use left::{FORMAT, Left, Still, Stopping, left_descriptors, left_sockets, renumber_left, reset_left};
 pub use relay::{Link, Relay, Start};
 pub use socket::RelaySocket;
 pub use succession::Successor;

@@ -186,7 +186,7 @@ pub struct Relay {
     /// By thread: a thread is in one call at a time.
     pub(crate) waiting: HashMap<u32, Waiting>,
     lost: LostAnswers,
-    run: VecDeque<u32>,
+    pub(crate) run: VecDeque<u32>,
     pub(crate) over: VecDeque<(u32, u32)>,
     pub(crate) scratch: Vec<u8>,
     pub(crate) pipes: Pipes,

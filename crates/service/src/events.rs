@@ -41,6 +41,12 @@ pub struct QueueState {
 unsafe impl Plain for QueueState {}
 
 impl QueueState {
+    /// Where its flags stand.
+    pub const RANG: usize = std::mem::offset_of!(QueueState, rang);
+    pub const COMPLETED: usize = std::mem::offset_of!(QueueState, completed);
+    pub const DOORBELL: usize = std::mem::offset_of!(QueueState, doorbell);
+    pub const RELEASING: usize = std::mem::offset_of!(QueueState, releasing);
+
     pub fn used(&self) -> bool {
         self.doorbell || self.job_head | self.send_head | self.receive_tail != 0
     }

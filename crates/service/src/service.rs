@@ -111,6 +111,11 @@ enum Kind {
     Listener,
 }
 
+impl Kind {
+    /// None is higher.
+    const LAST: u8 = Kind::Listener as u8;
+}
+
 /// Bits of [`Sock::bits`].
 mod bit {
     /// The stack may have something to receive (or to accept).
@@ -186,8 +191,8 @@ struct Sock {
     /// The first bytes of the connection that stand in the receive ring and in the stack's socket too: a socket that is handed
     /// over takes along what nobody read. They are taken out of the stack's once the guest has read something.
     peeked: u32,
-    /// What was counted of its connection.
-    tcp: Option<TcpCounts>,
+    /// What was counted of its connection, if anything was.
+    tcp: LastCounts,
     /// The descriptor of the stack's socket + 1; [`FLEETING`]: it has none, and ends with the process.
     fd: i32,
     /// Positions at which the connection began.
@@ -227,6 +232,26 @@ impl Linger {
             // It took the value before.
             let _ = stack.set_option(handle, libc::SOL_SOCKET, libc::SO_LINGER, &bytes);
         }
+    }
+}
+
+/// What was counted last of a connection, as it can stand in a journal.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct LastCounts {
+    known: u32,
+    counts: TcpCounts,
+}
+
+impl LastCounts {
+    fn seen(self) -> Option<TcpCounts> {
+        (self.known != 0).then_some(self.counts)
+    }
+}
+
+impl From<Option<TcpCounts>> for LastCounts {
+    fn from(counts: Option<TcpCounts>) -> LastCounts {
+        LastCounts { known: u32::from(counts.is_some()), counts: counts.unwrap_or_default() }
     }
 }
 
@@ -1009,7 +1034,9 @@ impl Core {
             return false;
         }
         if let Some(now) = stack.tcp_counts(sock.handle) {
-            self.totals.tcp.note(&mut sock.tcp, now);
+            let mut last = sock.tcp.seen();
+            self.totals.tcp.note(&mut last, now);
+            sock.tcp = last.into();
         }
         true
     }

@@ -54,6 +54,20 @@ impl<T: Plain> Table<T> {
 }
 
 impl<T: Plain> Table<T> {
+    /// Where the values stand in a journal whose chunks were made.
+    pub fn places(
+        ids: u32,
+        journal: &Arc<Journal>,
+        offset: usize,
+    ) -> Option<impl Iterator<Item = usize> + use<T>> {
+        let count = (ids as usize).div_ceil(CHUNK);
+        let made = Fixed::<u8>::kept(journal, offset, count, false)?;
+        let offset = offset + count.next_multiple_of(64);
+        let chunks: Vec<usize> = (0..count).filter(|i| made[*i] == 1).collect();
+        let of = move |i: usize| (0..CHUNK).map(move |j| offset + (i * CHUNK + j) * size_of::<T>());
+        Some(chunks.into_iter().flat_map(of))
+    }
+
     /// Writes all values out, for [`Table::kept`]. `None`: the journal ends before.
     pub fn write_out(&self, ids: u32, journal: &Arc<Journal>, offset: usize) -> Option<()> {
         let mut copy = Table::kept(ids, journal, offset)?;

@@ -2,6 +2,7 @@
 
 /// One connection so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
 pub struct TcpCounts {
     /// Segments that were sent, and those of them that were sent again. Both wrap.
     pub segments: u32,

@@ -63,6 +63,38 @@ impl Journal {
         Ok(copy)
     }
 
+    /// One of its own with what stands in another process's, which may change or shrink that at any time. Errors: it is not of
+    /// that size, or cannot be read.
+    pub fn read(name: &CStr, from: &OwnedFd, bytes: usize) -> io::Result<Journal> {
+        let copy = Journal::create(name, bytes)?;
+        // SAFETY: plain system calls on an open descriptor, and reads into the mapping, which nobody else has yet, and not beyond
+        // its end.
+        unsafe {
+            if libc::lseek(from.as_raw_fd(), 0, libc::SEEK_END) != bytes as libc::off_t {
+                return Err(io::Error::other("a journal of another size"));
+            }
+            let mut at: libc::off_t = 0;
+            // What was never written takes no memory, here neither.
+            while at < bytes as libc::off_t {
+                at = libc::lseek(from.as_raw_fd(), at, libc::SEEK_DATA);
+                if at < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO) {
+                    break;
+                }
+                if at < 0 || at >= bytes as libc::off_t {
+                    return Err(io::Error::other("a journal that cannot be read"));
+                }
+                let end = libc::lseek(from.as_raw_fd(), at, libc::SEEK_HOLE).clamp(at, bytes as libc::off_t);
+                let to = copy.base.as_ptr().add(at as usize);
+                let n = libc::pread(from.as_raw_fd(), to.cast(), (end - at) as usize, at);
+                if n <= 0 {
+                    return Err(io::Error::other("a journal that cannot be read"));
+                }
+                at += n as libc::off_t;
+            }
+        }
+        Ok(copy)
+    }
+
     pub fn fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }

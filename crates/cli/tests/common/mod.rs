@@ -1,9 +1,11 @@
 //! What the tests of the command share. Every wait has a watchdog.
 #![allow(dead_code)]
 
+pub mod load;
 pub mod machine;
 pub mod namespace;
 pub mod peer;
+pub mod program;
 pub mod python;
 pub mod screen;
 pub mod streams;

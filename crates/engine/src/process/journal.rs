@@ -194,6 +194,16 @@ impl Root {
         }
     }
 
+    /// From now on these are a guest's region and journal, besides the ones before, which are open still.
+    pub fn exchange(&self, id: u32, region: RawFd, journal: &GuestJournal) {
+        if let Some(slot) = lock(&self.slots).iter_mut().find(|slot| slot.used == USED && slot.id == id) {
+            slot.region = region + 1;
+            std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
+            slot.journal = journal.memory.fd() + 1;
+            std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
+        }
+    }
+
     /// A guest cannot be gone on with.
     pub fn doom(&self, id: u32) {
         if let Some(slot) = lock(&self.slots).iter_mut().find(|slot| slot.used == USED && slot.id == id) {
@@ -346,6 +356,38 @@ impl GuestJournal {
         // SAFETY: a number that is not open is an error of the call that copies it; the borrow ends with this statement.
         let copy = unsafe { std::os::fd::BorrowedFd::borrow_raw(memory.max(0)) }.try_clone_to_owned()?;
         GuestJournal::open(copy, limits)
+    }
+
+    /// With what stands in that of another process, which is not to be trusted. Errors: it is no journal of such a guest.
+    pub fn read(from: &OwnedFd, limits: Limits) -> io::Result<GuestJournal> {
+        let memory = Arc::new(Journal::read(c"netkernel-journal", from, bytes(limits))?);
+        if !Service::journal_is_sound(&memory, limits) {
+            return Err(damaged());
+        }
+        GuestJournal::of(memory, limits)
+    }
+
+    /// Names all descriptors by other numbers. False: `other` does not know one, and some may have changed.
+    pub fn renumber(&mut self, limits: Limits, other: &dyn Fn(RawFd) -> Option<RawFd>) -> bool {
+        let agent = &mut self.agent[0];
+        let processes = self.processes.iter_mut().map(|process| &mut process[1]);
+        let mut all = true;
+        for place in processes.filter(|place| **place > 0) {
+            match other(*place as i32 - 1) {
+                Some(number) => *place = number as u32 + 1,
+                None => all = false,
+            }
+        }
+        let lists = [&mut self.channels, &mut self.bells, &mut self.ends];
+        let lists = lists.into_iter().flat_map(|list| list.iter_mut());
+        let agent = [&mut agent.listener, &mut agent.last, &mut agent.relay];
+        for place in lists.chain(agent).filter(|place| **place > 0) {
+            match other(*place - 1) {
+                Some(number) => *place = number + 1,
+                None => all = false,
+            }
+        }
+        all && Service::renumber_journal(&self.memory, limits, other)
     }
 
     /// The descriptors that are noted, those of the stack's sockets first. Some may be -1 or less.

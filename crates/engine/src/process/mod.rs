@@ -5,6 +5,7 @@
 //! - the *holder* ([`holder`]): a child process of the engine that does nothing but own the NSM's descriptor table, and start
 //!   the worker again when it dies;
 //! - [`succession`]: how one holder takes over from another (`nsm swap`);
+//! - [`transit`]: how one guest comes into a worker, or leaves it (`guest move`);
 //! - the *worker* ([`worker`]): a process that the holder clones with CLONE_FILES, so that both have one descriptor table. It
 //!   is an engine with one switch thread and one module, and guests talk to it over their regions directly.
 //!
@@ -17,6 +18,7 @@ pub(crate) mod holder;
 pub(crate) mod journal;
 pub(crate) mod remote;
 mod succession;
+pub(crate) mod transit;
 pub(crate) mod wire;
 pub(crate) mod worker;
 

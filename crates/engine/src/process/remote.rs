@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command as Process, Stdio};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -15,12 +15,16 @@ use netkernel_capture::Session;
 use netkernel_shm::fds;
 use serde::{Deserialize, Serialize};
 
-use super::succession;
+use super::journal::{Left, OfStack};
+use super::transit::{Packed, Used};
 use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
 use crate::engine::{Command, Shared, lock};
 use crate::status::{GuestStatus, SocketStatus};
+use crate::tenants::Tenant;
 use crate::usage::Usage;
 use crate::{EngineError, NsmConfig};
+
+use super::{succession, transit};
 
 pub(crate) struct Remote {
     nsm: usize,
@@ -44,6 +48,18 @@ struct State {
     on_trial: bool,
     /// What it is started with, if not with the engine's own program.
     binary: Option<PathBuf>,
+    /// Guests on their way, and who wants to know where they are.
+    on_the_way: Vec<(u32, Sender<Fate>)>,
+}
+
+/// What was heard of a guest that is on its way into the process, or out of it.
+enum Fate {
+    /// What the worker says.
+    Answered(Result<(), String>),
+    /// There is another worker, by its number; it has the guest, or not.
+    Next(u32, bool),
+    /// There is no worker any more, nor will be.
+    Gone,
 }
 
 impl State {
@@ -103,6 +119,24 @@ impl Still<'_> {
     }
 }
 
+/// What it is waited for.
+struct OnTheWay {
+    guest: u32,
+    /// Who served when it was asked for; 0: nobody had said so yet.
+    worker: u32,
+    fate: Receiver<Fate>,
+}
+
+/// Where a guest is that was on its way.
+enum Settled {
+    /// As the worker says: where it was to go, or where it was.
+    Answered(Result<(), String>),
+    /// The process has it, or it does not.
+    Is,
+    IsNot,
+    Gone,
+}
+
 /// A child of this process, or of the program that it executed before.
 struct Child(u32);
 
@@ -133,6 +167,7 @@ enum Pending {
     Status(Sender<Vec<GuestStatus>>),
     Usage(Sender<Vec<(u32, Usage)>>),
     Sockets(Sender<(Vec<SocketStatus>, Option<u32>)>),
+    Transit(Sender<Fate>),
 }
 
 impl Remote {
@@ -180,6 +215,8 @@ impl Remote {
             | Command::Move(..)
             | Command::Leave(..)
             | Command::Spent(..)
+            | Command::Pack(..)
+            | Command::Prepare(..)
             | Command::Depart(..) => return,
             // All at once: it has a switch thread of its own, which is asked in parts.
             Command::Sockets(id, _, answer) => {
@@ -201,7 +238,7 @@ impl Remote {
                     Some(Pending::Status(answer)) => _ = answer.send(Vec::new()),
                     Some(Pending::Usage(answer)) => _ = answer.send(Vec::new()),
                     Some(Pending::Sockets(answer)) => _ = answer.send((Vec::new(), None)),
-                    Some(Pending::Done(_)) | None => {}
+                    Some(Pending::Done(_) | Pending::Transit(_)) | None => {}
                 }
                 return;
             }
@@ -444,6 +481,175 @@ impl Remote {
         Err(refused("the new process does not serve its guests; the engine's log says why".into()))
     }
 
+    /// Starts the process, unless it runs.
+    pub fn begin(&self, shared: &Arc<Shared>) -> Result<(), EngineError> {
+        let _one = lock(&self.gate);
+        let mut state = lock(&self.state);
+        if state.running.is_some() {
+            return Ok(());
+        }
+        let name = shared.config.nsms[self.nsm].name.clone();
+        self.start(&mut state, shared).map_err(|reason| EngineError::StackUnavailable { name, reason })
+    }
+
+    /// Has the worker give a guest away. On error it has it still.
+    pub fn depart(&self, shared: &Arc<Shared>, guest: u32) -> Result<(Box<Left>, Used), EngineError> {
+        let _one = lock(&self.gate);
+        let resource =
+            |e: std::io::Error| EngineError::Resource(format!("guest {guest} stays: no descriptors: {e}"));
+        let (new, tenant, region, doorbell) = {
+            let registry = lock(&shared.registry);
+            let known = registry.guests.get(&guest).ok_or(EngineError::UnknownGuest(guest))?;
+            let copies =
+                known.region.try_clone().and_then(|region| Ok((region, known.doorbell.try_clone()?)));
+            let (region, doorbell) = copies.map_err(resource)?;
+            (NewGuest::of(guest, known), Arc::clone(&known.tenant), region, doorbell)
+        };
+        let (ours, theirs) = transit::pair().map_err(resource)?;
+        let request = Request::Depart(guest, succession::format());
+        let on_the_way = self.send_off(guest, request, &[theirs.as_raw_fd()])?;
+        drop(theirs);
+        let (asked, process) = (Instant::now(), transit::hear(&ours));
+        let hangs = process.is_none() && asked.elapsed() >= transit::PATIENCE;
+        let taken = match transit::take(&ours, new.sizes()) {
+            Ok((used, journal)) => {
+                let left = Left {
+                    guest: new,
+                    nsm: self.nsm,
+                    may_use: tenant.limits(self.nsm),
+                    memory: None,
+                    region,
+                    doorbell,
+                    journal,
+                    kept: None,
+                    departed: None,
+                    of_stack: OfStack::default(),
+                };
+                // What comes from here on decides.
+                let said = transit::say(&ours, transit::ALL);
+                let packed = Packed::new(Box::new(left));
+                said.map(|()| (packed, used))
+            }
+            Err(error) => Err(error),
+        };
+        drop(ours);
+        let settled = self.settle(on_the_way, process, hangs);
+        match (taken, settled) {
+            (Ok((packed, used)), Settled::Answered(Ok(())) | Settled::IsNot | Settled::Gone) => {
+                Ok((packed.unpack().ok_or(EngineError::Stopped)?, used))
+            }
+            (_, Settled::Answered(Err(reason))) => Err(EngineError::Refused(reason)),
+            (Ok(_), Settled::Is) => Err(EngineError::Refused(format!(
+                "guest {guest} stays: the process of its stack died meanwhile, and was started again"
+            ))),
+            (Err(_), Settled::IsNot | Settled::Gone) => {
+                // Given up by the next worker, or gone with the last one, as if nobody had asked for it.
+                log::info!(guest; "guest {guest} is over: the process of its stack lost it");
+                shared.guest_over(guest, Usage::default());
+                Err(EngineError::UnknownGuest(guest))
+            }
+            (Err(error), _) => Err(EngineError::Refused(format!("guest {guest} stays: {error}"))),
+        }
+    }
+
+    /// Has the worker go on with a guest. On error it does not; without the guest, nobody does.
+    pub fn arrive(
+        &self,
+        shared: &Arc<Shared>,
+        mut packed: Packed,
+        tenant: &Tenant,
+    ) -> Result<(), (EngineError, Option<Packed>)> {
+        let _one = lock(&self.gate);
+        let begun = {
+            let mut state = lock(&self.state);
+            if state.running.is_some() { Ok(()) } else { self.start(&mut state, shared) }
+        };
+        let name = &shared.config.nsms[self.nsm].name;
+        if let Err(reason) = begun {
+            return Err((EngineError::StackUnavailable { name: name.clone(), reason }, Some(packed)));
+        }
+        let (Some(left), Some(memory), Ok((ours, theirs))) =
+            (packed.left(), tenant.memory(), transit::pair())
+        else {
+            return Err((EngineError::Resource("no descriptors for a guest".into()), Some(packed)));
+        };
+        let guest = left.guest.id;
+        let stays = |why: String| EngineError::Refused(format!("guest {guest} stays: {why}"));
+        let fds =
+            [theirs.as_raw_fd(), left.region.as_raw_fd(), left.doorbell.as_raw_fd(), memory.as_raw_fd()];
+        let request = Request::Arrive(left.guest.clone(), succession::format());
+        let on_the_way = match self.send_off(guest, request, &fds) {
+            Ok(on_the_way) => on_the_way,
+            Err(error) => return Err((error, Some(packed))),
+        };
+        drop(theirs);
+        let (asked, process) = (Instant::now(), transit::hear(&ours));
+        let hangs = process.is_none() && asked.elapsed() >= transit::PATIENCE;
+        let given = process.map(|_| transit::give(&ours, left, Used::default()));
+        // All of it came, and there is room. What comes from here on decides.
+        let came = if matches!(given, Some(Ok(()))) { transit::hear(&ours) } else { None };
+        let told = came.map(|came| transit::say(&ours, came));
+        drop(ours);
+        match (told, self.settle(on_the_way, process, hangs)) {
+            (_, Settled::Answered(Ok(())) | Settled::Is) => Ok(()),
+            (_, Settled::Answered(Err(reason))) => Err((stays(reason), Some(packed))),
+            (_, Settled::IsNot) => Err((stays(format!("the process of stack {name} died")), Some(packed))),
+            (Some(_), Settled::Gone) => Err((stays(format!("the process of stack {name} is gone")), None)),
+            (None, Settled::Gone) => {
+                Err((stays(format!("the process of stack {name} is gone")), Some(packed)))
+            }
+        }
+    }
+
+    /// Asks for something that is settled later, see [`Remote::settle`].
+    fn send_off(&self, guest: u32, request: Request, fds: &[RawFd]) -> Result<OnTheWay, EngineError> {
+        let mut state = lock(&self.state);
+        let Some(running) = &state.running else { return Err(EngineError::Stopped) };
+        let worker = running.worker;
+        let (sender, fate) = channel();
+        state.on_the_way.push((guest, sender.clone()));
+        self.call(&mut state, request, fds, Some(Pending::Transit(sender)));
+        Ok(OnTheWay { guest, worker, fate })
+    }
+
+    /// Waits until it is known where a guest is. `process`: the worker that was spoken to, if it said anything; what those before it had
+    /// does not matter. One that hangs is killed: the next one knows. `hangs`: it does not listen.
+    fn settle(
+        &self,
+        OnTheWay { guest, worker, fate }: OnTheWay,
+        process: Option<u32>,
+        hangs: bool,
+    ) -> Settled {
+        let mut killed = false;
+        let mut patience = if hangs { Duration::ZERO } else { PATIENCE };
+        let mut of_those_after = process.is_none_or(|process| process == worker);
+        let settled = loop {
+            match fate.recv_timeout(std::mem::replace(&mut patience, PATIENCE)) {
+                Ok(Fate::Answered(result)) => break Settled::Answered(result),
+                Ok(Fate::Next(worker, _)) if Some(worker) == process => of_those_after = true,
+                // Said before the one that was spoken to came.
+                Ok(Fate::Next(..)) if !of_those_after => {}
+                Ok(Fate::Next(_, has)) => break if has { Settled::Is } else { Settled::IsNot },
+                Ok(Fate::Gone) | Err(RecvTimeoutError::Disconnected) => break Settled::Gone,
+                Err(RecvTimeoutError::Timeout) => {
+                    // Its holder, if there is no next one.
+                    let which = |running: &Running| {
+                        let worker = Some(running.worker).filter(|worker| *worker != 0);
+                        if killed { Some(running.holder) } else { worker.or(Some(running.holder)) }
+                    };
+                    log::warn!(guest; "guest {guest}: the process of a stack hangs while the guest goes over, and is killed");
+                    self.kill(which);
+                    killed = true;
+                }
+            }
+        };
+        let mut state = lock(&self.state);
+        state.on_the_way.retain(|(on_the_way, _)| *on_the_way != guest);
+        state.pending.retain(|_, pending| !matches!(pending, Pending::Transit(_)));
+        drop(state);
+        settled
+    }
+
     /// Exchanges the worker. Returns when the next one serves, with the time that guests had none; `None`: there is no process,
     /// and the next guest gets a new one. A worker that hangs is killed: the next one goes on as after a crash.
     pub fn restart(&self) -> Result<Option<Duration>, EngineError> {
@@ -479,6 +685,11 @@ impl Remote {
         let _ = reader.join();
     }
 
+    /// Ends a worker that does not answer; the next one goes on for it.
+    pub fn kill_worker(&self) {
+        self.kill(|running| Some(running.worker).filter(|&worker| worker != 0));
+    }
+
     fn kill(&self, which: impl Fn(&Running) -> Option<u32>) {
         // Held, so that the reader has not waited for the process yet.
         let state = lock(&self.state);
@@ -497,6 +708,7 @@ impl Remote {
             (Some(Pending::Status(to)), Answer::Status(list)) => _ = to.send(list),
             (Some(Pending::Usage(to)), Answer::Usage(list)) => _ = to.send(list),
             (Some(Pending::Sockets(to)), Answer::Sockets(list)) => _ = to.send((list, None)),
+            (Some(Pending::Transit(to)), Answer::Done(result)) => _ = to.send(Fate::Answered(result)),
             _ => {}
         }
     }
@@ -557,6 +769,9 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, child: &Child, g
                 shared.keep_guests_of(index, &alive);
                 shared.tenants.process_is_back(index);
                 let mut state = lock(&remote.state);
+                for (guest, waiter) in &state.on_the_way {
+                    let _ = waiter.send(Fate::Next(worker, alive.contains(guest)));
+                }
                 if let Some(running) = &mut state.running {
                     running.worker = worker;
                 }
@@ -568,7 +783,8 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, child: &Child, g
                 log::error!(nsm:% = name; "the process of stack {name} died ({how}) and is started again");
                 // Of what it was asked nobody knows how far it came.
                 let mut state = lock(&remote.state);
-                state.pending.clear();
+                // Whether the next one was asked, or who died, those who wait for a guest hear by other ways.
+                state.pending.retain(|_, pending| matches!(pending, Pending::Transit(_)));
                 state.captures.clear();
                 if state.on_trial && state.runs(control) {
                     // Who waits need not wait longer.
@@ -588,6 +804,7 @@ fn read(shared: &Weak<Shared>, index: usize, control: &OwnedFd, child: &Child, g
         } else if mine {
             state.running = None;
             state.pending.clear();
+            state.on_the_way.drain(..).for_each(|(_, waiter)| _ = waiter.send(Fate::Gone));
             // Before the next one is started.
             shared.tenants.process_is_gone(index);
             if !state.stopped {

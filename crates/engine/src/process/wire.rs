@@ -11,11 +11,12 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::NsmConfig;
+use crate::engine::Registered;
 use crate::status::{GuestStatus, SocketStatus};
 use crate::usage::Usage;
 
 /// Changes with what is said: a process may be older, or newer, than the engine that was exchanged over it.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The first packet: what to be.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -48,6 +49,10 @@ pub enum Request {
     Sockets(u32),
     /// With the end of a pipe to write to: pcapng of these guests, packets of at most so many bytes.
     Capture(Target, usize),
+    /// Give a guest away, over the socket that is attached, if both understand this memory.
+    Depart(u32, String),
+    /// Go on with a guest that comes over the socket that is attached; with its region, doorbell, and the memory of its tenant.
+    Arrive(NewGuest, String),
     /// Stop where you are, and let another worker go on.
     Restart,
     /// The same, but a worker of another holder, which gets the descriptors over the socket that is attached. From then on the
@@ -70,6 +75,19 @@ pub struct NewGuest {
 }
 
 impl NewGuest {
+    pub(crate) fn of(id: u32, known: &Registered) -> NewGuest {
+        let sizes = known.sizes;
+        NewGuest {
+            id,
+            name: known.name.clone(),
+            tenant: known.tenant.name(),
+            pid: known.pid,
+            uid: known.uid,
+            privileged: known.uid == 0,
+            limits: (sizes.region_bytes, sizes.sockets, sizes.queue_sets),
+        }
+    }
+
     /// Of its region.
     pub fn sizes(&self) -> Limits {
         let (region_bytes, sockets, queue_sets) = self.limits;

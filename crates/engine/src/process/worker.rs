@@ -1,19 +1,21 @@
 //! The process that serves the guests of an NSM: an engine of one switch thread and one module.
 
+use std::cell::Cell;
 use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
 use super::Form;
 use super::holder::{AGAIN, ENDED, STAND_BY};
-use super::journal::Root;
-use super::succession;
+use super::journal::{Left, OfStack, Root};
+use super::transit::{Packed, Used};
 use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
-use crate::engine::Engine;
-use crate::{Capacity, EngineConfig, NsmConfig};
+use super::{succession, transit};
+use crate::engine::{Engine, lock};
+use crate::{Capacity, EngineConfig, EngineError, NsmConfig, direct, far};
 use netkernel_abi::Limits;
 use netkernel_agent::Processes;
-use netkernel_service::TenantMemory;
+use netkernel_service::{Service, TenantMemory};
 use netkernel_shm::Region;
 
 /// Exit code: the stack cannot be had.
@@ -84,6 +86,16 @@ pub fn run(control: &OwnedFd, start: &Start, root: &Arc<Root>) -> i32 {
                 return ENDED;
             }
         };
+        if UNFIT.with(|unfit| unfit.take()) {
+            // What was made for a guest that could not come is undone by who comes next.
+            engine.freeze();
+            root.stopped();
+            let (sent, all) = channel();
+            let _ = reports.send((Report::Answer(0, Answer::Done(Ok(()))), Some(sent)));
+            let _ = all.recv();
+            std::mem::forget(engine);
+            return AGAIN;
+        }
         if matches!(call.request, Request::Restart) {
             engine.freeze();
             root.stopped();
@@ -132,6 +144,8 @@ fn serve(engine: &Engine, place: usize, call: &Call, fds: Vec<OwnedFd>) -> Optio
             let _ = engine.end_guest(*id);
             return None;
         }
+        Request::Depart(id, format) => Answer::Done(depart(engine, *id, format, fds)),
+        Request::Arrive(guest, format) => Answer::Done(arrive(engine, place, guest, format, fds)),
         Request::Status => Answer::Status(engine.status().guests),
         Request::Usage => Answer::Usage(
             engine.usage().into_iter().filter(|one| !one.over).map(|one| (one.guest, one.usage)).collect(),
@@ -155,6 +169,98 @@ fn add(engine: &Engine, place: usize, guest: &NewGuest, fds: Vec<OwnedFd>) -> Re
     let memory = TenantMemory::open(memory).map_err(|e| e.to_string())?;
     let tenant = engine.shared().tenants.join(&guest.tenant, memory, place, false);
     engine.adopt_guest(guest, tenant, region, channel, doorbell).map_err(|e| e.to_string())
+}
+
+thread_local! {
+    /// A guest that was to come could not be gone on with: what was done for it stands around.
+    static UNFIT: Cell<bool> = const { Cell::new(false) };
+}
+
+fn same_format(format: &str) -> Result<(), String> {
+    let own = succession::format();
+    if format == own {
+        return Ok(());
+    }
+    Err(format!(
+        "the memory of the process of its stack has another layout ({own}, not {format}): exchange it by `netkernel nsm swap` first"
+    ))
+}
+
+/// Gives a guest away. While the list of guests has it, it is this process's, or that of the one after it.
+fn depart(engine: &Engine, id: u32, format: &str, fds: Vec<OwnedFd>) -> Result<(), String> {
+    let text = |error: EngineError| error.to_string();
+    same_format(format)?;
+    let socket = fds.into_iter().next().ok_or("this NSM has no descriptor left")?;
+    transit::say(&socket, std::process::id()).map_err(|e| e.to_string())?;
+    let shared = engine.shared();
+    let tenant = lock(&shared.registry).guests.get(&id).map(|known| Arc::clone(&known.tenant));
+    let tenant = tenant.ok_or(EngineError::UnknownGuest(id)).map_err(text)?;
+    let (mut packed, goes_on) = far::pack(shared, id).map_err(text)?;
+    let (direct, carried) = direct::moved_books(shared, id);
+    let mut all = goes_on;
+    all.carry(Some(&carried));
+    let given = match packed.left() {
+        Some(left) => transit::give(&socket, left, Used { all, goes_on, direct }),
+        None => Ok(()),
+    };
+    if given.is_ok() && transit::hear(&socket).is_some() {
+        if let Some(root) = &shared.root {
+            root.remove(id);
+        }
+        let _ = direct::last_carried(shared, id);
+        shared.forget(id);
+        return Ok(());
+    }
+    // Its descriptors are where they were.
+    if let Err(error) = far::unpack(shared, packed, tenant, 0) {
+        log::error!(guest = id; "guest {id} is lost: {error}");
+        shared.root.iter().for_each(|root| root.remove(id));
+        shared.guest_over(id, goes_on);
+        UNFIT.set(true);
+    }
+    Err(given.err().map_or_else(|| "nobody took it".into(), |error| error.to_string()))
+}
+
+/// Goes on with a guest that another process gives.
+fn arrive(
+    engine: &Engine,
+    place: usize,
+    guest: &NewGuest,
+    format: &str,
+    fds: Vec<OwnedFd>,
+) -> Result<(), String> {
+    same_format(format)?;
+    let Ok([socket, region, doorbell, memory]) = <[OwnedFd; 4]>::try_from(fds) else {
+        return Err("its process has no descriptors left for a guest".into());
+    };
+    transit::say(&socket, std::process::id()).map_err(|e| e.to_string())?;
+    let limits = guest.sizes();
+    let memory = TenantMemory::open(memory).map_err(|e| e.to_string())?;
+    let (_, journal) = transit::take(&socket, limits).map_err(|e| e.to_string())?;
+    let (_, connections) = Service::journal_sockets(&journal.memory, limits);
+    let tenant = engine.shared().tenants.join(&guest.tenant, memory, place, false);
+    let may_use = tenant.limits(0);
+    let has_room = far::has_room(may_use.connections.as_ref(), connections);
+    let packed = Packed::new(Box::new(Left {
+        guest: guest.clone(),
+        nsm: 0,
+        may_use,
+        memory: None,
+        region,
+        doorbell,
+        journal,
+        kept: None,
+        departed: None,
+        of_stack: OfStack::default(),
+    }));
+    if !has_room {
+        return Err(format!("there is no room for its {connections} connections on the other stack"));
+    }
+    transit::say(&socket, transit::ALL).map_err(|e| e.to_string())?;
+    if transit::hear(&socket).is_none() {
+        return Err("it was not given after all".into());
+    }
+    engine.take_in(packed, tenant).inspect_err(|_| UNFIT.set(true)).map_err(|error| error.to_string())
 }
 
 /// Closes what nobody knows of: a worker that died may have left it half-way. Peers of guests that are lost see a reset: what

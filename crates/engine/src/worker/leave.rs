@@ -13,6 +13,7 @@ use crate::EngineError;
 use crate::handed::Handed;
 use crate::process::journal::{AgentNote, GuestJournal, Left, OfStack};
 use crate::process::wire::NewGuest;
+use crate::usage::Usage;
 
 /// A guest as it is written down.
 pub(crate) struct Leaving {
@@ -43,6 +44,15 @@ struct LiveAgent {
     counters: Option<Arc<Counters>>,
     kept: Option<(OwnedFd, OwnedFd)>,
     arguments: [u32; 3],
+}
+
+/// What a guest that was written down is besides its journal.
+struct LetGo {
+    nsm: usize,
+    doorbell: OwnedFd,
+    agent: Option<LiveAgent>,
+    handed: Handed,
+    stages: Stages,
 }
 
 fn no_room(error: io::Error) -> EngineError {
@@ -140,14 +150,139 @@ impl Worker {
         };
         let may_use = self.shared.limits(id);
         // Nothing fails from here on.
-        guest.service.depart(&mut *module.stack);
-        module.taps.iter().for_each(|taps| taps.guest_over(slot));
-        module.stack.guest_over(slot);
-        module.guests -= 1;
-        let Some(guest) = self.guests.get_mut(slot as usize).and_then(Option::take) else {
+        let guest = self.let_go(slot, kept.is_some()).ok_or(EngineError::UnknownGuest(id))?;
+        let (agent, stages) = (guest.agent, guest.stages);
+        let departed = Departed { agent, handed: guest.handed, stages };
+        Ok(Box::new(Left {
+            guest: new,
+            nsm: guest.nsm,
+            may_use,
+            memory: None,
+            region,
+            doorbell: guest.doorbell,
+            journal,
+            kept,
+            departed: Some(Box::new(departed)),
+            of_stack: OfStack::default(),
+        }))
+    }
+
+    /// Takes all of a guest for another process to go on with, as far as it is descriptors: they stay open, and are nobody's but the
+    /// journal's. `agent_stands`: its agent is under no call, and begins none; it ends with this. On error the guest stays.
+    pub(super) fn pack(&mut self, id: u32, agent_stands: bool) -> Result<(Box<Left>, Usage), EngineError> {
+        let slot = self.slot(id).ok_or(EngineError::UnknownGuest(id))?;
+        let stays = |why: String| Err(EngineError::Refused(format!("guest {id} stays: {why}")));
+        self.wake(slot);
+        let kept = self.copy_kept(slot).map_err(no_room)?;
+        self.keeper_reports();
+        self.close_hung(true);
+        self.leave_elders(slot);
+        let may_use = self.shared.limits(id);
+        let (name, pid, uid) = self.shared.who(id);
+        let Some(Some(guest)) = self.guests.get_mut(slot as usize) else {
             return Err(EngineError::UnknownGuest(id));
         };
-        let mut guest = *guest;
+        let nsms = &self.shared.config.nsms;
+        if guest.over_since.is_some() {
+            return stays("it is over".into());
+        }
+        if let Some(elder) = guest.elders.iter().flatten().next() {
+            let counts = guest.service.sockets_at(guest.elders.len() + 1);
+            let left: usize = counts[1..].iter().sum();
+            return stays(format!(
+                "{left} of its sockets stayed on stack {}, which it was on before, and can go to no other process: close them first",
+                nsms[*elder].name
+            ));
+        }
+        if guest.has_agent && !agent_stands {
+            return stays("its agent has only just begun: try again".into());
+        }
+        let Some(module) = &mut self.modules[guest.nsm] else { return Err(EngineError::Stopped) };
+        if let Err(violation) = guest.service.accept_all(&mut *module.stack) {
+            self.violation(slot, violation);
+            return Err(EngineError::UnknownGuest(id));
+        }
+        // SAFETY: the region owns its descriptor and lives during this statement.
+        let region = unsafe { std::os::fd::BorrowedFd::borrow_raw(guest.service.region().fd()) };
+        let region = region.try_clone_to_owned().map_err(no_room)?;
+        let limits = guest.service.region().layout().limits;
+        let mut journal = GuestJournal::create(limits).map_err(no_room)?;
+        guest.service.disown_handed();
+        if let Err(bound) = guest.service.pack(&mut *module.stack) {
+            let which = match bound {
+                1 => "a socket of it exists".into(),
+                _ => format!("{bound} of its sockets exist"),
+            };
+            return stays(format!(
+                "{which} in stack {} only, and can go to no other process: close them first",
+                nsms[guest.nsm].name
+            ));
+        }
+        // There is room: it was made for this guest.
+        write_down(guest, &mut journal)?;
+        let used = super::usage(guest);
+        journal.carried[0] = super::besides(guest);
+        if let Some((listener, last)) = &guest.agent_kept {
+            journal.agent[0] = AgentNote {
+                listener: listener.as_raw_fd() + 1,
+                last: last.as_raw_fd() + 1,
+                relay: 0,
+                arguments: guest.agent_arguments,
+            };
+        }
+        if let Some(root) = &self.shared.root {
+            root.exchange(id, region.as_raw_fd(), &journal);
+        }
+        let new = NewGuest {
+            id,
+            name,
+            tenant: guest.tenant.name(),
+            pid,
+            uid,
+            privileged: uid == 0,
+            limits: (limits.region_bytes, limits.sockets, limits.queue_sets),
+        };
+        let Some(guest) = self.let_go(slot, kept.is_some()) else {
+            return Err(EngineError::UnknownGuest(id));
+        };
+        self.shared.keep_stages(guest.nsm, &guest.stages);
+        if let Some(LiveAgent { pair, kept, .. }) = guest.agent {
+            // Named by the journal.
+            if let Some((listener, last)) = kept {
+                let _ = (listener.into_raw_fd(), last.into_raw_fd());
+            }
+            self.shared.heirs.forget(id);
+            // Its thread ends with this.
+            drop(pair);
+        }
+        let left = Box::new(Left {
+            guest: new,
+            nsm: guest.nsm,
+            may_use,
+            memory: None,
+            region,
+            doorbell: guest.doorbell,
+            journal,
+            kept,
+            departed: None,
+            of_stack: OfStack::default(),
+        });
+        Ok((left, used))
+    }
+
+    /// Forgets a guest that is written down: its descriptors stay open, and are the journal's.
+    fn let_go(&mut self, slot: u32, kept: bool) -> Option<LetGo> {
+        let mut guest = *self.guests.get_mut(slot as usize)?.take()?;
+        if let Some(module) = &mut self.modules[guest.nsm] {
+            guest.service.depart(&mut *module.stack);
+        }
+        for (nsm, lender) in &mut guest.lenders {
+            self.poller.remove(lender.bell());
+            if let Some(module) = &mut self.modules[*nsm] {
+                lender.end(&mut *module.stack);
+            }
+        }
+        super::guest_leaves(&mut self.modules[guest.nsm], slot);
         self.hot.retain(|&hot| hot != slot);
         let ends: Vec<u32> = guest.ends.placeholders.iter().map(|(id, _)| id).collect();
         for id in ends {
@@ -159,9 +294,7 @@ impl Worker {
                 let _ = fd.into_raw_fd();
             }
         }
-        if kept.is_some()
-            && let Some(keeper) = &self.keeper
-        {
+        if kept && let Some(keeper) = &self.keeper {
             keeper.remove_slot(slot);
         }
         for bell in guest.ends.doorbells.drain(..) {
@@ -188,19 +321,7 @@ impl Worker {
         counters.doorbells.fetch_add(guest.ends.rings, Relaxed);
         counters.wakes.fetch_add(guest.ends.wakes, Relaxed);
         let stages = stages(&guest);
-        let departed = Departed { agent, handed: guest.handed, stages };
-        Ok(Box::new(Left {
-            guest: new,
-            nsm: guest.nsm,
-            may_use,
-            memory: None,
-            region,
-            doorbell: guest.doorbell,
-            journal,
-            kept,
-            departed: Some(Box::new(departed)),
-            of_stack: OfStack::default(),
-        }))
+        Some(LetGo { nsm: guest.nsm, doorbell: guest.doorbell, agent, handed: guest.handed, stages })
     }
 
     /// Goes on with what a guest had in this process only.
@@ -273,6 +394,11 @@ impl Worker {
 fn written_down(guest: &Guest) -> Result<GuestJournal, EngineError> {
     let limits = guest.service.region().layout().limits;
     let mut journal = GuestJournal::create(limits).map_err(no_room)?;
+    write_down(guest, &mut journal)?;
+    Ok(journal)
+}
+
+fn write_down(guest: &Guest, journal: &mut GuestJournal) -> Result<(), EngineError> {
     let written = guest.service.write_out(&journal.memory);
     written.ok_or_else(|| no_room(io::Error::other("its journal is too small")))?;
     for (number, channel) in guest.channels.iter().enumerate() {
@@ -302,5 +428,5 @@ fn written_down(guest: &Guest) -> Result<GuestJournal, EngineError> {
             }
         }
     }
-    Ok(journal)
+    Ok(())
 }

@@ -322,7 +322,7 @@ impl Core {
                 let result = cx.stack.disconnect(handle);
                 if result.is_ok() {
                     // What follows is another connection.
-                    sock.tcp = None;
+                    sock.tcp = None.into();
                 }
                 if result.is_ok() && sock.kind == Kind::Stream {
                     self.disconnected(cx, id)?;

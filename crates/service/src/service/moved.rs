@@ -6,6 +6,7 @@ use netkernel_abi::socket::state;
 
 use super::bit::{COUNTED, RX_READY};
 use super::{Ahead, Cx, Kind, Service, Violation};
+use crate::journal::take_descriptor;
 use crate::police::Limits;
 use crate::stack::{Close, Errno, Handle, Stack, key};
 
@@ -134,6 +135,48 @@ impl Service {
     pub fn can_depart(&self, stack: &dyn Stack) -> bool {
         let open = |sock: &super::Sock| sock.kind != Kind::Free && sock.handle != Handle::NONE;
         !self.core.socks.iter().any(|(_, sock)| open(sock) && stack.lasting(sock.handle).is_none())
+    }
+
+    /// How many open sockets are more than descriptors of the kernel, and can go to no other process.
+    pub fn bound_here(&self, stack: &dyn Stack) -> usize {
+        let stays = |sock: &super::Sock| is_open(sock) && !stack.movable(sock.handle);
+        self.core.socks.iter().filter(|(_, sock)| stays(sock)).count()
+    }
+
+    /// Takes all sockets out of the stack, for another process to [recover](Service::recover): from now on only what
+    /// [`Service::write_out`] writes knows their descriptors, which stay open. An error: so many cannot go, and nothing has changed.
+    pub fn pack(&mut self, stack: &mut dyn Stack) -> Result<(), usize> {
+        let bound = self.bound_here(stack);
+        if bound > 0 {
+            return Err(bound);
+        }
+        let core = &mut self.core;
+        let ids: Vec<u32> = core.socks.iter().filter(|(_, sock)| is_open(sock)).map(|(id, _)| id).collect();
+        for (n, &id) in ids.iter().enumerate() {
+            let Some(sock) = core.socks.get_mut(id) else { continue };
+            let Ok(fd) = stack.part(sock.handle) else {
+                // Somebody came meanwhile.
+                self.unpack(stack, &ids[..n]);
+                return Err(1);
+            };
+            sock.handle = Handle::NONE;
+            sock.fd = fd.into_raw_fd() + 1;
+        }
+        Ok(())
+    }
+
+    /// Gives sockets back to the stack that they were taken out of.
+    fn unpack(&mut self, stack: &mut dyn Stack, ids: &[u32]) {
+        for &id in ids {
+            let Some(sock) = self.core.socks.get_mut(id) else { continue };
+            let tells = sock.kind != Kind::Stream || sock.state & (state::CONNECTED | state::CONNECTING) != 0;
+            let adopted =
+                take_descriptor(sock.fd).and_then(|fd| stack.adopt(key(self.core.guest, id), fd, tells).ok());
+            sock.handle = adopted.unwrap_or(Handle::NONE);
+            sock.fd = adopted.map_or(0, |handle| super::lasting(stack, handle));
+            sock.bits |= RX_READY;
+            self.core.enqueue(id);
+        }
     }
 
     /// Sockets that were handed over are not this service's any more, nor of the one after it.

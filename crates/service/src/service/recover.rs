@@ -85,6 +85,54 @@ impl Service {
         socks.iter().filter(|(_, sock)| sock.fd > 0).map(|(_, sock)| sock.fd - 1).collect()
     }
 
+    /// What a journal names, by other numbers: `other` says for each which. False: it does not know one, or the journal is damaged;
+    /// then some may have changed.
+    pub fn renumber_journal(
+        journal: &Arc<Journal>,
+        limits: Limits,
+        other: &dyn Fn(i32) -> Option<i32>,
+    ) -> bool {
+        let Some(mut socks) = Table::<Sock>::kept(limits.sockets, journal, Parts::of(limits).socks) else {
+            return false;
+        };
+        let mut at = Some(0);
+        while let Some(id) = at {
+            at = socks.next_id(id);
+            let Some(sock) = socks.get_mut(id).filter(|sock| sock.fd > 0) else { continue };
+            let Some(number) = other(sock.fd - 1) else { return false };
+            sock.fd = number + 1;
+        }
+        true
+    }
+
+    /// Open sockets in a journal, and those of them that count as connections.
+    pub fn journal_sockets(journal: &Arc<Journal>, limits: Limits) -> (usize, usize) {
+        let Some(socks) = Table::<Sock>::kept(limits.sockets, journal, Parts::of(limits).socks) else {
+            return (0, 0);
+        };
+        let used = || socks.iter().map(|(_, sock)| sock).filter(|sock| sock.kind != Kind::Free);
+        (used().filter(|sock| sock.fd != 0).count(), used().filter(|sock| sock.bits & COUNTED != 0).count())
+    }
+
+    /// Whether values in a journal that somebody else wrote are ones of their types. What they say is checked by who recovers it,
+    /// as everything that can be wrong there. To be called before anything else is read of it.
+    pub fn journal_is_sound(journal: &Arc<Journal>, limits: Limits) -> bool {
+        let parts = Parts::of(limits);
+        let is = |offset: usize, most: u8, bytes: usize| {
+            let value = Fixed::<u8>::kept(journal, offset, bytes, false);
+            value.is_some_and(|value| value[0] <= most && value[1..].iter().all(|byte| *byte == 0))
+        };
+        let flags = [QueueState::RANG, QueueState::COMPLETED, QueueState::DOORBELL, QueueState::RELEASING];
+        let queue = |q: usize| {
+            let at = parts.queues + q * size_of::<QueueState>();
+            flags.iter().all(|flag| is(at + flag, 1, 1))
+        };
+        let sock = |at: usize| is(at + std::mem::offset_of!(Sock, kind), Kind::LAST, size_of::<Kind>());
+        (0..limits.queue_sets as usize).all(queue)
+            && Table::<Sock>::places(limits.sockets, journal, parts.socks)
+                .is_some_and(|mut places| places.all(sock))
+    }
+
     /// The service that an earlier process left. Its stack's sockets are taken over: nothing else in this process may own
     /// their descriptors. `held`: sockets whose placeholder is there. `exact`: the process ended between two turns, so that nothing was under way.
     /// `may_use`: its connections are counted, also beyond what that allows: nobody takes them back.
@@ -125,6 +173,7 @@ impl Service {
 
 impl Core {
     fn resume(&mut self, cx: &mut Cx, held: &dyn Fn(u32) -> bool, exact: bool) -> Result<(), Violation> {
+        self.clear_free();
         self.claim_places();
         self.resume_sockets(cx, exact)?;
         self.resume_ids(cx, held)?;
@@ -132,6 +181,18 @@ impl Core {
         self.resume_queues(cx)?;
         self.sweep_wanted = true;
         Ok(())
+    }
+
+    /// What is none (yet) has nothing of a stack's: a process can end before it says that a socket is one.
+    fn clear_free(&mut self) {
+        let mut at = Some(0);
+        while let Some(id) = at {
+            at = self.socks.next_id(id);
+            if let Some(sock) = self.socks.get_mut(id).filter(|sock| sock.kind == Kind::Free) {
+                sock.handle = Handle::NONE;
+                drop(take_descriptor(std::mem::take(&mut sock.fd)));
+            }
+        }
     }
 
     /// Connections that were counted are.
