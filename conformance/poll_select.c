@@ -64,7 +64,7 @@ CASE(poll_full_send_buffer_and_peer_gone)
     tcp_pair(s);
     fill_sndbuf(s[0]);
     OK(close(s[1])); /* with unread data: reset */
-    wait_all(s[0], POLLERR | POLLHUP);
+    wait_all(s[0], POLLOUT | POLLERR | POLLHUP);
     EV(poll_now(s[0], POLLIN | POLLOUT), POLLIN | POLLOUT | POLLERR | POLLHUP);
 }
 
