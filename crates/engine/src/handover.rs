@@ -115,13 +115,8 @@ impl Written {
     ) -> Written {
         Written {
             guest: NewGuest {
-                id,
-                name: known.name.clone(),
-                tenant: known.tenant.name(),
-                pid: known.pid,
-                uid: known.uid,
-                privileged: known.uid == 0,
                 limits: (limits.region_bytes, limits.sockets, limits.queue_sets),
+                ..NewGuest::of(id, known)
             },
             token: known.token,
             nsm: shared.nsm(known.nsm).name.clone(),
@@ -526,16 +521,9 @@ impl Engine {
         let kept = written.kept.and_then(|fd| take_descriptor(fd + 1));
         let may_use = tenant.limits(nsm);
         let left = Left {
-            guest: written.guest,
-            nsm,
-            may_use,
-            memory: None,
-            region,
-            doorbell,
-            journal,
             kept,
-            departed: None,
             of_stack: written.of_stack,
+            ..Left::new(written.guest, nsm, may_use, (region, doorbell), journal)
         };
         self.ask(seat, |answer| Command::Recover(Box::new(left), tenant, true, answer))?
     }

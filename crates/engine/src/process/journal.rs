@@ -111,6 +111,30 @@ pub struct Left {
     pub of_stack: OfStack,
 }
 
+impl Left {
+    /// One of which nothing is anywhere but in its journal.
+    pub(crate) fn new(
+        guest: NewGuest,
+        nsm: usize,
+        may_use: netkernel_service::Limits,
+        (region, doorbell): (OwnedFd, OwnedFd),
+        journal: GuestJournal,
+    ) -> Left {
+        Left {
+            guest,
+            nsm,
+            may_use,
+            memory: None,
+            region,
+            doorbell,
+            journal,
+            kept: None,
+            departed: None,
+            of_stack: OfStack::default(),
+        }
+    }
+}
+
 /// What of a guest's sockets stood in its stack only, in a program before this one.
 #[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct OfStack {
@@ -268,18 +292,7 @@ impl Root {
             match GuestJournal::open(journal, slot.limits()) {
                 Ok(journal) => {
                     let (guest, may_use) = (slot.guest(), netkernel_service::Limits::default());
-                    left.push(Left {
-                        guest,
-                        nsm: 0,
-                        may_use,
-                        memory,
-                        region,
-                        doorbell,
-                        journal,
-                        kept: None,
-                        departed: None,
-                        of_stack: OfStack::default(),
-                    });
+                    left.push(Left { memory, ..Left::new(guest, 0, may_use, (region, doorbell), journal) });
                 }
                 Err(_) => slot.used = 0,
             }

@@ -15,7 +15,7 @@ use netkernel_capture::Session;
 use netkernel_shm::fds;
 use serde::{Deserialize, Serialize};
 
-use super::journal::{Left, OfStack};
+use super::journal::Left;
 use super::transit::{Packed, Used};
 use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
 use crate::engine::{Command, Shared, lock};
@@ -513,18 +513,7 @@ impl Remote {
         let hangs = process.is_none() && asked.elapsed() >= transit::PATIENCE;
         let taken = match transit::take(&ours, new.sizes()) {
             Ok((used, journal)) => {
-                let left = Left {
-                    guest: new,
-                    nsm: self.nsm,
-                    may_use: tenant.limits(self.nsm),
-                    memory: None,
-                    region,
-                    doorbell,
-                    journal,
-                    kept: None,
-                    departed: None,
-                    of_stack: OfStack::default(),
-                };
+                let left = Left::new(new, self.nsm, tenant.limits(self.nsm), (region, doorbell), journal);
                 // What comes from here on decides.
                 let said = transit::say(&ours, transit::ALL);
                 let packed = Packed::new(Box::new(left));

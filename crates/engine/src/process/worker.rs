@@ -7,7 +7,7 @@ use std::sync::mpsc::{Sender, channel};
 
 use super::Form;
 use super::holder::{AGAIN, ENDED, STAND_BY};
-use super::journal::{Left, OfStack, Root};
+use super::journal::{Left, Root};
 use super::transit::{Packed, Used};
 use super::wire::{Answer, Call, NewGuest, Reader, Report, Request, Start, send};
 use super::{succession, transit};
@@ -241,18 +241,7 @@ fn arrive(
     let tenant = engine.shared().tenants.join(&guest.tenant, memory, place, false);
     let may_use = tenant.limits(0);
     let has_room = far::has_room(may_use.connections.as_ref(), connections);
-    let packed = Packed::new(Box::new(Left {
-        guest: guest.clone(),
-        nsm: 0,
-        may_use,
-        memory: None,
-        region,
-        doorbell,
-        journal,
-        kept: None,
-        departed: None,
-        of_stack: OfStack::default(),
-    }));
+    let packed = Packed::new(Box::new(Left::new(guest.clone(), 0, may_use, (region, doorbell), journal)));
     if !has_room {
         return Err(format!("there is no room for its {connections} connections on the other stack"));
     }

@@ -11,7 +11,7 @@ use netkernel_service::{Remains, Stages, Violation};
 use super::{Bell, End, Guest, Process, Source, Worker, note, stages, vacancy};
 use crate::EngineError;
 use crate::handed::Handed;
-use crate::process::journal::{AgentNote, GuestJournal, Left, OfStack};
+use crate::process::journal::{AgentNote, GuestJournal, Left};
 use crate::process::wire::NewGuest;
 use crate::usage::Usage;
 
@@ -154,16 +154,9 @@ impl Worker {
         let (agent, stages) = (guest.agent, guest.stages);
         let departed = Departed { agent, handed: guest.handed, stages };
         Ok(Box::new(Left {
-            guest: new,
-            nsm: guest.nsm,
-            may_use,
-            memory: None,
-            region,
-            doorbell: guest.doorbell,
-            journal,
             kept,
             departed: Some(Box::new(departed)),
-            of_stack: OfStack::default(),
+            ..Left::new(new, guest.nsm, may_use, (region, guest.doorbell), journal)
         }))
     }
 
@@ -255,19 +248,8 @@ impl Worker {
             // Its thread ends with this.
             drop(pair);
         }
-        let left = Box::new(Left {
-            guest: new,
-            nsm: guest.nsm,
-            may_use,
-            memory: None,
-            region,
-            doorbell: guest.doorbell,
-            journal,
-            kept,
-            departed: None,
-            of_stack: OfStack::default(),
-        });
-        Ok((left, used))
+        let left = Left { kept, ..Left::new(new, guest.nsm, may_use, (region, guest.doorbell), journal) };
+        Ok((Box::new(left), used))
     }
 
     /// Forgets a guest that is written down: its descriptors stay open, and are the journal's.
