@@ -6,14 +6,14 @@ mod common;
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use common::tenants::Rig;
-use common::{finish, until, wait};
+use common::{until, wait};
 
 /// Does what it is told on standard input: `s` opens a connection to the port and sends for ever, `r` opens one and receives, `x` opens
 /// and closes connections for ever, each of 200,000 bytes, `u` sends datagrams to the port, `l` listens, says where, and receives what
@@ -171,10 +171,7 @@ impl Guest {
 }
 
 fn build(rig: &Rig) {
-    let source = rig.place.file("load.c", PROGRAM);
-    let mut cc = Command::new("cc");
-    cc.args(["-O2", "-static", "-pthread", "-w", "-o"]).arg(rig.place.dir.join("load")).arg(&source);
-    finish(cc).succeeds();
+    rig.place.program("load", PROGRAM, &["-O2", "-static", "-pthread"]);
 }
 
 /// 5 MB/s.

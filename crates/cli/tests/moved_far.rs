@@ -8,7 +8,7 @@ use std::process::Stdio;
 use common::load::{LOAD, echo};
 use common::program::static_program;
 use common::python::{CONNECTED, Python};
-use common::streams::{Guest, guests};
+use common::streams::{Guest, THOUSANDS, guests};
 use common::{Engine, Place, children, until};
 
 const CONFIG: &str = "\
@@ -547,20 +547,7 @@ fn relayed_sockets_go_over_under_a_stream_and_with_calls_that_wait() {
 fn thousands_of_sockets_go_over_and_come_back() {
     let place = Place::new("far-thousands");
     let engine = up(&place);
-    let program = "
-import resource, socket, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-l = socket.create_server(('127.0.0.1', 0), backlog=100)
-def pair(): c = socket.create_connection(l.getsockname()); return c, l.accept()[0]
-pairs = [pair() for _ in range(3000)]
-print('up', flush=True); sys.stdin.readline()
-for n, (c, a) in enumerate(pairs): c.sendall(b'%d' % n)
-wrong = [n for n, (c, a) in enumerate(pairs) if a.recv(10) != b'%d' % n]
-for c, a in pairs: c.close()
-wrong += [n for n, (c, a) in enumerate(pairs) if a.recv(10) != b'']
-pairs = [pair() for _ in range(3000)]
-print(wrong, flush=True); sys.stdin.readline()";
-    let mut guest = Guest::start(&place, &["--stack", "reno"], program);
+    let mut guest = Guest::start(&place, &["--stack", "reno"], THOUSANDS);
     assert_eq!(guest.line(), "up");
     let began = std::time::Instant::now();
     for to in ["apart", "other", "reno", "apart", "reno", "other"] {

@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use common::streams::{Guest, RIGHT, STREAMS, guests, restarts};
+use common::streams::{Guest, RIGHT, STREAMS, THOUSANDS, guests, restarts};
 use common::{Engine, Place, children, finish, until};
 use netkernel_control::Client;
 
@@ -56,20 +56,7 @@ fn guests_go_on_through_ten_restarts_and_each_byte_is_metered_once() {
 fn thousands_of_sockets_go_on() {
     let place = Place::new("restart-many");
     let engine = place.up(&[]);
-    let program = "
-import resource, socket, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-l = socket.create_server(('127.0.0.1', 0), backlog=100)
-def pair(): c = socket.create_connection(l.getsockname()); return c, l.accept()[0]
-pairs = [pair() for _ in range(3000)]
-print('up', flush=True); sys.stdin.readline()
-for n, (c, a) in enumerate(pairs): c.sendall(b'%d' % n)
-wrong = [n for n, (c, a) in enumerate(pairs) if a.recv(10) != b'%d' % n]
-for c, a in pairs: c.close()
-wrong += [n for n, (c, a) in enumerate(pairs) if a.recv(10) != b'']
-pairs = [pair() for _ in range(3000)]
-print(wrong, flush=True); sys.stdin.readline()";
-    let mut guest = Guest::start(&place, &[], program);
+    let mut guest = Guest::start(&place, &[], THOUSANDS);
     assert_eq!(guest.line(), "up");
     for _ in 0..3 {
         place.run(&["restart"]).succeeds();

@@ -62,6 +62,22 @@ sys.stdin.readline()
 
 pub const RIGHT: &str = "True True [] b'still' (b'half', b'') [b'late'] b'dgram' [] 1 b'new' ";
 
+/// Holds 3000 pairs of sockets, says "up", and after a line on its standard input which of them do not carry bytes and ends any
+/// more, then that it made as many again.
+pub const THOUSANDS: &str = "
+import resource, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+l = socket.create_server(('127.0.0.1', 0), backlog=100)
+def pair(): c = socket.create_connection(l.getsockname()); return c, l.accept()[0]
+pairs = [pair() for _ in range(3000)]
+print('up', flush=True); sys.stdin.readline()
+for n, (c, a) in enumerate(pairs): c.sendall(b'%d' % n)
+wrong = [n for n, (c, a) in enumerate(pairs) if a.recv(10) != b'%d' % n]
+for c, a in pairs: c.close()
+wrong += [n for n, (c, a) in enumerate(pairs) if a.recv(10) != b'']
+pairs = [pair() for _ in range(3000)]
+print(wrong, flush=True); sys.stdin.readline()";
+
 pub struct Guest(pub Child, pub Receiver<String>);
 
 impl Guest {
